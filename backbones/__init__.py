@@ -1,0 +1,56 @@
+"""Convolutional backbones that give their feature maps at every stride.
+
+>>> import backbones, torch
+>>> net = backbones.create("cspdarknet53")
+>>> [tuple(m.shape) for m in net(torch.zeros(1, 3, 64, 96))]
+[(1, 64, 32, 48), (1, 128, 16, 24), (1, 256, 8, 12), (1, 512, 4, 6), (1, 1024, 2, 3)]
+"""
+
+import difflib
+import inspect
+from fnmatch import fnmatchcase
+
+from backbones import darknet
+from backbones.base import Backbone
+
+__all__ = ["create", "list_models"]
+
+# name -> (network class, its configuration)
+_MODELS = {
+    name: (darknet.CSPDarknet if config.csp else darknet.Darknet, config)
+    for name, config in darknet.VARIANTS.items()
+}
+
+
+def create(name: str, **overrides) -> Backbone:
+    """Builds a backbone with random weights.
+
+    Args:
+        name: one of `list_models()`.
+        overrides: keyword arguments of the family's network class, such as `out_indices`,
+            `in_channels`, `width`, `act` or `split`.
+
+    Raises:
+        ValueError: an unknown name, override or value; the message lists what is accepted.
+    """
+    if name not in _MODELS:
+        nearest = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5) or list_models()
+        raise ValueError(f"no backbone is called {name!r}; nearest: {', '.join(nearest)}")
+    network, config = _MODELS[name]
+    accepted = _keywords(network)
+    for key in overrides:
+        if key not in accepted:
+            raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(accepted)}")
+    return network(config, **overrides)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Sorted names of the backbones that match a shell wildcard, such as `"*darknet*"`."""
+    return sorted(name for name in _MODELS if fnmatchcase(name, pattern))
+
+
+def _keywords(network: type) -> list[str]:
+    """Keyword-only arguments of a network class, those of its parents included."""
+    signatures = [inspect.signature(c.__init__) for c in network.__mro__ if c is not Backbone]
+    parameters = [p for s in signatures for p in s.parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))

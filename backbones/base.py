@@ -1,0 +1,156 @@
+"""The contract that every backbone keeps: images in, one feature map per stride out."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+class Backbone(nn.Module):
+    """A stem and a chain of stages; every stage ends in the map of one stride.
+
+    A subclass builds `self.stem` and `self.stages` after calling this constructor, and builds only
+    the first `self.num_stages` stages. Nothing here runs a forward pass: channels and strides come
+    from the configuration.
+
+    Args:
+        channels: channels of the map that each stage of the whole network gives, fine to coarse.
+        strides: pixels of the image per pixel of each of those maps, each twice the one before.
+        out_indices: which maps `forward` returns; negative indices count from the end, None means
+            all. Stages after the last one picked are not built.
+        in_channels: channels of the images, at least 1.
+        gradient_checkpointing: keep only the maps between stages while training and compute the
+            rest again in the backward pass: less memory, one more forward pass, equal gradients.
+
+    Attributes:
+        channels: channels of each returned map.
+        strides: stride of each returned map.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        out_indices: Sequence[int] | None,
+        in_channels: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f"in_channels={in_channels!r} must be an integer of at least 1")
+        self.out_indices = _resolve_indices(out_indices, len(channels))
+        self.channels = tuple(channels[i] for i in self.out_indices)
+        self.strides = tuple(strides[i] for i in self.out_indices)
+        self.num_stages = self.out_indices[-1] + 1
+        self.in_channels = in_channels
+        self.gradient_checkpointing = gradient_checkpointing
+        self._frozen_stages: int | None = None
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of `images`, fine to coarse.
+
+        Args:
+            images: floating point, `[N, in_channels, H, W]`, any H and W.
+
+        Returns:
+            One map `[N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])]` per stride.
+
+        Raises:
+            ValueError: `images` has another rank, channel count or an integer type.
+        """
+        self._check(images)
+        x = self.stem(images)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = _run_checkpointed(stage, x)
+            else:
+                x = stage(x)
+            if i in self.out_indices:
+                maps.append(x)
+        return maps
+
+    def freeze(self, num_stages: int | None) -> "Backbone":
+        """Stops the stem and the first `num_stages` stages from learning; returns self.
+
+        Their parameters take no gradient and their BatchNorm layers keep their statistics, also
+        after a later `.train()`. `freeze(0)` freezes the stem alone, `freeze(None)` frees
+        everything, and a later call replaces an earlier one.
+
+        Raises:
+            ValueError: the network has fewer stages.
+        """
+        if num_stages is not None and not 0 <= num_stages <= len(self.stages):
+            raise ValueError(
+                f"freeze({num_stages}): choose 0 to {len(self.stages)} stages, or None for none"
+            )
+        self.requires_grad_(True)
+        self._frozen_stages = num_stages
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Sets training mode everywhere but in what is frozen."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self._frozen_stages is None:
+            return []
+        return [self.stem, *self.stages[: self._frozen_stages]]
+
+    def _check(self, images: Tensor) -> None:
+        shape = tuple(images.shape)
+        if images.ndim != 4 or shape[1] != self.in_channels:
+            raise ValueError(f"images are {list(shape)}; expected [N, {self.in_channels}, H, W]")
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images are {images.dtype}; expected a floating point type, normalised"
+            )
+
+
+def _resolve_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """`out_indices` as ascending indices from 0; ValueError for one that no map has."""
+    if out_indices is None:
+        return tuple(range(count))
+    wrong = [i for i in out_indices if not isinstance(i, int) or not -count <= i < count]
+    if wrong or not out_indices:
+        raise ValueError(
+            f"out_indices={tuple(out_indices)} must be at least one of -{count} to {count - 1}, "
+            "the maps from fine to coarse"
+        )
+    indices = [i % count for i in out_indices]
+    if sorted(set(indices)) != indices:
+        raise ValueError(
+            f"out_indices={tuple(out_indices)} must name each map once, fine to coarse"
+        )
+    return tuple(indices)
+
+
+def _run_checkpointed(stage: nn.Module, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # traces the stage once, so statistics move once
+        return checkpoint(stage, x, use_reentrant=False)
+    return checkpoint(
+        stage, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _fixed_statistics(stage))
+    )
+
+
+@contextmanager
+def _fixed_statistics(stage: nn.Module) -> Iterator[None]:
+    """Keeps the recomputation from moving BatchNorm's running statistics a second time."""
+    norms = [m for m in stage.modules() if isinstance(m, _BatchNorm)]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, saved, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

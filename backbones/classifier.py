@@ -1,0 +1,27 @@
+"""A backbone with a classification head."""
+
+from torch import Tensor, nn
+
+from backbones.base import Backbone
+
+
+class Classifier(nn.Module):
+    """The coarsest map of `backbone`, averaged over its pixels, through one linear layer.
+
+    Args:
+        backbone: any backbone; its last map is used.
+        num_classes: at least 1.
+
+    Shape:
+        images `[N, C, H, W]` to logits `[N, num_classes]`.
+    """
+
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes} must be at least 1")
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.channels[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images)[-1].mean((-2, -1)))

@@ -1,0 +1,55 @@
+"""Layers that more than one backbone family uses."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": partial(nn.ReLU, inplace=True),
+    # Darknet's slope (activations.h: 0.1 x), not PyTorch's default of 0.01.
+    "leaky_relu": partial(nn.LeakyReLU, 0.1, inplace=True),
+    "mish": partial(nn.Mish, inplace=True),
+    "silu": partial(nn.SiLU, inplace=True),
+    "hardswish": partial(nn.Hardswish, inplace=True),
+    "gelu": nn.GELU,
+}
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution without bias, batch normalisation, activation.
+
+    Maps `[N, in_channels, H, W]` to `[N, out_channels, ceil(H / stride), ceil(W / stride)]` for odd
+    kernels. Weights start from He's normal initialisation with fan-out (arXiv:1502.01852), as
+    torchvision's ResNet does.
+
+    Args:
+        act: a key of `ACTIVATIONS`; anything else raises ValueError.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        act: str = "relu",
+    ) -> None:
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act={act!r} is not an activation; choose from {sorted(ACTIVATIONS)}")
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+        )
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(
+            OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels), act=ACTIVATIONS[act]())
+        )
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """`channels * width` rounded to the nearest multiple of 8, at least 8.
+
+    Multiples of 8 fill the vector registers and tensor cores; width 1 changes nothing.
+    """
+    return channels if width == 1 else max(8, round(channels * width / 8) * 8)

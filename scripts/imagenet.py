@@ -1,0 +1,45 @@
+"""Sorts the flat validation folder of ImageNet: the command line of `utils.imagenet`."""
+
+import argparse
+import sys
+
+from utils.imagenet import LayoutError, sort_val
+
+EXAMPLE = """example:
+  python scripts/imagenet.py --val_solution_path LOC_val_solution.csv \\
+      --val_image_dir ILSVRC/Data/CLS-LOC/val
+
+Exit codes: 0, every image of the CSV is in place (with --dry-run: can be put in place);
+1, the CSV or the images are not right; 2, a wrong option or path."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    parser = argparse.ArgumentParser(
+        description="Sort ImageNet's val/*.JPEG into val/<wnid>/*.JPEG by renaming, or undo it. "
+        "Safe to interrupt and to run again.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--val_solution_path", required=True, metavar="CSV", help="LOC_val_solution.csv"
+    )
+    parser.add_argument("--val_image_dir", required=True, metavar="DIR", help="the val folder")
+    parser.add_argument("--dry-run", action="store_true", help="check and tell, move nothing")
+    parser.add_argument("--undo", action="store_true", help="move the images back, flat")
+    args = parser.parse_args(argv)
+    try:
+        print(
+            sort_val(
+                args.val_solution_path, args.val_image_dir, undo=args.undo, dry_run=args.dry_run
+            )
+        )
+    except (LayoutError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, FileNotFoundError | NotADirectoryError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Trains a classifier with any backbone on class folders, and resumes.
+
+    python scripts/train.py --data-dir data/sample/ILSVRC/Data/CLS-LOC --recipe quick
+    torchrun --nproc-per-node 8 scripts/train.py --data-dir ILSVRC/Data/CLS-LOC --recipe imagenet
+
+The folder holds train/ and val/, each with one folder per class; scripts/imagenet.py sorts
+ImageNet's flat val/. Interrupted, the same command with the same --output-dir goes on.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import backbones
+from backbones.classifier import Classifier
+from utils import distributed, plotting, recipe, runs, training
+from utils.data import open_folders
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    preset = argparse.ArgumentParser(add_help=False)
+    preset.add_argument(
+        "--recipe", default="imagenet", choices=recipe.RECIPES, help="preset to start from"
+    )
+    chosen = preset.parse_known_args(argv)[0].recipe
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[preset]
+    )
+    add = parser.add_argument
+    add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
+    add("--output-dir", type=Path, help="the run's folder (default: a new one in runs/)")
+    add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    add("--workers", type=int, default=default_workers(), help="decoding processes (%(default)s)")
+    add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard")
+    recipe.add_arguments(parser, chosen)
+    return parser.parse_args(argv)
+
+
+def default_workers() -> int:
+    """Enough to feed a GPU; one beside a CPU, whose cores train."""
+    return min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 1
+
+
+def train(args: argparse.Namespace) -> None:
+    chosen = recipe.from_arguments(args, args.recipe)
+    options = {} if chosen.width == 1 else {"width": chosen.width}
+    device = distributed.pick_device(args.device)
+    data = open_folders(args.data_dir, chosen, args.seed)
+    torch.manual_seed(args.seed)
+    model = Classifier(backbones.create(args.backbone, **options), len(data.classes))
+    with distributed.process_group(device):
+        trainer = training.fit(
+            model,
+            data,
+            chosen,
+            args.output_dir,
+            config={
+                "backbone": args.backbone,
+                "options": options,
+                "command": runs.command_line(),
+                "data_dir": str(args.data_dir),
+            },
+            seed=args.seed,
+            workers=args.workers,
+            device=device,
+            skip_corrupt=args.skip_corrupt,
+            tensorboard=args.tensorboard,
+        )
+        if distributed.rank() == 0:
+            report(trainer, args.output_dir)
+
+
+def report(trainer: training.Trainer, run_dir: Path) -> None:
+    for message in trainer.skipped:
+        print(f"skipped: {message}")
+    if trainer.skip_corrupt:
+        print(f"{len(trainer.skipped)} unreadable images were skipped")
+    figure = run_dir / "curves.png"
+    plotting.save(plotting.plot_curves(trainer.metrics), figure)
+    row = trainer.metrics[-1]
+    print(
+        f"validation top-1: raw {row['val_top1_pct']:.2f} %, EMA {row['ema_val_top1_pct']:.2f} %\n"
+        f"run: {run_dir}   curves: {figure}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.output_dir is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"
+    try:
+        train(args)
+    except (ValueError, ArithmeticError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; the same command with --output-dir {args.output_dir} goes on from the "
+            "last full epoch",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Small images for tests, drawn here, and the real photographs where they are to be had."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REAL_TAR = Path(__file__).parents[2] / "shared" / "data" / "imagenette2-224sq.tar"
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+def write_image(path, rng, colour, size_px=(40, 32)):
+    """A noisy JPEG of one colour: a class that any classifier can learn."""
+    pixels = rng.normal(colour, 40, (size_px[1], size_px[0], 3)).clip(0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, "JPEG")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """train/ with 3 x 16 and val/ with 3 x 6 images; read only."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for label, colour in enumerate(((180, 60, 60), (60, 180, 60), (60, 60, 180))):
+            for k in range(count):
+                write_image(root / split / f"n0000000{label}" / f"{k}.JPEG", rng, colour)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A few photographs of each class of Imagenette; skips where the archive is not there."""
+    path = Path(os.environ.get("IMAGENETTE_TAR", REAL_TAR))
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there; set IMAGENETTE_TAR to its path")
+    root = tmp_path_factory.mktemp("photographs")
+    taken = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            folder = Path(member.name).parent
+            if member.isfile() and taken.setdefault(folder, 0) < 8:
+                taken[folder] += 1
+                tar.extract(member, root, filter="data")
+    return root / "imagenette2-224sq"

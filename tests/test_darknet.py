@@ -1,0 +1,154 @@
+"""Darknet against timm, against sums by hand, and the split strategies against each other."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch.nn.functional import conv2d, leaky_relu
+
+import backbones
+from backbones.classifier import Classifier
+from backbones.darknet import CSPStage, convert_split
+from backbones.layers import ConvNormAct, scale_channels
+
+
+def randomise_norms(net):
+    """Statistics and affine parameters that are not the identity, so that they are tested too."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+    return net
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+def test_conv_norm_act_is_the_three_of_them():
+    layer = randomise_norms(ConvNormAct(3, 8, 3, stride=2, act="leaky_relu")).eval()
+    x, norm = torch.randn(1, 3, 9, 11), layer.norm
+    y = conv2d(x, layer.conv.weight, stride=2, padding=1)
+    shape = (1, -1, 1, 1)
+    y = (y - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + 1e-5).sqrt()
+    y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    torch.testing.assert_close(layer(x), leaky_relu(y, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "expected"),
+    [(32, 1, 32), (30, 1, 30), (32, 0.5, 16), (64, 0.3, 16), (32, 0.1, 8), (1024, 0.75, 768)],
+)
+def test_widths_are_multiples_of_eight(channels, width, expected):
+    assert scale_channels(channels, width) == expected
+
+
+@torch.no_grad()
+def test_darknet53_gives_timms_maps():
+    theirs = timm.create_model("darknet53", features_only=True, out_indices=(1, 2, 3, 4, 5))
+    randomise_norms(theirs.eval())
+    ours = backbones.create("darknet53", act="leaky_relu").eval()
+    copy_in_order(theirs, ours)
+    images = torch.randn(1, 3, 64, 96)
+    for theirs_map, ours_map in zip(theirs(images), ours(images), strict=True):
+        torch.testing.assert_close(ours_map, theirs_map, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cspdarknet53_in_the_authors_layout_gives_timms_maps():
+    theirs = timm.create_model("cspdarknet53", features_only=True, out_indices=(1, 2, 3, 4, 5))
+    randomise_norms(theirs.eval())
+    ours = backbones.create("cspdarknet53", layout="darknet", split="slice", act="leaky_relu")
+    copy_in_order(theirs, ours.eval())
+    images = torch.randn(1, 3, 64, 96)
+    separate = convert_split(ours, "separate")
+    for theirs_map, a, b in zip(theirs(images), ours(images), separate(images), strict=True):
+        torch.testing.assert_close(a, theirs_map, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(b, theirs_map, rtol=1e-4, atol=1e-4)
+
+
+def copy_in_order(theirs, ours):
+    """Copies convolutions and norms, which both networks register in the order of execution."""
+    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
+    sources = [m for m in theirs.modules() if isinstance(m, kinds)]
+    targets = [m for m in ours.modules() if isinstance(m, kinds)]
+    for source, target in zip(sources, targets, strict=True):
+        target.load_state_dict(source.state_dict())
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.LeakyReLU):
+            module.negative_slope = 0.1  # Darknet's; timm takes PyTorch's 0.01
+
+
+@pytest.mark.parametrize("there", ["separate", "slice"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", ["half", "darknet"])
+def test_separate_and_slice_are_one_function(there, training, layout):
+    """Outputs, gradients and running statistics, in float64 so that only rounding is forgiven."""
+    here = {"separate": "slice", "slice": "separate"}[there]
+    options = {"width": 0.25, "layout": layout}
+    source = Classifier(backbones.create("cspdarknet19", split=here, **options), 3)
+    source = randomise_norms(source).double().train(training)
+    target = convert_split(source, there)
+    fresh = Classifier(backbones.create("cspdarknet19", split=there, **options), 3).double()
+    fresh.load_state_dict(target.state_dict())  # strict: it is a network of that split
+    fresh.train(training)
+    images = torch.randn(4, 3, 64, 96, dtype=torch.float64)
+    outputs = [net(images) for net in (source, target, fresh)]
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-9, atol=1e-12)
+        output.square().sum().backward()
+    expected = gradients(source)
+    for name, gradient in gradients(target).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+    # The statistics that the pass in train mode moved agree as well.
+    back = convert_split(target, here).state_dict()
+    for name, value in source.state_dict().items():
+        torch.testing.assert_close(value, back[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def gradients(net):
+    """Gradients under the names of the "slice" network, which joins what "separate" has in two."""
+    holder = copy.deepcopy(net)
+    for parameter, source in zip(holder.parameters(), net.parameters(), strict=True):
+        parameter.data = source.grad
+    return dict(convert_split(holder, "slice").named_parameters())
+
+
+def test_conversion_leaves_the_source_alone():
+    net = backbones.create("cspdarknet19", width=0.125)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    other = convert_split(net, "slice")
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_partial_is_another_function():
+    net = backbones.create("cspdarknet19", width=0.125, split="partial")
+    for split in ("separate", "slice"):
+        with pytest.raises(ValueError, match="partial"):
+            convert_split(net, split)
+    with pytest.raises(ValueError, match="must be"):
+        convert_split(backbones.create("cspdarknet19", width=0.125), "partial")
+
+
+@torch.no_grad()
+def test_partial_passes_half_of_the_map_by():
+    stage = CSPStage(8, 16, 1, "relu", split="partial").eval()
+    x = stage.conv(torch.randn(1, 8, 8, 12))
+    by, through = x[:, :8], x[:, 8:]
+    block = stage.blocks[0]
+    through = through + block.conv2(block.conv1(through))
+    expected = stage.out_conv(torch.cat((by, through), 1))
+    stage.conv = torch.nn.Identity()
+    assert torch.equal(stage(x), expected)
+
+
+def test_a_csp_stage_without_blocks_is_the_strided_convolution():
+    assert type(backbones.create("cspdarknet19", width=0.125).stages[0]) is ConvNormAct

@@ -1,0 +1,245 @@
+"""Decoding, class folders, samplers and the random state of samples."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from utils import data
+from utils.data import Batch, CorruptImageError, EvalBatches, Key, Preprocess, TrainBatches
+from utils.recipe import RECIPES, Recipe
+
+TINY = Recipe(batch_size=8, train_crop_px=24, eval_resize_px=28, eval_crop_px=24)
+
+
+def picture(mode="RGB", size_px=(37, 29)):
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return coarse.resize(size_px, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")],
+)
+def test_decode_takes_what_imagenet_holds(tmp_path, mode, format):
+    path = tmp_path / "image.JPEG"  # a PNG under this name too
+    picture(mode).save(path, format)
+    image = data.decode(path)
+    assert (image.mode, image.size) == ("RGB", (37, 29))
+    difference = np.asarray(image, int) - np.asarray(picture(mode).convert("RGB"), int)
+    assert abs(difference).mean() < (12 if format == "JPEG" else 1)
+
+
+def test_decode_takes_broken_exif_and_does_not_rotate(tmp_path, recwarn):
+    path = tmp_path / "image.JPEG"
+    picture().save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff\x00\x01")
+    assert data.decode(path).size == (37, 29)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    picture().save(path, exif=exif)
+    assert data.decode(path).size == (37, 29)
+    assert not recwarn.list
+
+
+def break_file(path, how):
+    content = path.read_bytes()
+    broken = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no image\n"}
+    path.write_bytes(broken[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_decode_names_the_broken_file(tmp_path, how):
+    path = tmp_path / "image.JPEG"
+    picture(size_px=(300, 200)).save(path)
+    break_file(path, how)
+    with pytest.raises(CorruptImageError, match=r"image\.JPEG: not a readable image") as error:
+        data.decode(path)
+    assert "\n" not in str(error.value)
+
+
+def test_decode_of_photographs(photographs):
+    paths = sorted(photographs.glob("*/*/*.JPEG"))
+    assert len(paths) == 160
+    assert {data.decode(path).size for path in paths} == {(224, 224)}
+
+
+def test_open_folders_finds_every_image_and_its_label(folders):
+    opened = data.open_folders(folders, TINY)
+    assert opened.classes == ["n00000000", "n00000001", "n00000002"]
+    assert (len(opened.train), len(opened.val)) == (48, 18)
+    paths = [opened.train.path(i) for i in range(48)]
+    assert sorted(paths) == sorted(folders.glob("train/*/*"))
+    for i, path in enumerate(paths):
+        image, label = opened.train[Key(0, i)]
+        assert label == int(path.parent.name[-1])
+        assert (image.shape, image.dtype) == ((3, 24, 24), torch.uint8)
+
+
+def test_other_files_are_left_alone_and_empty_classes_refused(folders, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(folders, root)
+    for name in (".DS_Store", "._0.JPEG", "notes.txt"):
+        (root / "train" / "n00000000" / name).write_bytes(b"x")
+    assert len(data.open_folders(root, TINY).train) == 48
+    for path in (root / "val" / "n00000001").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="n00000001: no image in this class folder"):
+        data.open_folders(root, TINY)
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(folders):
+    train = data.open_folders(folders, TINY, seed=5).train
+    torch.manual_seed(0)
+    first, _ = train[Key(3, 7)]
+    after = torch.rand(1)
+    for other in (Key(0, 1), Key(3, 8), Key(4, 7)):  # what came before does not matter
+        train[other]
+    assert torch.equal(train[Key(3, 7)][0], first)
+    assert not torch.equal(train[Key(4, 7)][0], first)
+    other_seed = data.open_folders(folders, TINY, seed=6).train
+    assert not torch.equal(other_seed[Key(3, 7)][0], first)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), after)  # the global generator is where it was
+
+
+def test_loaders_give_the_same_with_any_number_of_workers(folders):
+    train = data.open_folders(folders, TINY).train
+    found = []
+    for workers in (0, 1, 3):
+        loader = data.make_loader(train, TrainBatches(48, 8, seed=1), workers)
+        loader.batch_sampler.epoch = 2
+        batches = list(loader)
+        found.append(
+            (torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
+        )
+    for images, labels in found[1:]:
+        assert torch.equal(images, found[0][0])
+        assert torch.equal(labels, found[0][1])
+
+
+def test_train_batches_are_a_new_permutation_every_epoch():
+    sampler = TrainBatches(50, 8, seed=1)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.epoch = epoch
+        batches = list(sampler)
+        assert [len(b) for b in batches] == [8] * 6 == [8] * len(sampler)
+        assert {key.epoch for batch in batches for key in batch} == {epoch}
+        epochs.append([key.index for batch in batches for key in batch])
+        assert len(set(epochs[-1])) == 48  # no image twice
+        assert set(epochs[-1]) <= set(range(50))
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert [k.index for b in TrainBatches(50, 8, seed=2) for k in b] != epochs[0]
+
+
+def test_eval_batches_hold_every_image_once():
+    indices = [key.index for batch in EvalBatches(50, 8) for key in batch]
+    assert indices == list(range(50))
+    assert len(EvalBatches(50, 8)) == 7
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_every_batch(monkeypatch, world):
+    whole = [[k.index for k in batch] for batch in TrainBatches(50, 12, seed=1)]
+    monkeypatch.setattr(data, "world_size", lambda: world)
+    shares, seen = [], []
+    for rank in range(world):
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+        shares.append([[k.index for k in batch] for batch in TrainBatches(50, 12, seed=1)])
+        seen += [k.index for batch in EvalBatches(50, 4) for k in batch]
+    for step, batch in enumerate(whole):
+        assert sorted(batch) == sorted(i for share in shares for i in share[step])
+        assert {len(share[step]) for share in shares} == {12 // world}
+    assert sorted(seen) == list(range(50))
+    with pytest.raises(ValueError, match=f"batch_size=7 must divide by {world}"):
+        TrainBatches(50, 7, seed=1)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="batch_size=51 is more than the 50 training images"):
+        TrainBatches(50, 51, seed=0)
+
+
+def test_unreadable_images_are_set_apart():
+    good = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    error = CorruptImageError("x.JPEG: not a readable image")
+    batch = data.collate([(good, 1), error, (good, 2)])
+    assert (batch.images.shape, batch.labels.tolist()) == ((2, 3, 4, 4), [1, 2])
+    assert batch.corrupt == [error]
+    assert len(data.collate([error]).labels) == 0
+
+
+def test_erasing_leaves_the_mean_colour():
+    recipe = Recipe(trivial_augment=False, random_erasing=1.0, train_crop_px=32)
+    with data.seeded(0):
+        image = data.train_transform(recipe)(Image.new("RGB", (40, 40), (255, 0, 0)))
+    colours, counts = image.flatten(1).unique(dim=1, return_counts=True)
+    assert colours.T.tolist() == [[124, 116, 104], [255, 0, 0]]
+    assert 0.02 <= counts[0] / counts.sum() <= 0.4
+
+
+def test_evaluation_input_is_torchvisions_reference(photographs):
+    """Resize, centre crop, to [0, 1], normalise, by the classic transforms."""
+    recipe = RECIPES["imagenet"]
+    val = data.open_folders(photographs, recipe).val
+    image, label = val[Key(0, 50)]
+    batch = Batch(image[None], torch.tensor([label]), [])
+    found, _ = Preprocess(torch.device("cpu"), 10)(batch)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(232),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    expected = reference(Image.open(val.path(50)).convert("RGB"))
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
+def test_mixing_against_ten_lines(kind):
+    """Both mix each image with the one before it, and the targets by the share of pixels."""
+    rng = np.random.default_rng(0)
+    raw = torch.from_numpy(rng.integers(0, 256, (4, 3, 8, 10), dtype=np.uint8))
+    labels = torch.tensor([0, 1, 2, 1])
+    plain, _ = Preprocess(torch.device("cpu"), 3)(Batch(raw, labels, []))
+    mixer = Preprocess(torch.device("cpu"), 3, **{f"{kind}_alpha": 1.0})
+    shares = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        images, targets = mixer(Batch(raw, labels, []))
+        before = plain[[3, 0, 1, 2]]
+        if kind == "cutmix":
+            own = (images == plain).all(1)  # per pixel
+            assert torch.equal(images, torch.where(own[:, None], plain, before))
+            assert torch.equal(own[0], own[1])
+            share = own[0].float().mean()
+        else:
+            share = targets[0, 0]  # label 0 is not that of the image before
+            expected = share * plain + (1 - share) * before
+            torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+        one_hot = torch.eye(3)[labels]
+        expected = share * one_hot + (1 - share) * one_hot[[3, 0, 1, 2]]
+        torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-5)
+        shares.append(float(share))
+    assert max(shares) - min(shares) > 0.4
+
+
+def test_one_of_the_two_mixes_a_batch():
+    raw = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(4)
+    both = Preprocess(torch.device("cpu"), 4, cutmix_alpha=1.0, mixup_alpha=0.2)
+    plain, _ = Preprocess(torch.device("cpu"), 4)(Batch(raw, labels, []))
+    before = plain.roll(1, 0)
+    pasted = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        images, _ = both(Batch(raw, labels, []))
+        pasted += bool(((images == plain) | (images == before)).all())
+    assert 10 <= pasted <= 30

@@ -1,0 +1,104 @@
+"""The recipe's values, its errors and its command-line flags."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from utils import recipe
+from utils.recipe import RECIPES, Recipe
+
+
+def test_imagenet_preset_is_the_designs():
+    expected = {
+        "epochs": 100, "batch_size": 1024, "lr_per_1024": 0.5, "momentum": 0.9,
+        "weight_decay": 2e-5, "norm_weight_decay": 0.0, "warmup_epochs": 5.0,
+        "label_smoothing": 0.1, "train_crop_px": 176, "min_crop_area": 0.08,
+        "eval_resize_px": 232, "eval_crop_px": 224, "trivial_augment": True,
+        "random_erasing": 0.1, "cutmix_alpha": 1.0, "mixup_alpha": 0.2, "ema_decay": 0.9998,
+        "width": 1.0, "precision": "bf16", "channels_last": True,
+    }  # fmt: skip
+    assert dataclasses.asdict(RECIPES["imagenet"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("small", {"random_erasing", "cutmix_alpha", "mixup_alpha", "label_smoothing"}),
+        ("large", {"train_crop_px", "batch_size"}),
+    ],
+)
+def test_presets_change_what_they_say(name, changed):
+    base, other = (dataclasses.asdict(RECIPES[n]) for n in ("imagenet", name))
+    assert {key for key in base if base[key] != other[key]} == changed
+
+
+def test_quick_changes_sizes_only():
+    base, other = (dataclasses.asdict(RECIPES[n]) for n in ("imagenet", "quick"))
+    sizes = {"epochs", "batch_size", "warmup_epochs", "width"}
+    sizes |= {"train_crop_px", "eval_resize_px", "eval_crop_px"}
+    assert {key for key in base if base[key] != other[key]} <= sizes
+
+
+def test_learning_rate_is_linear_in_the_batch_size():
+    assert Recipe(batch_size=1024).peak_lr == 0.5
+    assert Recipe(batch_size=256).peak_lr == 0.125
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("epochs", 0, "at least 1"),
+        ("epochs", -3, "at least 1"),
+        ("epochs", 1.5, "of type int"),
+        ("batch_size", 0, "at least 1"),
+        ("lr_per_1024", float("nan"), "a finite number"),
+        ("lr_per_1024", float("inf"), "a finite number"),
+        ("lr_per_1024", 0, "above 0"),
+        ("momentum", 1.0, r"in \[0, 1\)"),
+        ("label_smoothing", -0.1, r"in \[0, 1\)"),
+        ("weight_decay", -1e-5, "at least 0"),
+        ("random_erasing", 1.1, r"in \[0, 1\]"),
+        ("min_crop_area", 0, r"in \(0, 1\]"),
+        ("warmup_epochs", 100, r"in \[0, 100\)"),
+        ("eval_resize_px", 200, "at least eval_crop_px"),
+        ("precision", "fp8", "one of"),
+        ("trivial_augment", 1, "of type bool"),
+        ("width", 0, "above 0"),
+    ],
+)
+def test_bad_values_are_named(field, value, wanted):
+    with pytest.raises(ValueError, match=f"{field}={value!r} must be {wanted}"):
+        Recipe(**{field: value})
+
+
+def parse(argv, preset="imagenet"):
+    parser = argparse.ArgumentParser()
+    recipe.add_arguments(parser, preset)
+    return recipe.from_arguments(parser.parse_args(argv), preset)
+
+
+def test_every_field_is_a_flag_that_overrides_the_preset():
+    assert parse([], "quick") == RECIPES["quick"]
+    for field in dataclasses.fields(Recipe):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            argv, value = [flag.replace("--", "--no-")], False
+        elif field.name == "precision":
+            argv, value = [flag, "float32"], "float32"
+        else:
+            value = field.type(getattr(RECIPES["imagenet"], field.name) * 1.5 + 1)
+            value = 0.5 if field.type is float and field.name not in ("warmup_epochs",) else value
+            argv = [flag, str(value)]
+        others = ["--eval-resize-px", "999"] if field.name == "eval_crop_px" else []
+        assert getattr(parse(argv + others), field.name) == value
+    assert parse(["--epochs", "7"], "small") == dataclasses.replace(RECIPES["small"], epochs=7)
+
+
+def test_help_shows_every_field_with_its_default():
+    parser = argparse.ArgumentParser()
+    recipe.add_arguments(parser, "quick")
+    text = " ".join(parser.format_help().split())
+    for field in dataclasses.fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert f"(default: {getattr(RECIPES['quick'], field.name)})" in text

@@ -1,0 +1,289 @@
+"""Images from class folders to batches on the device.
+
+The random state of a sample depends on (seed, epoch, index) alone, so that a run is the same with
+any number of workers and after any interruption. Images travel as uint8; `Preprocess` normalises
+and mixes them on the device.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode, v2
+
+from utils.distributed import rank, world_size
+from utils.imagenet import check_layout
+from utils.recipe import Recipe
+
+# Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).
+MEAN_RGB = (123.675, 116.28, 103.53)
+STD_RGB = (58.395, 57.12, 57.375)
+
+# First word of every seed, so that no two uses of (seed, ...) draw the same numbers.
+SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
+
+
+class CorruptImageError(ValueError):
+    """A file that is no readable image; the message holds its path."""
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The image in a file as RGB, whatever the file's name says it is.
+
+    Takes grayscale, palette and CMYK images, PNG under a .JPEG name and broken EXIF, all of which
+    ImageNet holds. The EXIF orientation is not applied, as nobody does on ImageNet.
+
+    Raises:
+        CorruptImageError: the file is missing, truncated or no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except Exception as error:  # Pillow's readers raise more than OSError on broken files
+        raise CorruptImageError(f"{path}: not a readable image ({error})") from error
+
+
+def stream_seed(*words: int) -> int:
+    """64 well-mixed bits from non-negative integers."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(*words: int) -> Iterator[None]:
+    """Runs the block with PyTorch's CPU generator seeded by `words`, and restores it afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(stream_seed(*words))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class Key(NamedTuple):
+    """What a sampler asks a dataset for; the epoch reaches the workers this way."""
+
+    epoch: int
+    index: int
+
+
+class Batch(NamedTuple):
+    """uint8 `images` `[N, 3, H, W]`, `labels` `[N]`, and the errors of the images left out."""
+
+    images: Tensor
+    labels: Tensor
+    corrupt: list[CorruptImageError]
+
+
+class ImageFiles(Dataset):
+    """The images under `folder/<class>/`, in the order of their paths.
+
+    Args:
+        classes: names of the class folders; their order numbers the labels.
+        transform: from an RGB image to a uint8 tensor `[3, H, W]`; may use PyTorch's generator.
+        seed: of the transform's random numbers.
+
+    Raises:
+        ValueError: a class folder holds no image.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        classes: list[str],
+        transform: Callable[[Image.Image], Tensor],
+        seed: int = 0,
+    ) -> None:
+        self.folder, self.classes, self.transform, self.seed = folder, classes, transform, seed
+        names, labels = [], []
+        for label, name in enumerate(classes):
+            files = _image_names(folder / name)
+            if not files:
+                raise ValueError(f"{folder / name}: no image in this class folder")
+            names += [os.fsencode(os.path.join(name, file)) for file in files]
+            labels += [label] * len(files)
+        # One block of bytes, not a million str: a worker touching a str copies its memory page.
+        self.names, self.labels = np.array(names), np.array(labels)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """Where an image lies."""
+        return self.folder / os.fsdecode(bytes(self.names[index]))
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int] | CorruptImageError:
+        try:
+            image = decode(self.path(key.index))
+        except CorruptImageError as error:
+            # Returned, not raised: through a worker it would lose its one clear line.
+            return CorruptImageError(str(error))
+        with seeded(SAMPLE_STREAM, self.seed, *key):
+            return self.transform(image), int(self.labels[key.index])
+
+
+def _image_names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+    return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
+
+
+def collate(samples: list[tuple[Tensor, int] | CorruptImageError]) -> Batch:
+    """Stacks the readable samples; `images` is empty if none is."""
+    corrupt = [s for s in samples if isinstance(s, CorruptImageError)]
+    good = [s for s in samples if not isinstance(s, CorruptImageError)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 0, 0)
+    return Batch(images, torch.tensor([label for _, label in good]), corrupt)
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """This process's share of every global batch of one epoch; an incomplete last batch is dropped.
+
+    Args:
+        count: images in the dataset.
+        batch_size: images per step over all processes.
+
+    Raises:
+        ValueError: there are fewer images than one batch, or it does not split evenly.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        if batch_size > count:
+            raise ValueError(f"batch_size={batch_size} is more than the {count} training images")
+        if batch_size % world_size():
+            raise ValueError(f"batch_size={batch_size} must divide by {world_size()} processes")
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        rng = np.random.default_rng((ORDER_STREAM, self.seed, self.epoch))
+        order = rng.permutation(self.count)
+        for step in range(len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [Key(self.epoch, int(i)) for i in batch[rank() :: world_size()]]
+
+
+class EvalBatches(Sampler[list[Key]]):
+    """Every image once over all processes, in order, with no padding."""
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        self.indices, self.batch_size = range(rank(), count, world_size()), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for i in range(0, len(self.indices), self.batch_size):
+            yield [Key(0, index) for index in self.indices[i : i + self.batch_size]]
+
+
+def make_loader(
+    dataset: ImageFiles, batches: TrainBatches | EvalBatches, workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """A loader of `Batch`es whose workers live as long as it does."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else every epoch would draw from the global one
+    )
+
+
+def train_transform(recipe: Recipe) -> v2.Compose:
+    """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from RGB to uint8."""
+    steps = [
+        v2.RandomResizedCrop(recipe.train_crop_px, scale=(recipe.min_crop_area, 1.0)),
+        v2.RandomHorizontalFlip(),
+    ]
+    if recipe.trivial_augment:
+        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
+    steps.append(v2.PILToTensor())
+    if recipe.random_erasing:
+        # The mean colour is zero once normalised, which is what the reference erases to.
+        steps.append(v2.RandomErasing(recipe.random_erasing, value=[round(c) for c in MEAN_RGB]))
+    return v2.Compose(steps)
+
+
+def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
+    """Shorter side to `resize_px`, then the centre crop, from RGB to uint8."""
+    return v2.Compose([v2.Resize(resize_px), v2.CenterCrop(crop_px), v2.PILToTensor()])
+
+
+@dataclass(frozen=True)
+class ImageNetFolders:
+    """Training and validation images of one `data_dir`, with their class names."""
+
+    train: ImageFiles
+    val: ImageFiles
+    classes: list[str]
+
+
+def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNetFolders:
+    """Opens `data_dir/train` and `data_dir/val` with the recipe's transforms.
+
+    Raises:
+        LayoutError: no such folders, a flat val, or classes that differ (see
+            `utils.imagenet.check_layout`).
+    """
+    data_dir = Path(data_dir)
+    classes = check_layout(data_dir)
+    evaluate = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    return ImageNetFolders(
+        ImageFiles(data_dir / "train", classes, train_transform(recipe), seed),
+        ImageFiles(data_dir / "val", classes, evaluate),
+        classes,
+    )
+
+
+class Preprocess:
+    """uint8 images to the network's input, on the device they are on.
+
+    Args:
+        cutmix_alpha, mixup_alpha: as in Recipe; each batch gets one of those that are on.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        num_classes: int,
+        channels_last: bool = True,
+        cutmix_alpha: float = 0.0,
+        mixup_alpha: float = 0.0,
+    ) -> None:
+        self.mean = torch.tensor(MEAN_RGB, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(STD_RGB, device=device).view(1, 3, 1, 1)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.device = device
+        mixes = [(v2.CutMix, cutmix_alpha), (v2.MixUp, mixup_alpha)]
+        mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0]
+        self.mix = v2.RandomChoice(mixes) if mixes else None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Float images `[N, 3, H, W]` with zero mean and unit variance on ImageNet, and targets.
+
+        Targets are class numbers `[N]`, or `[N, num_classes]` shares where images were mixed. What
+        is random comes from PyTorch's CPU generator.
+        """
+        images = batch.images.to(self.device, non_blocking=True)
+        images = images.float().sub_(self.mean).div_(self.std)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        if self.mix:
+            images, labels = self.mix(images, labels)
+        return images.contiguous(memory_format=self.memory_format), labels

@@ -1,0 +1,270 @@
+"""ImageNet on disk: sorts the flat validation folder into class folders and checks the layout.
+
+The layout is that of the Kaggle download, "ImageNet Object Localization Challenge"
+(https://www.kaggle.com/c/imagenet-object-localization-challenge/data):
+
+    LOC_synset_mapping.txt                    lines of "<wnid> <names>"
+    LOC_val_solution.csv                      ImageId,PredictionString; its first token is the wnid
+    ILSVRC/Data/CLS-LOC/train/<wnid>/*.JPEG
+    ILSVRC/Data/CLS-LOC/val/*.JPEG            flat: the class of an image stands only in the CSV
+
+Sorting plans first, checks everything, and then only renames. Every image has at all times one
+name, its old or its new one, so a run may be killed at any moment and started again.
+"""
+
+import contextlib
+import csv
+import errno
+import io
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+WNID = re.compile(r"n[0-9]{8}")
+IMAGE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a plain file name: no separator, no dot
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+Moves = list[tuple[str, str]]  # (source, target), relative to the validation folder
+
+
+class LayoutError(ValueError):
+    """The files are not as ImageNet's layout asks; the text is one line for the user."""
+
+
+def sort_val(
+    solution_path: str | Path, val_dir: str | Path, *, undo: bool = False, dry_run: bool = False
+) -> str:
+    """Moves the images of the CSV into their class folders, or back, and returns a summary.
+
+    Undoing also removes those class folders of the CSV that are empty afterwards.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: a path given is not a file, not a folder.
+        LayoutError: from `read_solution` or `plan` (nothing has moved), or from `apply`.
+    """
+    val_dir = Path(val_dir)
+    if not val_dir.is_dir():
+        raise NotADirectoryError(f"{val_dir} is not a folder: give the one that holds val's images")
+    labels = read_solution(solution_path)
+    with _lock(val_dir):
+        moves, left_alone = plan(labels, val_dir, undo=undo)
+        if not dry_run:
+            apply(moves, val_dir)
+            for folder in {val_dir / wnid for wnid in labels.values()} if undo else ():
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+    summary = f"{len(labels)} images: {'would move' if dry_run else 'moved'} {len(moves)}"
+    summary += f" into {'the flat folder' if undo else 'class folders'}"
+    if dry_run and moves:
+        summary += f", as {moves[0][0]} to {moves[0][1]}"
+    return "\n".join([f"{summary}; {len(labels) - len(moves)} already there", *left_alone])
+
+
+def plan(
+    labels: dict[str, str], val_dir: str | Path, *, undo: bool = False
+) -> tuple[Moves, list[str]]:
+    """Looks at a folder, half sorted or not, and returns the moves and lines to tell.
+
+    The lines are about images left alone: those that the CSV does not name, and second copies,
+    with the same bytes, of an image that is already in place.
+
+    Raises:
+        LayoutError: an image is missing, its target holds other bytes, or a name that is needed
+            belongs to something else. Links count as that: a relative one breaks when it is
+            moved, and a linked folder may be on another volume.
+    """
+    val_dir = Path(val_dir)
+    found = _scan(val_dir)
+    pairs = [(f"{image}.JPEG", f"{wnid}/{image}.JPEG") for image, wnid in labels.items()]
+    if undo:
+        pairs = [(nested, flat) for flat, nested in pairs]
+    named = {wnid: "folder" for wnid in labels.values()}
+    named |= {path: "file" for pair in pairs for path in pair}
+    if wrong := [path for path, kind in named.items() if found.get(path, kind) != kind]:
+        raise LayoutError(
+            f"{val_dir}: names in the way: {_few(wrong)}: an image must be a plain file and a "
+            "class folder a real folder, no links"
+        )
+    if missing := [a for a, b in pairs if a not in found and b not in found]:
+        raise LayoutError(
+            f"{val_dir}: images of the CSV missing: {_few(missing)}: each must be directly in this "
+            "folder or in its class folder"
+        )
+    twice = [(a, b) for a, b in pairs if a in found and b in found]
+    if differing := [
+        f"{a} and {b}" for a, b in twice if (val_dir / a).read_bytes() != (val_dir / b).read_bytes()
+    ]:
+        raise LayoutError(
+            f"{val_dir}: same image with different bytes: {_few(differing)}: nothing is "
+            "overwritten; take the wrong ones away"
+        )
+    unnamed = [p for p in found.keys() - named if found[p] == "file" and _is_image(p)]
+    lines = {
+        "left alone, not named in the CSV": sorted(unnamed),
+        "left alone, same bytes already in place": [source for source, _ in twice],
+    }
+    moves = [(source, target) for source, target in pairs if target not in found]
+    return moves, [f"{text}: {_few(paths)}" for text, paths in lines.items() if paths]
+
+
+def apply(moves: Moves, val_dir: str | Path) -> None:
+    """Renames each source to its target, never over a file, and shows a progress bar.
+
+    Raises:
+        LayoutError: a target has appeared or a source has gone since the plan, or the system
+            refuses. Some images may have moved, none is lost, and a second run goes on.
+    """
+    val_dir = Path(val_dir)
+    for folder in sorted({(val_dir / target).parent for _, target in moves}):
+        folder.mkdir(exist_ok=True)
+    for source, target in tqdm(moves, unit=" images", disable=not moves):
+        try:
+            # os.rename overwrites silently. The lock keeps other runs out, this other programs.
+            if os.path.lexists(val_dir / target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            os.rename(val_dir / source, val_dir / target)
+        except OSError as error:
+            raise LayoutError(
+                f"{val_dir}: cannot move {source} to {target}: {error.strerror}: put this right "
+                "and run again; no image is lost"
+            ) from error
+
+
+def read_solution(path: str | Path) -> dict[str, str]:
+    """Reads `LOC_val_solution.csv` and returns image id -> wnid.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        LayoutError: not a CSV in UTF-8, a column missing, no images, bad or repeated lines.
+    """
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    labels, problems = {}, []
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        if not {"ImageId", "PredictionString"} <= set(header):
+            raise LayoutError(f"{path}: columns {header}: expected ImageId,PredictionString")
+        for raw in reader:
+            row = [cell.strip() for cell in raw]
+            if row in ([], [""]):  # a blank line
+                continue
+            cells = dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
+            image = cells.get("ImageId", "")
+            wnid = cells.get("PredictionString", "").partition(" ")[0]
+            if image in labels:
+                problems.append(f"line {reader.line_num} {image} again, {labels[image]} and {wnid}")
+            elif IMAGE_ID.fullmatch(image) and WNID.fullmatch(wnid):
+                labels[image] = wnid
+            else:
+                problems.append(f"line {reader.line_num} {','.join(row)[:80]!r}")
+    except csv.Error as error:
+        raise LayoutError(f"{path}: line {reader.line_num} is not CSV: {error}") from error
+    if problems or not labels:
+        raise LayoutError(
+            f"{path}: bad lines: {_few(problems or ['no images'])}: expected each image once, as "
+            "in ILSVRC2012_val_00000001,n01440764 1 2 3 4"
+        )
+    return labels
+
+
+def read_synsets(path: str | Path) -> dict[str, str]:
+    """Reads `LOC_synset_mapping.txt` and returns wnid -> names, such as "tench, Tinca tinca".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        LayoutError: not UTF-8, no lines, bad or repeated lines.
+    """
+    names, problems = {}, []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        wnid, _, text = line.strip().partition(" ")
+        if wnid and (not WNID.fullmatch(wnid) or not text or wnid in names):
+            problems.append(f"line {number} {line.strip()!r}")
+        elif wnid:
+            names[wnid] = text.strip()
+    if problems or not names:
+        raise LayoutError(
+            f"{path}: bad lines: {_few(problems or ['no classes'])}: expected each class once, as "
+            "in n01440764 tench, Tinca tinca"
+        )
+    return names
+
+
+def check_layout(data_dir: str | Path) -> list[str]:
+    """Returns the sorted class names of a folder whose train/ and val/ hold the same classes.
+
+    Raises:
+        LayoutError: train/ or val/ is missing, val/ is flat or half sorted, the classes differ, or
+            there are none.
+    """
+    classes = {}
+    for split in ("train", "val"):
+        folder = Path(data_dir) / split
+        if not folder.is_dir():
+            raise LayoutError(f"{folder} is missing: {data_dir} must hold train/ and val/")
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        classes[split] = {entry.name for entry in entries if entry.is_dir()}
+        flat = sorted(e.name for e in entries if e.name not in classes[split] and _is_image(e.name))
+        if split == "val" and flat:
+            state = "half sorted" if classes[split] else "not sorted into class folders"
+            raise LayoutError(
+                f"{folder} is {state}: images directly in it: {_few(flat)}: run python "
+                "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
+                f"--val_image_dir {shlex.quote(str(folder))}"
+                + (" and take away what the CSV does not name" if classes[split] else "")
+            )
+    for one, other in (("train", "val"), ("val", "train")):
+        if only := sorted(classes[one] - classes[other]):
+            raise LayoutError(f"{data_dir}: classes in {one}/ and not in {other}/: {_few(only)}")
+    if not classes["train"]:
+        raise LayoutError(f"{data_dir}: train/ and val/ are empty: expected a folder per class")
+    return sorted(classes["train"])
+
+
+def _scan(folder: str | Path, prefix: str = "") -> dict[str, str]:
+    """Returns relative path -> "file", "folder" or "other", two levels deep, following no links."""
+    found = {}
+    for entry in os.scandir(folder):
+        path = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            found |= {path: "folder"} | ({} if prefix else _scan(entry.path, f"{path}/"))
+        else:
+            found[path] = "file" if entry.is_file(follow_symlinks=False) else "other"
+    return found
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Waits until no other run works in the folder. The lock ends with the process, even killed."""
+    with contextlib.ExitStack() as stack:
+        # Windows has no fcntl, and some network drives lock no folders. There two runs may get in
+        # each other's way and stop, but lose nothing: a source can be renamed only once.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)  # the folder itself: leaves no lock file behind
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _read_text(path: str | Path) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file: give the one from the Kaggle download")
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LayoutError(f"{path} is not UTF-8 text: {error.reason} {error.start}") from error
+
+
+def _is_image(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _few(items: Sequence[str]) -> str:
+    """Returns the count and the first three, as in "5 (a, b, c, ...)", on one printable line."""
+    shown = [item if item.isprintable() else ascii(item) for item in items[:3]]
+    return f"{len(items)} ({', '.join(shown + ['...'] * (len(items) > 3))})"
