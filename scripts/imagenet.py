@@ -30,14 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--undo", action="store_true", help="move the images back, flat")
     args = parser.parse_args(argv)
     try:
-        print(
-            sort_val(
-                args.val_solution_path, args.val_image_dir, undo=args.undo, dry_run=args.dry_run
-            )
+        summary = sort_val(
+            args.val_solution_path, args.val_image_dir, undo=args.undo, dry_run=args.dry_run
         )
     except (LayoutError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, FileNotFoundError | NotADirectoryError) else 1
+    print(summary)
     return 0
 
 

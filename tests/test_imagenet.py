@@ -130,6 +130,8 @@ def test_images_left_alone_are_told(tmp_path, capsys, more):
     }
     for path, content in extra.items():
         write(val / path, content)
+    (val / "album.jpg").mkdir()
+    extra["album.jpg"] = "folder"
     assert main(options(tmp_path, *more)) == 0
     folders = {B: "folder", C: "folder"}
     assert contents(val) == (flat_tree() | folders if more else sorted_tree()) | extra
@@ -222,7 +224,7 @@ ERRORS = {
     ),
     "image is a folder": (replace(f"val/{ONE}.JPEG", Path.mkdir), 1, [f"1 ({ONE}.JPEG)"]),
     "image is a link": (
-        replace(f"val/{ONE}.JPEG", lambda path: path.symlink_to(f"../val/{TWO}.JPEG")),
+        replace(f"val/{ONE}.JPEG", lambda path: path.symlink_to(f"{C}/{TWO}.JPEG")),
         1,
         [f"1 ({ONE}.JPEG)", "no links"],
     ),
@@ -356,6 +358,16 @@ def test_help_shows_the_example():
     assert "python scripts/imagenet.py --val_solution_path LOC_val_solution.csv" in shown.stdout
     for option in ("--val_image_dir", "--dry-run", "--undo"):
         assert option in shown.stdout
+
+
+@pytest.mark.parametrize(("csv", "code"), [("solution.csv", 0), ("val", 2), ("bad.csv", 1)])
+def test_exit_code_of_the_process(tmp_path, csv, code):
+    make(tmp_path)
+    write(tmp_path / "bad.csv", b"")
+    command = [sys.executable, str(SCRIPT), "--val_solution_path", csv, "--val_image_dir", "val"]
+    run = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert run.returncode == code
+    assert run.stderr.startswith("error: ") == (code != 0)
 
 
 @pytest.mark.parametrize(

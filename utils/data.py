@@ -7,7 +7,7 @@ and mixes them on the device.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from utils.distributed import rank, world_size
-from utils.imagenet import check_layout
+from utils.imagenet import LayoutError, check_layout
 from utils.recipe import Recipe
 
 # Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).
@@ -147,6 +147,24 @@ def collate(samples: list[tuple[Tensor, int] | CorruptImageError]) -> Batch:
     return Batch(images, torch.tensor([label for _, label in good]), corrupt)
 
 
+def readable(
+    batches: Iterable[Batch], skip_corrupt: bool, skipped: dict[str, None]
+) -> Iterator[Batch]:
+    """Passes batches on and sees to the images that could not be read.
+
+    Args:
+        skip_corrupt: whether to leave them out and add one message each to the keys of `skipped`.
+
+    Raises:
+        CorruptImageError: there is one, and it may not be left out.
+    """
+    for batch in batches:
+        if batch.corrupt and not skip_corrupt:
+            raise CorruptImageError(f"{batch.corrupt[0]}; --skip-corrupt leaves such files out")
+        skipped.update((str(error), None) for error in batch.corrupt)
+        yield batch
+
+
 class TrainBatches(Sampler[list[Key]]):
     """This process's share of every global batch of one epoch; an incomplete last batch is dropped.
 
@@ -242,14 +260,26 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNe
         LayoutError: no such folders, a flat val, or classes that differ (see
             `utils.imagenet.check_layout`).
     """
-    data_dir = Path(data_dir)
     classes = check_layout(data_dir)
-    evaluate = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
-    return ImageNetFolders(
-        ImageFiles(data_dir / "train", classes, train_transform(recipe), seed),
-        ImageFiles(data_dir / "val", classes, evaluate),
-        classes,
-    )
+    train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
+    val = open_val(data_dir, classes, recipe.eval_resize_px, recipe.eval_crop_px)
+    return ImageNetFolders(train, val, classes)
+
+
+def open_val(data_dir: str | Path, classes: list[str], resize_px: int, crop_px: int) -> ImageFiles:
+    """The validation images of `data_dir`, whose classes must be `classes`.
+
+    Raises:
+        LayoutError: as `open_folders`, or other classes.
+    """
+    found = check_layout(data_dir)
+    if found != classes:
+        odd = sorted(set(found) ^ set(classes))
+        raise LayoutError(
+            f"{data_dir}: {len(found)} classes, not the {len(classes)} of the checkpoint; {odd[0]} "
+            "is in only one of the two"
+        )
+    return ImageFiles(Path(data_dir) / "val", classes, eval_transform(resize_px, crop_px))
 
 
 class Preprocess:

@@ -22,7 +22,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
+from utils.progress import progress_bar
 
 WNID = re.compile(r"n[0-9]{8}")
 IMAGE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a plain file name: no separator, no dot
@@ -102,7 +102,7 @@ def plan(
             f"{val_dir}: same image with different bytes: {_few(differing)}: nothing is "
             "overwritten; take the wrong ones away"
         )
-    unnamed = [p for p in found.keys() - named if found[p] == "file" and _is_image(p)]
+    unnamed = [p for p in found.keys() - named if found[p] != "folder" and _is_image(p)]
     lines = {
         "left alone, not named in the CSV": sorted(unnamed),
         "left alone, same bytes already in place": [source for source, _ in twice],
@@ -121,7 +121,7 @@ def apply(moves: Moves, val_dir: str | Path) -> None:
     val_dir = Path(val_dir)
     for folder in sorted({(val_dir / target).parent for _, target in moves}):
         folder.mkdir(exist_ok=True)
-    for source, target in tqdm(moves, unit=" images", disable=not moves):
+    for source, target in progress_bar(moves, unit=" images", disable=not moves):
         try:
             # os.rename overwrites silently. The lock keeps other runs out, this other programs.
             if os.path.lexists(val_dir / target):

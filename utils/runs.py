@@ -9,6 +9,7 @@
 
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -33,7 +34,8 @@ class RunError(ValueError):
 def describe_machine() -> dict[str, Any]:
     """Versions, commit and hardware: what a number needs beside it to be believed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, np, PIL)}
+    # str: torch.load(weights_only=True) refuses torch's own class of versions
+    versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, np, PIL)}
     return {
         "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
@@ -98,6 +100,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise RunError(f"{path}: no such checkpoint") from error
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{path}: not a checkpoint, or one that would run code") from error
     except Exception as error:  # torch raises many types for broken files
         reason = str(error).splitlines()[0]
         raise RunError(f"{path}: not a readable checkpoint ({reason})") from error

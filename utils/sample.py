@@ -1,11 +1,10 @@
-"""Draws the embedded sample: the ImageNet download in small, from ten kinds of simple objects.
+"""Draws the embedded sample: the ImageNet download in small, with ten kinds of simple objects.
 
-`draw` writes real JPEG files in exactly the shape of the Kaggle download (class folders under
-`train/`, a flat `val/`, `LOC_val_solution.csv`, `LOC_synset_mapping.txt`), so that everything made
-for ImageNet runs unchanged without a download. One object per image; its class is its outline and
-nothing else: position, scale, rotation, colour, texture, clutter, occlusion, blur, noise and JPEG
-quality come from the same distribution for every class. No class depends on handedness, so flips,
-rotations and inverted colours keep the label.
+`draw` writes JPEG files in exactly the shape of the Kaggle download (class folders in `train/`, a
+flat `val/`, the solution files with one box per image, the class names), so that all that is made
+for ImageNet runs unchanged without a download. The class of an object is its outline and nothing
+else: position, scale, rotation, colour, texture, clutter, occlusion, blur, noise and JPEG quality
+are drawn alike for every class. Flips, rotations and inverted colours keep the class.
 
     python -m utils.sample data/sample
 """
@@ -20,61 +19,60 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-VERSION = 1  # of the drawing: raise it with any change that changes the bytes
+VERSION = 1  # of the drawing code: raise it with every change that changes the bytes
 MARKER, UNFINISHED = "sample.json", "sample.unfinished.json"
+SPLITS = ("train", "val")
 SUPERSAMPLING = 2  # canvas pixels per image pixel, for smooth edges
-GRAYSCALE_SHARE = 0.03
-CMYK_INDEX = 5  # this image of either split is CMYK: ImageNet has a few, and decoders trip on them
+GRAYSCALE_SHARE = 0.03  # ImageNet has about 0.02
+CMYK_INDEX = 5  # this image of each split: ImageNet has a few, and naive decoders trip on them
 
 Box = tuple[int, int, int, int]
 
 
 def _closed(radii: np.ndarray | list[float]) -> np.ndarray:
-    """Points [n, 2] of a closed outline around the origin, one per radius, at equal angles."""
+    """Points [n, 2] around the origin, one per radius at equal angles, the first straight up."""
     angles = np.arange(len(radii)) * 2 * np.pi / len(radii)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array(radii)[:, None]
+    return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
 
 
 def _cross(arm: float = 0.32) -> np.ndarray:
-    quarter = np.array([[1, -arm], [1, arm], [arm, arm]])
-    turn = np.array([[0, 1], [-1, 0]])
-    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
+    upper = [[1, arm], [arm, arm], [arm, 1], [-arm, 1], [-arm, arm], [-1, arm]]
+    return np.array(upper + [[-x, -y] for x, y in upper])
 
 
 def _heart() -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, y + 2.5], axis=1) / 16
+    up = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -2.5 - up], axis=1) / 16
 
 
-def _spoke_gaps(spokes: int = 5, inner: float = 0.22, outer: float = 0.74) -> list[np.ndarray]:
-    gaps = []
-    for k in range(spokes):
-        angles = (k + np.linspace(0.14, 0.86, 6)) * 2 * np.pi / spokes
-        arc = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        gaps.append(np.concatenate([outer * arc, inner * arc[::-1]]))
-    return gaps
+def _between_spokes(spokes: int = 5) -> list[np.ndarray]:
+    starts = np.arange(spokes) * 2 * np.pi / spokes
+    angles = starts[:, None] + np.linspace(0.14, 0.86, 6) * 2 * np.pi / spokes
+    arcs = np.stack([np.cos(angles), np.sin(angles)], axis=2)
+    return [np.concatenate([0.74 * arc, 0.22 * arc[::-1]]) for arc in arcs]
 
 
-def _panes() -> list[np.ndarray]:
-    pane = 0.36 * _closed([1] * 4)
-    return [pane + 0.46*corner for corner in _closed([1] * 4)]
+def _window() -> list[np.ndarray]:
+    square = 0.78 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    return [square, *(0.35 * square + 0.46 * corner for corner in square)]
 
-_WAVE = np.cos(5 * np.arange(60) * 2 * np.pi / 60)
 
-CLASSES = {
+# Names -> outlines within about one unit of the origin: the first is filled, the others cut holes.
+# Some pairs are alike on purpose (disc and hexagon, ring and wheel, star and flower and cross).
+CLASSES: dict[str, tuple[np.ndarray, ...]] = {
     "disc, filled circle": (_closed([1] * 48),),
     "hexagon": (_closed([1] * 6),),
     "ring, annulus": (_closed([1] * 48), _closed([0.6] * 48)),
-    "wheel": (_closed([1] * 48), *_spoke_gaps()),
-    "window": (_closed([1] * 4), *_panes()),
-    "gear": (_closed([1, 1, 0.74, 0.74] * 9),),
-    "flower": (_closed(0.72 + 0.28 * _WAVE),),
-    "star": (_closed([1, 0.45] * 5),),
+    "wheel, spoked wheel": (_closed([1] * 48), *_between_spokes()),
+    "window, four panes": tuple(_window()),
+    "gear, cogwheel": (_closed([1, 1, 0.74, 0.74] * 9),),
+    "flower, five petals": (_closed(0.72 + 0.28 * np.cos(np.arange(60) * 2 * np.pi / 12)),),
+    "star, pentagram": (_closed([1, 0.45] * 5),),
     "cross, plus sign": (_cross(),),
     "heart": (_heart(),),
 }
-# The form of WordNet's ids with a first digit that WordNet does not use.
+# The form of WordNet's ids, with a first digit that WordNet does not use.
 WNIDS = tuple(f"n9{number:07d}" for number in range(1, len(CLASSES) + 1))
 
 
@@ -84,19 +82,15 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
     return 255 * np.array(colorsys.hsv_to_rgb(*hsv))
 
 
-def _fill(colour: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(value) for value in colour)
-
-
-def _luma(colour: np.ndarray) -> float:
-    return float(colour @ (0.299, 0.587, 0.114))
+def _ink(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(_colour(rng).astype(int).tolist())
 
 
 def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """A colour that differs from `background` in brightness, so that grayscale shows it too."""
-    threshold = rng.uniform(25, 80)
+    """A colour lighter or darker than `background`, so that it shows in grayscale too."""
+    threshold, luma = rng.uniform(25, 80), np.array([0.299, 0.587, 0.114])
     colour = _colour(rng)
-    while abs(_luma(colour) - _luma(background)) < threshold:
+    while abs(luma @ (colour - background)) < threshold:
         colour = _colour(rng)
     return colour
 
@@ -106,7 +100,7 @@ def _texture(
 ) -> Image.Image:
     """An image that blends two colours by a gradient, soft noise and, at times, stripes."""
     coarse_px = size_px[0] // SUPERSAMPLING, size_px[1] // SUPERSAMPLING  # nothing here is sharp
-    x, y = (np.linspace(-1, 1, pixels, dtype=np.float32) for pixels in coarse_px)
+    x, y = (np.linspace(-1, 1, length, dtype=np.float32) for length in coarse_px)
     angle = rng.uniform(0, 2 * np.pi)
     across = np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]
     blend = 0.5 + rng.uniform(0, 0.5) * across
@@ -122,31 +116,30 @@ def _texture(
 
 
 def _scatter(rng: np.random.Generator, canvas: Image.Image, count: int) -> None:
-    """Draws `count` distractors, thin strokes and small irregular blobs, onto the canvas."""
-    draw, short_px = ImageDraw.Draw(canvas), min(canvas.size)
+    """Draws distractors: thin strokes and small irregular blobs, which are of no class."""
+    pen, short_px = ImageDraw.Draw(canvas), min(canvas.size)
     for _ in range(count):
-        colour, centre = _fill(_colour(rng)), rng.random(2) * canvas.size
+        centre = rng.random(2) * canvas.size
         if rng.random() < 0.5:
             steps = rng.normal(scale=0.22 * short_px, size=(rng.integers(2, 5), 2))
             points = centre + np.cumsum(steps, axis=0)
             width_px = round(short_px * rng.uniform(0.01, 0.04))
-            draw.line([*map(tuple, points)], fill=colour, width=width_px, joint="curve")
+            pen.line(points.ravel().tolist(), fill=_ink(rng), width=width_px, joint="curve")
         else:
             radii = short_px * rng.uniform(0.02, 0.09) * rng.uniform(0.4, 1.3, size=9)
-            draw.polygon([*map(tuple, centre + _closed(radii))], fill=colour)
+            pen.polygon((centre + _closed(radii)).ravel().tolist(), fill=_ink(rng))
 
 
 def _place(
     rng: np.random.Generator, outlines: tuple[np.ndarray, ...], size_px: tuple[int, int]
 ) -> list[np.ndarray]:
-    """Outlines in canvas pixels after a random rotation, stretch, shear, tilt, scale and shift."""
+    """Outlines in canvas pixels: rotated, stretched, sheared, tilted, scaled and shifted."""
     angle, stretch = rng.uniform(-0.5, 0.5), np.exp(rng.uniform(-0.15, 0.15))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     skew = np.array([[stretch, 0], [rng.uniform(-0.15, 0.15), 1 / stretch]])
     tilt = rng.uniform(-0.12, 0.12, size=2)
-    radius_px = rng.uniform(0.34, 0.48) * min(size_px)
-    size = np.array(size_px)
-    # Mostly near the middle, as in photographs; at worst a fifth of the object leaves the image.
+    radius_px, size = rng.uniform(0.34, 0.48) * min(size_px), np.array(size_px)
+    # Near the middle, as in most photographs; at worst a fifth of the object leaves the image.
     centre = size * (0.5 + rng.normal(scale=0.06, size=2))
     centre = np.clip(centre, 0.6 * radius_px, size - 0.6 * radius_px)
     bent = [points @ turn @ skew for points in outlines]
@@ -156,15 +149,14 @@ def _place(
 def _paste_object(
     rng: np.random.Generator, canvas: Image.Image, outlines: list[np.ndarray], colour: np.ndarray
 ) -> Box:
-    """Draws the object, some with a shadow or a rim, and returns its box in image pixels."""
+    """Draws the object, at times with a shadow, and returns its box in image pixels."""
     mask = Image.new("L", canvas.size)
     for number, points in enumerate(outlines):
-        ImageDraw.Draw(mask).polygon([*map(tuple, points)], fill=0 if number else 255)
+        ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=0 if number else 255)
     if rng.random() < 0.35:
-        dx, dy = rng.integers(-8, 9, size=2)
         shadow = mask.point(lambda value: value * 0.45)
         shadow = shadow.filter(ImageFilter.BoxBlur(rng.uniform(2, 6)))
-        canvas.paste((0, 0, 0), (int(dx), int(dy)), shadow)
+        canvas.paste((0, 0, 0), tuple(rng.integers(-8, 9, size=2).tolist()), shadow)
     other = np.clip(colour + rng.normal(scale=30, size=3), 0, 255)
     canvas.paste(_texture(rng, canvas.size, colour, other), mask=mask)
     box = mask.reduce(SUPERSAMPLING).getbbox()
@@ -175,11 +167,10 @@ def _paste_object(
 def _cover(rng: np.random.Generator, canvas: Image.Image, centre: np.ndarray) -> None:
     """Hides a part of the object behind a bar that runs through the whole image."""
     angle, short_px = rng.uniform(0, 2 * np.pi), min(canvas.size)
-    along = np.array([np.cos(angle), np.sin(angle)])
     middle = centre + rng.normal(scale=0.15 * short_px, size=2)
-    ends = [tuple(middle + reach * along) for reach in (-2 * short_px, 2 * short_px)]
-    width_px = round(short_px * rng.uniform(0.04, 0.14))
-    ImageDraw.Draw(canvas).line(ends, fill=_fill(_colour(rng)), width=width_px)
+    reach = 2 * short_px * np.array([np.cos(angle), np.sin(angle)])
+    ends, width_px = [*(middle - reach), *(middle + reach)], short_px * rng.uniform(0.04, 0.14)
+    ImageDraw.Draw(canvas).line(ends, fill=_ink(rng), width=round(width_px))
 
 
 def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box]:
@@ -190,22 +181,20 @@ def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box
         class_index: Position of the class in `CLASSES`.
 
     Returns:
-        The RGB image, short side 72 to 128 pixels, and the box (x1, y1, x2, y2) of the whole
-        object clipped to the image, in pixels, x2 and y2 exclusive. A covered part of the object
-        counts as part of it.
+        The RGB image, short side 72 to 128 pixels, and the box (x1, y1, x2, y2) of the object, in
+        pixels, x2 and y2 exclusive. The box ends at the image's border; what is covered counts.
     """
-    short_px, aspect = rng.integers(72, 129), np.exp(rng.uniform(-0.35, 0.35))
-    long_px = round(short_px * max(aspect, 1 / aspect))
-    size_px = (long_px, int(short_px)) if aspect > 1 else (int(short_px), long_px)
-    canvas_px = (size_px[0] * SUPERSAMPLING, size_px[1] * SUPERSAMPLING)
+    short_px = int(rng.integers(72, 129))
+    size_px = [short_px, round(short_px * np.exp(rng.uniform(0, 0.35)))]
+    width_px, height_px = rng.permutation(size_px).tolist()
+    canvas_px = (width_px * SUPERSAMPLING, height_px * SUPERSAMPLING)
 
     first, second = _colour(rng), _colour(rng)
     second = first + rng.uniform(0.1, 0.7) * (second - first)
     canvas = _texture(rng, canvas_px, first, second)
     _scatter(rng, canvas, rng.integers(0, 7))
     outlines = _place(rng, list(CLASSES.values())[class_index], canvas_px)
-    colour = _contrasting_colour(rng, (first + second) / 2)
-    box = _paste_object(rng, canvas, outlines, colour)
+    box = _paste_object(rng, canvas, outlines, _contrasting_colour(rng, (first + second) / 2))
     if rng.random() < 0.3:
         _cover(rng, canvas, outlines[0].mean(axis=0))
     _scatter(rng, canvas, rng.integers(0, 3))
@@ -213,25 +202,9 @@ def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box
     image = canvas.reduce(SUPERSAMPLING)
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6)))
-    noise = rng.uniform(0, 10) * rng.standard_normal((*image.size[::-1], 1), dtype=np.float32)
-    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)), box
-
-
-def _is_drawn(root: Path, settings: bytes) -> bool:
-    """Whether `root` holds the finished drawing; False where it is free or ours to finish.
-
-    Raises:
-        ValueError: `root` holds anything else, which is not ours to touch.
-    """
-    remedy = "choose another folder, or remove this one yourself"
-    for marker in (root / UNFINISHED, root / MARKER):
-        if marker.is_file():
-            if marker.read_bytes() != settings:
-                raise ValueError(f"{root} holds a sample with other settings: {remedy}")
-            return marker.name == MARKER and (root / "ILSVRC").is_dir()
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise ValueError(f"{root} holds files that are not a sample: {remedy}")
-    return False
+    noise = rng.standard_normal((height_px, width_px, 1), dtype=np.float32)
+    pixels = np.asarray(image) + rng.uniform(0, 10) * noise
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), box
 
 
 def _save(rng: np.random.Generator, image: Image.Image, path: Path, *, cmyk: bool) -> None:
@@ -243,47 +216,59 @@ def _save(rng: np.random.Generator, image: Image.Image, path: Path, *, cmyk: boo
     image.save(path, "JPEG", quality=int(rng.integers(35, 96)))
 
 
-def _draw_train(folder: Path, seed: int, per_class: int, bar: tqdm) -> None:
-    for index in range(per_class * len(CLASSES)):
-        number, label = divmod(index, len(CLASSES))
-        rng = np.random.default_rng((seed, 0, index))
-        image, _ = render(rng, label)
-        path = folder / WNIDS[label] / f"{WNIDS[label]}_{number}.JPEG"
-        _save(rng, image, path, cmyk=index == CMYK_INDEX)
-        bar.update()
-
-
-def _draw_val(folder: Path, seed: int, per_class: int, bar: tqdm) -> str:
-    """Draws the flat val/ and returns the text of its solution file."""
-    shuffle = np.random.default_rng((seed, 2))
+def _draw_split(data: Path, split: str, seed: int, per_class: int, bar: tqdm) -> str:
+    """Draws the images of one split and returns the text of its solution file."""
+    number = SPLITS.index(split)
+    shuffle = np.random.default_rng((seed, len(SPLITS) + number))
+    # Each class once in every ten images, so that a small sample is the beginning of a large one.
     labels = np.concatenate([shuffle.permutation(len(CLASSES)) for _ in range(per_class)])
     lines = ["ImageId,PredictionString"]
     for index, label in enumerate(labels):
-        rng = np.random.default_rng((seed, 1, index))
+        wnid = WNIDS[label]
+        if split == "train":
+            folder, image_id = data / split / wnid, f"{wnid}_{index // len(CLASSES)}"
+        else:
+            folder, image_id = data / split, f"ILSVRC2012_val_{index + 1:08d}"
+        rng = np.random.default_rng((seed, number, index))
         image, box = render(rng, label)
-        image_id = f"ILSVRC2012_val_{index + 1:08d}"
         _save(rng, image, folder / f"{image_id}.JPEG", cmyk=index == CMYK_INDEX)
-        lines.append(f"{image_id},{WNIDS[label]} {' '.join(map(str, box))} ")  # space as Kaggle's
+        lines.append(f"{image_id},{wnid} {' '.join(map(str, box))} ")  # Kaggle's ends in a space
         bar.update()
     return "\n".join(lines) + "\n"
+
+
+def _is_drawn(root: Path, settings: bytes) -> bool:
+    """Whether the drawing is there; False where the folder is free or ours to finish.
+
+    Raises:
+        ValueError: `root` holds anything else, which is not ours to touch.
+    """
+    remedy = "choose another folder, or remove this one yourself"
+    for marker in (root / UNFINISHED, root / MARKER):
+        if marker.is_file():
+            if marker.read_bytes() != settings:
+                raise ValueError(f"{root} holds a sample with other settings: {remedy}")
+            return marker.name == MARKER and (root / "ILSVRC").is_dir()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root} holds something that is not a sample: {remedy}")
+    return False
 
 
 def draw(
     root: str | Path,
     *,
     seed: int = 0,
-    train_per_class: int = 200,
+    train_per_class: int = 120,
     val_per_class: int = 50,
     progress: bool = False,
 ) -> Path:
-    """Draws the sample under `root`, or does nothing if it is there, its val/ sorted or not.
+    """Draws the sample into a folder, or does nothing if it is there, its val/ sorted or not.
 
     The same settings give the same bytes. An image depends on the seed, its split and its number
-    alone: a smaller sample is the beginning of a larger one. Two processes must not draw into the
-    same folder at the same time.
+    alone. Two processes must not draw into the same folder at the same time.
 
     Args:
-        root: Folder to fill: missing, empty, or left by an interrupted call with these settings.
+        root: Folder to fill: missing, empty, or left unfinished by a call with these settings.
         seed: Not negative.
         train_per_class: Training images of each class, 1 or more.
         val_per_class: Validation images of each class, 1 or more.
@@ -296,22 +281,21 @@ def draw(
         ValueError: A number out of range, or a `root` that holds something else.
     """
     if seed < 0 or train_per_class < 1 or val_per_class < 1:
-        raise ValueError(f"seed {seed} is negative or a class has no image")
-    root = Path(root)
-    counts = {"train_per_class": train_per_class, "val_per_class": val_per_class}
-    settings = json.dumps({"version": VERSION, "seed": seed, **counts}, indent=2).encode() + b"\n"
+        raise ValueError("seed must be 0 or more, images per class 1 or more")
+    root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
+    settings = json.dumps({"version": VERSION, "seed": seed, "per_class": counts}).encode() + b"\n"
     data = root / "ILSVRC" / "Data" / "CLS-LOC"
     if _is_drawn(root, settings):
         return data
 
     root.mkdir(parents=True, exist_ok=True)
     (root / UNFINISHED).write_bytes(settings)
-    mapping = "".join(f"{wnid} {names}\n" for wnid, names in zip(WNIDS, CLASSES, strict=True))
-    (root / "LOC_synset_mapping.txt").write_text(mapping, newline="\n")
+    names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
+    (root / "LOC_synset_mapping.txt").write_text(names)
     with tqdm(total=len(CLASSES) * sum(counts.values()), unit="image", disable=not progress) as bar:
-        _draw_train(data / "train", seed, train_per_class, bar)
-        solution = _draw_val(data / "val", seed, val_per_class, bar)
-    (root / "LOC_val_solution.csv").write_text(solution, newline="\n")
+        for split in SPLITS:
+            solution = _draw_split(data, split, seed, counts[split], bar)
+            (root / f"LOC_{split}_solution.csv").write_text(solution)
     (root / MARKER).write_bytes(settings)
     (root / UNFINISHED).unlink(missing_ok=True)
     return data
@@ -319,11 +303,9 @@ def draw(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line: 0 when the sample is there, 2 when it cannot be drawn."""
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.sample", description="Draw the embedded sample."
-    )
+    parser = argparse.ArgumentParser("python -m utils.sample", description="Draw the sample.")
     parser.add_argument("root", help="folder to fill, for example data/sample")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
         data = draw(args.root, seed=args.seed, progress=True)

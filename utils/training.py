@@ -6,7 +6,7 @@ Nothing here knows a backbone: `fit` takes any classifier `[N, 3, H, W]` -> `[N,
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from utils.data import (
     Preprocess,
     TrainBatches,
     make_loader,
+    open_val,
+    readable,
     stream_seed,
 )
 from utils.progress import progress_bar
@@ -171,14 +173,6 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Passes batches on, and raises at an unreadable image or adds it to `skipped`."""
-        for batch in batches:
-            if batch.corrupt and not self.skip_corrupt:
-                raise CorruptImageError(f"{batch.corrupt[0]}; --skip-corrupt leaves such files out")
-            self.skipped.update((str(error), None) for error in batch.corrupt)
-            yield batch
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end in the same bits."""
         return {
@@ -237,7 +231,7 @@ def train_one_epoch(
     """One pass over `batches`; returns the mean loss over all processes' steps."""
     trainer.net.train()
     meter = LossMeter(trainer.device)
-    for batch in trainer.watch(batches):
+    for batch in readable(batches, trainer.skip_corrupt, trainer.skipped):
         if not len(batch.labels):
             raise CorruptImageError(f"{batch.corrupt[0]}; nor is any other of its batch")
         meter.add(trainer.train_step(batch), trainer.step - 1)
@@ -365,7 +359,8 @@ def _run_epoch(
     train_loss = train_one_epoch(trainer, train_loader, progress)
     trained_s = time.perf_counter()
     models = {"": trainer.model, "ema_": trainer.ema.module}
-    results = evaluate(models, trainer.watch(val_loader), trainer.eval_preprocess, trainer.dtype)
+    batches = readable(val_loader, trainer.skip_corrupt, trainer.skipped)
+    results = evaluate(models, batches, trainer.eval_preprocess, trainer.dtype)
     row = {"epoch": epoch, "step": trainer.step, "first_lr": first_lr, "train_loss": train_loss}
     for prefix, result in results.items():
         row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
@@ -402,6 +397,54 @@ def make_loaders(
         make_loader(data.train, train_batches, workers, pin_memory),
         make_loader(data.val, val_batches, workers, pin_memory),
     )
+
+
+def evaluate_checkpoint(
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    data_dir: str | Path,
+    *,
+    size_px: int | None = None,
+    workers: int = 0,
+    device: torch.device | None = None,
+    skip_corrupt: bool = False,
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Accuracy of a run's raw and EMA weights on `data_dir/val`.
+
+    Args:
+        model: of the checkpoint's architecture; gets its raw weights.
+        checkpoint: from `runs.load_checkpoint`.
+        size_px: side of the centre crop; images are resized in proportion. None for the recipe's.
+
+    Returns:
+        `evaluate`'s results for "raw" and "EMA", and a message per image that was left out.
+
+    Raises:
+        ValueError: the validation classes are not those of the checkpoint, or a bad size.
+    """
+    config = checkpoint["config"]
+    recipe = Recipe(**config["recipe"])
+    crop_px = recipe.eval_crop_px if size_px is None else size_px
+    if crop_px < 1:
+        raise ValueError(f"size={crop_px} must be at least 1 pixel")
+    resize_px = round(crop_px * recipe.eval_resize_px / recipe.eval_crop_px)
+    val = open_val(data_dir, config["classes"], resize_px, crop_px)
+    device = device or distributed.pick_device()
+    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    model.load_state_dict(checkpoint["model"])
+    model = model.to(device, memory_format=memory_format)
+    average = AveragedModel(model, use_buffers=True)
+    average.load_state_dict(checkpoint["ema"])
+    batch_size = min(recipe.batch_size, 256)
+    loader = make_loader(val, EvalBatches(len(val), batch_size), workers, device.type == "cuda")
+    skipped: dict[str, None] = {}
+    results = evaluate(
+        {"raw": model, "EMA": average.module},
+        readable(loader, skip_corrupt, skipped),
+        Preprocess(device, len(val.classes), recipe.channels_last),
+        autocast_dtype(device, recipe.precision),
+    )
+    return results, list(skipped)
 
 
 def _describe(trainer: Trainer, data: ImageNetFolders, workers: int) -> dict[str, Any]:

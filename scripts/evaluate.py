@@ -1,0 +1,65 @@
+"""Top-1 and top-5 accuracy of a checkpoint's raw and EMA weights, at any test resolution.
+
+python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir data/sample/ILSVRC/Data/CLS-LOC
+python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir DIR --size 288
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import backbones
+from backbones.classifier import Classifier
+from utils import distributed, runs, training
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
+    add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
+    add("--size", type=int, help="side of the centre crop, pixels (default: the recipe's)")
+    add("--workers", type=int, default=1, help="decoding processes (default: 1)")
+    add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
+    return parser.parse_args(argv)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    checkpoint = runs.load_checkpoint(args.checkpoint)
+    config = checkpoint["config"]
+    model = Classifier(
+        backbones.create(config["backbone"], **config["options"]), len(config["classes"])
+    )
+    results, skipped = training.evaluate_checkpoint(
+        model,
+        checkpoint,
+        args.data_dir,
+        size_px=args.size,
+        workers=args.workers,
+        device=distributed.pick_device(args.device),
+        skip_corrupt=args.skip_corrupt,
+    )
+    for message in skipped:
+        print(f"skipped: {message}")
+    for name, result in results.items():
+        print(
+            f"{name:>3}: top-1 {result['top1_pct']:.2f} %  top-5 {result['top5_pct']:.2f} %  "
+            f"loss {result['loss']:.4f}  ({result['images']} images)"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        evaluate(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

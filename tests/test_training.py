@@ -1,0 +1,353 @@
+"""Schedule, parameter groups, averaged weights, losses, evaluation, and resuming."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import backbones
+from backbones.classifier import Classifier
+from utils import runs, training
+from utils.data import Batch, CorruptImageError, Preprocess, open_folders
+from utils.recipe import RECIPES, Recipe
+from utils.training import (
+    DivergedError,
+    LossMeter,
+    Trainer,
+    ema_decay_at,
+    evaluate,
+    fit,
+    lr_factor,
+    param_groups,
+)
+
+CPU = torch.device("cpu")
+TINY = dataclasses.replace(
+    RECIPES["quick"],
+    epochs=3,
+    batch_size=8,
+    train_crop_px=32,
+    eval_resize_px=36,
+    eval_crop_px=32,
+    width=0.125,
+)
+
+
+def make_model(seed=0, num_classes=3):
+    torch.manual_seed(seed)
+    return Classifier(backbones.create("cspdarknet19", width=0.125), num_classes)
+
+
+def make_batch(count=8, seed=0, num_classes=3, size_px=32):
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(rng.integers(0, 256, (count, 3, size_px, size_px), dtype=np.uint8))
+    return Batch(images, torch.from_numpy(rng.integers(0, num_classes, count)), [])
+
+
+def test_schedule_as_written_out():
+    """Five steps up to the peak, then half a cosine over ten."""
+    up = [0.2, 0.4, 0.6, 0.8, 1.0]
+    down = [
+        1.0,
+        0.975528,
+        0.904508,
+        0.793893,
+        0.654508,
+        0.5,
+        0.345492,
+        0.206107,
+        0.095492,
+        0.024472,
+    ]
+    found = [lr_factor(step, 5, 15) for step in range(15)]
+    np.testing.assert_allclose(found, up + down, atol=1e-6)
+    assert lr_factor(0, 0, 10) == 1.0
+    assert lr_factor(15, 5, 15) == pytest.approx(0)
+
+
+def test_optimizer_follows_the_schedule():
+    recipe = dataclasses.replace(TINY, batch_size=8, warmup_epochs=1.0)
+    trainer = Trainer(make_model(), recipe, steps_per_epoch=2, num_classes=3)
+    rates = []
+    for step in range(6):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.train_step(make_batch(seed=step))
+    peak = 0.5 * 8 / 1024
+    expected = peak * np.array([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447])
+    np.testing.assert_allclose(rates, np.stack([expected] * 2, axis=1), rtol=1e-5)
+
+
+def test_weight_decay_spares_norms_and_biases_by_type():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn_head = nn.Linear(4, 2)  # not a norm, whatever it is called
+            self.scale = nn.GroupNorm(2, 4)
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.LayerNorm(4))
+            self.frozen = nn.Linear(2, 2).requires_grad_(False)
+            self.tied = nn.Linear(4, 2)
+            self.tied.weight = self.bn_head.weight
+
+    net = Net()
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    decayed, plain = param_groups(net, 0.1, 0.02)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.02)
+    assert sorted(names[id(p)] for p in decayed["params"]) == ["bn_head.weight", "body.0.weight"]
+    assert sorted(names[id(p)] for p in plain["params"]) == sorted(
+        ["bn_head.bias", "body.0.bias", "tied.bias"]
+        + [
+            f"{norm}.{kind}"
+            for norm in ("scale", "body.1", "body.2")
+            for kind in ("weight", "bias")
+        ]
+    )
+
+
+def test_one_step_against_ten_lines():
+    """Loss with smoothing, SGD with momentum and selective decay, in float32 without mixing."""
+    recipe = dataclasses.replace(
+        TINY, precision="float32", cutmix_alpha=0.0, mixup_alpha=0.0, warmup_epochs=0.0,
+        weight_decay=0.1, label_smoothing=0.2, lr_per_1024=8.0,
+        channels_last=False,  # its norms sum less exactly, and a ReLU that flips shows in gradients
+    )  # fmt: skip
+    model, reference = make_model(), make_model().train()
+    trainer = Trainer(model, recipe, steps_per_epoch=1000, num_classes=3)
+    velocity = [torch.zeros_like(p) for p in reference.parameters()]
+    lr = 8.0 * 8 / 1024
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for step in range(2):
+        batch = make_batch(seed=step, size_px=96)
+        loss = trainer.train_step(batch)
+        logits = reference((batch.images / 255 - mean) / std)
+        target = 0.8 * torch.eye(3)[batch.labels] + 0.2 / 3
+        expected = -(target * logits.log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
+        grads = torch.autograd.grad(expected, list(reference.parameters()))
+        with torch.no_grad():
+            for p, grad, v in zip(reference.parameters(), grads, velocity, strict=True):
+                v.mul_(0.9).add_(grad + 0.1 * p * (p.ndim > 1))
+                p -= lr * lr_factor(step, 0, 3000) * v
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_ema_decay_warms_up():
+    found = [ema_decay_at(updates, 0.9) for updates in (0, 8, 35, 80, 10**6)]
+    assert found == pytest.approx([1 / 10, 9 / 18, 36 / 45, 0.9, 0.9])
+
+
+def test_ema_against_ten_lines():
+    """Weights and running statistics are averaged with the decay that warms up."""
+    trainer = Trainer(make_model(), TINY, steps_per_epoch=4, num_classes=3)
+    expected = None
+    for step in range(5):
+        trainer.train_step(make_batch(seed=step))
+        now = {
+            k: v.double() for k, v in trainer.model.state_dict().items() if v.is_floating_point()
+        }
+        decay = min(0.9998, (1 + step) / (10 + step))
+        expected = now if expected is None else {
+            k: decay * v + (1 - decay) * now[k] for k, v in expected.items()
+        }  # fmt: skip
+    found = trainer.ema.module.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-6, msg=name)
+    moved = found["backbone.stem.norm.running_mean"]
+    assert not torch.equal(moved, torch.zeros_like(moved))
+
+
+def test_autocast_is_on_where_the_recipe_says_and_the_device_can():
+    assert training.autocast_dtype(CPU, "float32") is None
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert training.autocast_dtype(CPU, "bf16") == (torch.bfloat16 if supported else None)
+
+
+def test_meter_names_the_first_bad_step():
+    meter = LossMeter(CPU)
+    for step, loss in enumerate((1.0, 3.0)):
+        meter.add(torch.tensor(loss), step)
+    assert meter.mean() == 2.0
+    for step, loss in enumerate((math.nan, 1.0, math.inf), start=2):
+        meter.add(torch.tensor(loss), step)
+    with pytest.raises(DivergedError, match="not finite at step 2;"):
+        meter.mean()
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(folders, tmp_path):
+    recipe = dataclasses.replace(TINY, lr_per_1024=1e30, warmup_epochs=0.0)
+    data = open_folders(folders, recipe)
+    with pytest.raises(DivergedError, match=r"not finite at step \d"):
+        fit(make_model(), data, recipe, tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+class Fixed(nn.Module):
+    """Gives the logits that the first pixel of each image numbers."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, images):
+        return self.logits[(images[:, 0, 0, 0] * 58.395 + 123.675).round().long()]
+
+
+@pytest.mark.parametrize("num_classes", [3, 8])
+def test_evaluate_against_a_loop(num_classes):
+    logits = torch.randn(40, num_classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, num_classes, (40,), generator=torch.Generator().manual_seed(1))
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2)
+    batches = [Batch(images[i : i + 16], labels[i : i + 16], []) for i in range(0, 40, 16)]
+    found = evaluate({"a": Fixed(logits)}, batches, Preprocess(CPU, num_classes))["a"]
+    top1 = top5 = loss = 0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        ranked = sorted(range(num_classes), key=lambda c: -row[c])
+        top1 += ranked[0] == label
+        top5 += label in ranked[:5]
+        loss += math.log(sum(math.exp(x) for x in row)) - row[label]
+    assert found["images"] == 40
+    assert found["top1_pct"] == pytest.approx(100 * top1 / 40)
+    assert found["top5_pct"] == pytest.approx(100 * top5 / 40)
+    assert found["loss"] == pytest.approx(loss / 40, rel=1e-5)
+
+
+def test_fit_learns_and_writes_down_what_it_did(folders, tmp_path):
+    recipe = dataclasses.replace(
+        TINY, epochs=16, lr_per_1024=8.0, cutmix_alpha=0.0, mixup_alpha=0.0, trivial_augment=False
+    )
+    trainer = fit(make_model(), open_folders(folders, recipe), recipe, tmp_path / "run", workers=1)
+    assert trainer.metrics[-1]["ema_val_top1_pct"] > 80  # chance is 33
+    table = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert list(table.epoch) == list(range(1, 17))
+    assert list(table.step) == [6 * epoch for epoch in range(1, 17)]
+    assert not table.isna().any().any()
+    assert table.to_dict("records") == [pytest.approx(row) for row in trainer.metrics]
+    speed = pd.read_csv(tmp_path / "run" / "speed.csv")
+    assert (speed[["train_time_s", "eval_time_s", "train_images_per_s"]] > 0).all().all()
+
+
+def state_of(run_dir):
+    state = runs.load_checkpoint(run_dir / "last.pt")
+    return {k: state[k] for k in ("model", "ema", "optimizer", "schedule", "step", "metrics")}
+
+
+def assert_same_bits(a, b, path=""):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, stop_after):
+    """Stopped in the middle of an epoch and started again with other workers: the same bits."""
+    data = open_folders(folders, TINY, seed=3)
+    fit(make_model(), data, TINY, tmp_path / "whole", seed=3)
+    train_step, steps = Trainer.train_step, 6 * stop_after + 3
+
+    def interrupt(self, batch):
+        if self.step == steps:
+            raise KeyboardInterrupt
+        return train_step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(), data, TINY, tmp_path / "parts", seed=3)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    torch.manual_seed(99)
+    torch.rand(7)
+    fit(make_model(seed=8), data, TINY, tmp_path / "parts", seed=3, workers=2)
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    tables = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("whole", "parts")]
+    assert tables[0] == tables[1]
+
+
+def test_a_finished_run_is_left_as_it_is(folders, tmp_path):
+    recipe = dataclasses.replace(TINY, epochs=2)
+    data = open_folders(folders, recipe)
+    first = fit(make_model(), data, recipe, tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    second = fit(make_model(), data, recipe, tmp_path)
+    assert second.metrics == first.metrics
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_folder_with_another_run_is_refused(folders, tmp_path):
+    recipe = dataclasses.replace(TINY, epochs=2)
+    fit(make_model(), open_folders(folders, recipe), recipe, tmp_path)
+    other = dataclasses.replace(recipe, momentum=0.8)
+    with pytest.raises(runs.RunError, match=r"holds a run with momentum=0\.9, not 0\.8"):
+        fit(make_model(), open_folders(folders, other), other, tmp_path)
+    with pytest.raises(runs.RunError, match="holds a run with seed=0, not 1"):
+        fit(make_model(), open_folders(folders, recipe), recipe, tmp_path, seed=1)
+
+
+def corrupt_copy(folders, root, names):
+    shutil.copytree(folders, root)
+    for name in names:
+        (root / name).write_bytes(b"\xff\xd8 no image")
+    return root
+
+
+def test_an_unreadable_image_stops_the_run_or_is_listed(folders, tmp_path):
+    names = ["train/n00000000/3.JPEG", "val/n00000002/1.JPEG"]
+    root = corrupt_copy(folders, tmp_path / "images", names)
+    recipe = dataclasses.replace(TINY, epochs=2)
+    for workers in (0, 1):
+        with pytest.raises(CorruptImageError) as error:
+            fit(make_model(), open_folders(root, recipe), recipe, tmp_path / "run", workers=workers)
+        assert str(root / names[0]) in str(error.value)
+        assert "\n" not in str(error.value)
+    trainer = fit(
+        make_model(), open_folders(root, recipe), recipe, tmp_path / "run", skip_corrupt=True
+    )
+    assert len(trainer.skipped) == 2
+    assert all(any(name in message for message in trainer.skipped) for name in names)
+    assert trainer.metrics[-1]["val_top1_pct"] * 17 / 100 == pytest.approx(
+        round(trainer.metrics[-1]["val_top1_pct"] * 17 / 100)
+    )  # 17 of 18 images counted
+
+
+def test_checkpoints_are_read_without_running_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"model": Trap()}, tmp_path / "trap.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    for name, words in [
+        ("trap.pt", "not a checkpoint, or one that would run code"),
+        ("text.pt", "not a checkpoint"),
+        ("other.pt", "not a checkpoint of scripts/train.py"),
+        ("none.pt", "no such checkpoint"),
+    ]:
+        with pytest.raises(runs.RunError, match=f"{name}: {words}") as error:
+            runs.load_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_recipe_of_a_run_is_in_its_config(folders, tmp_path):
+    recipe = dataclasses.replace(TINY, epochs=2)
+    fit(make_model(), open_folders(folders, recipe), recipe, tmp_path, config={"backbone": "x"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert Recipe(**config["recipe"]) == recipe
+    assert config["backbone"] == "x"
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"commit", "hardware", "autocast", "classes", "seed"} <= config.keys()
