@@ -10,7 +10,7 @@ from pathlib import Path
 
 import backbones
 from backbones.classifier import Classifier
-from utils import distributed, runs, training
+from utils import distributed, evaluation, runs
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def evaluate(args: argparse.Namespace) -> None:
     model = Classifier(
         backbones.create(config["backbone"], **config["options"]), len(config["classes"])
     )
-    results, skipped = training.evaluate_checkpoint(
+    results, skipped = evaluation.evaluate_checkpoint(
         model,
         checkpoint,
         args.data_dir,

@@ -13,15 +13,14 @@ from torch import nn
 
 import backbones
 from backbones.classifier import Classifier
-from utils import runs, training
-from utils.data import Batch, CorruptImageError, Preprocess, open_folders
+from utils import runs
+from utils.data import Batch, CorruptImageError, open_folders
 from utils.recipe import RECIPES, Recipe
 from utils.training import (
     DivergedError,
     LossMeter,
     Trainer,
     ema_decay_at,
-    evaluate,
     fit,
     lr_factor,
     param_groups,
@@ -163,12 +162,6 @@ def test_ema_against_ten_lines():
     assert not torch.equal(moved, torch.zeros_like(moved))
 
 
-def test_autocast_is_on_where_the_recipe_says_and_the_device_can():
-    assert training.autocast_dtype(CPU, "float32") is None
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert training.autocast_dtype(CPU, "bf16") == (torch.bfloat16 if supported else None)
-
-
 def test_meter_names_the_first_bad_step():
     meter = LossMeter(CPU)
     for step, loss in enumerate((1.0, 3.0)):
@@ -186,36 +179,6 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(folders, tmp_path):
     with pytest.raises(DivergedError, match=r"not finite at step \d"):
         fit(make_model(), data, recipe, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]
-
-
-class Fixed(nn.Module):
-    """Gives the logits that the first pixel of each image numbers."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.register_buffer("logits", logits)
-
-    def forward(self, images):
-        return self.logits[(images[:, 0, 0, 0] * 58.395 + 123.675).round().long()]
-
-
-@pytest.mark.parametrize("num_classes", [3, 8])
-def test_evaluate_against_a_loop(num_classes):
-    logits = torch.randn(40, num_classes, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, num_classes, (40,), generator=torch.Generator().manual_seed(1))
-    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2)
-    batches = [Batch(images[i : i + 16], labels[i : i + 16], []) for i in range(0, 40, 16)]
-    found = evaluate({"a": Fixed(logits)}, batches, Preprocess(CPU, num_classes))["a"]
-    top1 = top5 = loss = 0
-    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
-        ranked = sorted(range(num_classes), key=lambda c: -row[c])
-        top1 += ranked[0] == label
-        top5 += label in ranked[:5]
-        loss += math.log(sum(math.exp(x) for x in row)) - row[label]
-    assert found["images"] == 40
-    assert found["top1_pct"] == pytest.approx(100 * top1 / 40)
-    assert found["top5_pct"] == pytest.approx(100 * top5 / 40)
-    assert found["loss"] == pytest.approx(loss / 40, rel=1e-5)
 
 
 def test_fit_learns_and_writes_down_what_it_did(folders, tmp_path):

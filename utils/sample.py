@@ -88,7 +88,7 @@ def _ink(rng: np.random.Generator) -> tuple[int, ...]:
 
 def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
     """A colour lighter or darker than `background`, so that it shows in grayscale too."""
-    threshold, luma = rng.uniform(25, 80), np.array([0.299, 0.587, 0.114])
+    threshold, luma = rng.uniform(35, 90), np.array([0.299, 0.587, 0.114])
     colour = _colour(rng)
     while abs(luma @ (colour - background)) < threshold:
         colour = _colour(rng)
@@ -134,9 +134,9 @@ def _place(
     rng: np.random.Generator, outlines: tuple[np.ndarray, ...], size_px: tuple[int, int]
 ) -> list[np.ndarray]:
     """Outlines in canvas pixels: rotated, stretched, sheared, tilted, scaled and shifted."""
-    angle, stretch = rng.uniform(-0.5, 0.5), np.exp(rng.uniform(-0.15, 0.15))
+    angle, stretch = rng.uniform(-0.5, 0.5), np.exp(rng.uniform(-0.12, 0.12))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    skew = np.array([[stretch, 0], [rng.uniform(-0.15, 0.15), 1 / stretch]])
+    skew = np.array([[stretch, 0], [rng.uniform(-0.12, 0.12), 1 / stretch]])
     tilt = rng.uniform(-0.12, 0.12, size=2)
     radius_px, size = rng.uniform(0.34, 0.48) * min(size_px), np.array(size_px)
     # Near the middle, as in most photographs; at worst a fifth of the object leaves the image.

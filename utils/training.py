@@ -1,4 +1,4 @@
-"""The training loop: parameter groups, schedule, averaged weights, one epoch, evaluation, `fit`.
+"""The training loop: parameter groups, schedule, averaged weights, one epoch, `fit`.
 
 Nothing here knows a backbone: `fit` takes any classifier `[N, 3, H, W]` -> `[N, num_classes]`.
 """
@@ -28,10 +28,10 @@ from utils.data import (
     Preprocess,
     TrainBatches,
     make_loader,
-    open_val,
     readable,
     stream_seed,
 )
+from utils.evaluation import autocast, autocast_dtype, evaluate
 from utils.progress import progress_bar
 from utils.recipe import Recipe
 
@@ -89,17 +89,6 @@ def ema_decay_at(updates: int, decay: float) -> float:
     of the run so far, so that a short run is not left near its initial weights.
     """
     return min(decay, (1 + updates) / (10 + updates))
-
-
-def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """The type to autocast to, or None for float32, also where bf16 would only be emulated."""
-    if precision == "float32":
-        return None
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else None
 
 
 class Trainer:
@@ -192,11 +181,6 @@ class Trainer:
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to `dtype` on `device`; does nothing for None."""
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
 class LossMeter:
     """Mean loss, summed on the device and looked at rarely; keeps the first step gone wrong."""
 
@@ -241,54 +225,6 @@ def train_one_epoch(
             progress.update(trainer.recipe.batch_size)
     mean = torch.tensor(meter.mean(), device=trainer.device, dtype=torch.float64)
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
-
-
-@torch.inference_mode()
-def evaluate(
-    models: dict[str, nn.Module],
-    batches: Iterable[Batch],
-    preprocess: Preprocess,
-    dtype: torch.dtype | None = None,
-) -> dict[str, dict[str, float]]:
-    """Accuracy of several models in one pass over the images of all processes.
-
-    Returns:
-        For each model `loss` (cross-entropy without smoothing), `top1_pct` and `top5_pct` (top-k
-        with k the number of classes if those are fewer), and `images`, how many were counted.
-    """
-    sums = {name: torch.zeros(4, dtype=torch.float64, device=preprocess.device) for name in models}
-    for model in models.values():
-        model.eval()
-    for batch in batches:
-        if not len(batch.labels):
-            continue
-        images, labels = preprocess(batch)
-        for name, model in models.items():
-            with autocast(preprocess.device, dtype):
-                logits = model(images)
-            sums[name] += _count(logits.float(), labels)
-    return {name: _summarise(distributed.sum_over_processes(s)) for name, s in sums.items()}
-
-
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """[sum of losses, right at the first guess, right in five guesses, images]."""
-    guesses = logits.topk(min(5, logits.shape[1])).indices
-    right = guesses == labels[:, None]
-    loss = cross_entropy(logits, labels, reduction="sum")
-    images = torch.full_like(loss, len(labels))
-    return torch.stack((loss, right[:, 0].sum(), right.sum(), images))
-
-
-def _summarise(sums: Tensor) -> dict[str, float]:
-    loss, top1, top5, images = sums.tolist()
-    if images == 0:
-        raise CorruptImageError("no validation image is readable")
-    return {
-        "loss": loss / images,
-        "top1_pct": 100 * top1 / images,
-        "top5_pct": 100 * top5 / images,
-        "images": int(images),
-    }
 
 
 def fit(
@@ -397,54 +333,6 @@ def make_loaders(
         make_loader(data.train, train_batches, workers, pin_memory),
         make_loader(data.val, val_batches, workers, pin_memory),
     )
-
-
-def evaluate_checkpoint(
-    model: nn.Module,
-    checkpoint: dict[str, Any],
-    data_dir: str | Path,
-    *,
-    size_px: int | None = None,
-    workers: int = 0,
-    device: torch.device | None = None,
-    skip_corrupt: bool = False,
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Accuracy of a run's raw and EMA weights on `data_dir/val`.
-
-    Args:
-        model: of the checkpoint's architecture; gets its raw weights.
-        checkpoint: from `runs.load_checkpoint`.
-        size_px: side of the centre crop; images are resized in proportion. None for the recipe's.
-
-    Returns:
-        `evaluate`'s results for "raw" and "EMA", and a message per image that was left out.
-
-    Raises:
-        ValueError: the validation classes are not those of the checkpoint, or a bad size.
-    """
-    config = checkpoint["config"]
-    recipe = Recipe(**config["recipe"])
-    crop_px = recipe.eval_crop_px if size_px is None else size_px
-    if crop_px < 1:
-        raise ValueError(f"size={crop_px} must be at least 1 pixel")
-    resize_px = round(crop_px * recipe.eval_resize_px / recipe.eval_crop_px)
-    val = open_val(data_dir, config["classes"], resize_px, crop_px)
-    device = device or distributed.pick_device()
-    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    model.load_state_dict(checkpoint["model"])
-    model = model.to(device, memory_format=memory_format)
-    average = AveragedModel(model, use_buffers=True)
-    average.load_state_dict(checkpoint["ema"])
-    batch_size = min(recipe.batch_size, 256)
-    loader = make_loader(val, EvalBatches(len(val), batch_size), workers, device.type == "cuda")
-    skipped: dict[str, None] = {}
-    results = evaluate(
-        {"raw": model, "EMA": average.module},
-        readable(loader, skip_corrupt, skipped),
-        Preprocess(device, len(val.classes), recipe.channels_last),
-        autocast_dtype(device, recipe.precision),
-    )
-    return results, list(skipped)
 
 
 def _describe(trainer: Trainer, data: ImageNetFolders, workers: int) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+# README's commands. Everything runs in .venv, which the first of them makes.
+PYTHON ?= python3
+BIN := .venv/bin
+SAMPLE := data/sample
+FOLDERS := $(SAMPLE)/ILSVRC/Data/CLS-LOC
+
+.PHONY: train lab test lint notebooks bench
+
+train: $(BIN)/.installed
+	$(BIN)/python -m utils.sample $(SAMPLE)
+	$(BIN)/python scripts/imagenet.py --val_solution_path $(SAMPLE)/LOC_val_solution.csv --val_image_dir $(FOLDERS)/val
+	$(BIN)/python scripts/train.py --data-dir $(FOLDERS) --backbone cspdarknet19 --recipe quick
+
+lab: $(BIN)/.installed
+	$(BIN)/jupyter lab notebooks/03_train_cspdarknet.ipynb
+
+test: $(BIN)/.installed
+	$(BIN)/pytest
+	$(BIN)/pytest --nbval notebooks
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+notebooks: $(BIN)/.installed
+	$(BIN)/python scripts/run_notebooks.py
+
+bench: $(BIN)/.installed
+	$(BIN)/python scripts/benchmark.py
+
+# Made last, so that an interrupted installation is taken up again.
+$(BIN)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "error: Python %d.%d; needs 3.11 to 3.13: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@

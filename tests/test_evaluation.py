@@ -1,0 +1,78 @@
+"""Evaluation, predictions and confusions against loops."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from utils.data import Batch, CorruptImageError, Preprocess
+from utils.evaluation import autocast_dtype, confused_pairs, evaluate, predict
+
+CPU = torch.device("cpu")
+
+
+def test_autocast_is_on_where_the_recipe_says_and_the_device_can():
+    assert autocast_dtype(CPU, "float32") is None
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert autocast_dtype(CPU, "bf16") == (torch.bfloat16 if supported else None)
+
+
+class Fixed(nn.Module):
+    """Gives the logits that the first pixel of each image numbers."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, images):
+        return self.logits[(images[:, 0, 0, 0] * 58.395 + 123.675).round().long()]
+
+
+@pytest.mark.parametrize("num_classes", [3, 8])
+def test_evaluate_against_a_loop(num_classes):
+    logits = torch.randn(40, num_classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, num_classes, (40,), generator=torch.Generator().manual_seed(1))
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2)
+    batches = [Batch(images[i : i + 16], labels[i : i + 16], []) for i in range(0, 40, 16)]
+    found = evaluate({"a": Fixed(logits)}, batches, Preprocess(CPU, num_classes))["a"]
+    top1 = top5 = loss = 0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        ranked = sorted(range(num_classes), key=lambda c: -row[c])
+        top1 += ranked[0] == label
+        top5 += label in ranked[:5]
+        loss += math.log(sum(math.exp(x) for x in row)) - row[label]
+    assert found["images"] == 40
+    assert found["top1_pct"] == pytest.approx(100 * top1 / 40)
+    assert found["top5_pct"] == pytest.approx(100 * top5 / 40)
+    assert found["loss"] == pytest.approx(loss / 40, rel=1e-5)
+
+
+def test_evaluate_counts_readable_images_only():
+    logits = torch.eye(3)
+    images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 2, 2)
+    unreadable = Batch(torch.empty(0, 3, 0, 0), torch.empty(0).long(), [CorruptImageError("x")])
+    batches = [Batch(images, torch.tensor([0, 1, 0]), []), unreadable]
+    found = evaluate({"a": Fixed(logits)}, batches, Preprocess(CPU, 3))["a"]
+    assert (found["images"], found["top1_pct"]) == (3, pytest.approx(200 / 3))
+    with pytest.raises(CorruptImageError, match="no validation image is readable"):
+        evaluate({"a": Fixed(logits)}, [unreadable], Preprocess(CPU, 3))
+
+
+def test_predictions_and_confused_pairs():
+    logits = 3 * torch.eye(3)
+    first_pixels = torch.tensor([0, 0, 1, 1, 1, 2], dtype=torch.uint8)
+    images = first_pixels[:, None, None, None].expand(6, 3, 2, 2)
+    batches = [Batch(images, torch.tensor([0, 2, 1, 2, 2, 0]), [])]
+    labels, probabilities = predict(Fixed(logits), batches, Preprocess(CPU, 3))
+    assert labels.tolist() == [0, 2, 1, 2, 2, 0]
+    assert probabilities.argmax(1).tolist() == [0, 0, 1, 1, 1, 2]
+    assert probabilities.max(1).values.tolist() == pytest.approx(
+        [math.exp(3) / (math.exp(3) + 2)] * 6
+    )
+    table = confused_pairs(labels, probabilities.argmax(1), ["a", "b", "c"])
+    assert table.to_dict("records") == [
+        {"true": "c", "predicted": "b", "images": 2, "share_pct": pytest.approx(200 / 3)},
+        {"true": "a", "predicted": "c", "images": 1, "share_pct": 50.0},
+        {"true": "c", "predicted": "a", "images": 1, "share_pct": pytest.approx(100 / 3)},
+    ]
