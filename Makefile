@@ -4,11 +4,9 @@ BIN := .venv/bin
 SAMPLE := data/sample
 FOLDERS := $(SAMPLE)/ILSVRC/Data/CLS-LOC
 
-.PHONY: train lab test lint notebooks bench
+.PHONY: train lab test lint notebooks bench sample
 
-train: $(BIN)/.installed
-	$(BIN)/python -m utils.sample $(SAMPLE)
-	$(BIN)/python scripts/imagenet.py --val_solution_path $(SAMPLE)/LOC_val_solution.csv --val_image_dir $(FOLDERS)/val
+train: sample
 	$(BIN)/python scripts/train.py --data-dir $(FOLDERS) --backbone cspdarknet19 --recipe quick
 
 lab: $(BIN)/.installed
@@ -25,8 +23,13 @@ lint: $(BIN)/.installed
 notebooks: $(BIN)/.installed
 	$(BIN)/python scripts/run_notebooks.py
 
-bench: $(BIN)/.installed
-	$(BIN)/python scripts/benchmark.py
+bench: sample
+	$(BIN)/python scripts/benchmark.py --data-dir $(FOLDERS) --train-crop-px 64
+
+# Drawn and sorted once; both commands do nothing where it is.
+sample: $(BIN)/.installed
+	$(BIN)/python -m utils.sample $(SAMPLE)
+	$(BIN)/python scripts/imagenet.py --val_solution_path $(SAMPLE)/LOC_val_solution.csv --val_image_dir $(FOLDERS)/val
 
 # Made last, so that an interrupted installation is taken up again.
 $(BIN)/.installed: requirements.lock pyproject.toml

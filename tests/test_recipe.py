@@ -33,11 +33,12 @@ def test_presets_change_what_they_say(name, changed):
     assert {key for key in base if base[key] != other[key]} == changed
 
 
-def test_quick_changes_sizes_only():
-    base, other = (dataclasses.asdict(RECIPES[n]) for n in ("imagenet", "quick"))
+def test_quick_is_small_in_sizes_for_a_short_run():
+    base, other = (dataclasses.asdict(RECIPES[n]) for n in ("small", "quick"))
     sizes = {"epochs", "batch_size", "warmup_epochs", "width"}
     sizes |= {"train_crop_px", "eval_resize_px", "eval_crop_px"}
-    assert {key for key in base if base[key] != other[key]} <= sizes
+    short = {"lr_per_1024", "min_crop_area"}
+    assert {key for key in base if base[key] != other[key]} == sizes | short
 
 
 def test_learning_rate_is_linear_in_the_batch_size():

@@ -28,8 +28,9 @@ from utils.training import (
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
-    RECIPES["quick"],
+    RECIPES["imagenet"],
     epochs=3,
+    warmup_epochs=1.0,
     batch_size=8,
     train_crop_px=32,
     eval_resize_px=36,

@@ -88,7 +88,7 @@ def _ink(rng: np.random.Generator) -> tuple[int, ...]:
 
 def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
     """A colour lighter or darker than `background`, so that it shows in grayscale too."""
-    threshold, luma = rng.uniform(35, 90), np.array([0.299, 0.587, 0.114])
+    threshold, luma = rng.uniform(50, 110), np.array([0.299, 0.587, 0.114])
     colour = _colour(rng)
     while abs(luma @ (colour - background)) < threshold:
         colour = _colour(rng)
@@ -134,11 +134,11 @@ def _place(
     rng: np.random.Generator, outlines: tuple[np.ndarray, ...], size_px: tuple[int, int]
 ) -> list[np.ndarray]:
     """Outlines in canvas pixels: rotated, stretched, sheared, tilted, scaled and shifted."""
-    angle, stretch = rng.uniform(-0.5, 0.5), np.exp(rng.uniform(-0.12, 0.12))
+    angle, stretch = rng.uniform(-0.4, 0.4), np.exp(rng.uniform(-0.1, 0.1))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     skew = np.array([[stretch, 0], [rng.uniform(-0.12, 0.12), 1 / stretch]])
     tilt = rng.uniform(-0.12, 0.12, size=2)
-    radius_px, size = rng.uniform(0.34, 0.48) * min(size_px), np.array(size_px)
+    radius_px, size = rng.uniform(0.38, 0.5) * min(size_px), np.array(size_px)
     # Near the middle, as in most photographs; at worst a fifth of the object leaves the image.
     centre = size * (0.5 + rng.normal(scale=0.06, size=2))
     centre = np.clip(centre, 0.6 * radius_px, size - 0.6 * radius_px)
@@ -192,10 +192,10 @@ def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box
     first, second = _colour(rng), _colour(rng)
     second = first + rng.uniform(0.1, 0.7) * (second - first)
     canvas = _texture(rng, canvas_px, first, second)
-    _scatter(rng, canvas, rng.integers(0, 7))
+    _scatter(rng, canvas, rng.integers(0, 5))
     outlines = _place(rng, list(CLASSES.values())[class_index], canvas_px)
     box = _paste_object(rng, canvas, outlines, _contrasting_colour(rng, (first + second) / 2))
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         _cover(rng, canvas, outlines[0].mean(axis=0))
     _scatter(rng, canvas, rng.integers(0, 3))
 
@@ -203,7 +203,7 @@ def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6)))
     noise = rng.standard_normal((height_px, width_px, 1), dtype=np.float32)
-    pixels = np.asarray(image) + rng.uniform(0, 10) * noise
+    pixels = np.asarray(image) + rng.uniform(0, 8) * noise
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), box
 
 
@@ -258,7 +258,7 @@ def draw(
     root: str | Path,
     *,
     seed: int = 0,
-    train_per_class: int = 120,
+    train_per_class: int = 200,
     val_per_class: int = 50,
     progress: bool = False,
 ) -> Path:

@@ -252,10 +252,14 @@ def fit(
         The trainer, with the model, its average and the rows of every epoch.
 
     Raises:
+        ValueError: a negative seed or number of workers, or a batch larger than the data.
         RunError: `run_dir` holds another run.
         CorruptImageError: an image is unreadable.
         DivergedError: the loss is not finite.
     """
+    for name, value in (("seed", seed), ("workers", workers)):
+        if value < 0:
+            raise ValueError(f"{name}={value} must be at least 0")
     run_dir = Path(run_dir)
     device = device or distributed.pick_device()
     train_loader, val_loader = make_loaders(data, recipe, seed, workers, device)

@@ -1,0 +1,71 @@
+"""Executes notebooks from top to bottom and saves them with their outputs.
+
+    python scripts/run_notebooks.py                  # all of notebooks/
+    python scripts/run_notebooks.py notebooks/03*.ipynb
+
+Committed outputs come from here alone, so none is left over from cells run by hand.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def execute(path: Path) -> list[str]:
+    """Runs a notebook in its own folder, saves it, and returns what a reader would trip over."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,
+        coalesce_streams=True,
+    ).execute()
+    notebook.metadata = {
+        # Names alone: versions of this machine would change with every run.
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    nbformat.write(notebook, path)
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return [out.text.strip() for out in outputs if out.get("name") == "stderr"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="*", type=Path, help="default: notebooks/*.ipynb")
+    paths = parser.parse_args(argv).paths or sorted(ROOT.glob("notebooks/*.ipynb"))
+    for path in paths:
+        if not path.is_file():
+            print(f"error: {path}: no such notebook", file=sys.stderr)
+            return 2
+    # As under pytest --nbval (conftest.py): one thread, and the checkout on the kernel's path.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = str(ROOT)
+    status = 0
+    for path in paths:
+        start_s = time.perf_counter()
+        try:
+            warnings = execute(path.resolve())
+        except CellExecutionError as error:
+            warnings = [f"{error.ename}: {error.evalue}"]
+        print(f"{path.name}: {time.perf_counter() - start_s:.0f} s")
+        for warning in warnings:
+            print(f"error: {path.name}: {warning}", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

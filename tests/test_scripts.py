@@ -1,0 +1,113 @@
+"""Every script's `main`, on a small tree, as a user would call it."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = """--recipe quick --epochs 2 --batch-size 8 --train-crop-px 32 --eval-resize-px 36
+    --eval-crop-px 32 --width 0.125 --workers 0""".split()
+
+
+def run(script, *args):
+    """Exit code of a script's main, also where argparse ends it."""
+    try:
+        return runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(arg) for arg in args])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.fixture(scope="module")
+def trained(folders, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "first"
+    assert run("train.py", "--data-dir", folders, "--output-dir", run_dir, *SMALL) == 0
+    return run_dir
+
+
+def test_train_leaves_a_whole_run_folder(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"config.json", "metrics.csv", "speed.csv", "last.pt", "curves.png"}
+    config = json.loads((trained / "config.json").read_text())
+    assert config["recipe"]["epochs"] == 2
+    assert config["backbone"] == "cspdarknet19"
+    assert "train.py" in config["command"] or "pytest" in config["command"]
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_prints_both_accuracies_and_the_folder(trained, folders, capsys):
+    """The same command on a finished run trains nothing and says the same again."""
+    before = (trained / "last.pt").stat().st_mtime_ns
+    assert run("train.py", "--data-dir", folders, "--output-dir", trained, *SMALL) == 0
+    row = pd.read_csv(trained / "metrics.csv").iloc[-1]
+    out = capsys.readouterr().out
+    assert f"raw {row.val_top1_pct:.2f} %, EMA {row.ema_val_top1_pct:.2f} %" in out
+    assert str(trained / "curves.png") in out
+    assert (trained / "last.pt").stat().st_mtime_ns == before
+
+
+def test_evaluate_agrees_with_the_run_and_takes_other_sizes(trained, folders, capsys):
+    checkpoint = ["--checkpoint", trained / "last.pt", "--data-dir", folders, "--workers", 0]
+    assert run("evaluate.py", *checkpoint) == 0
+    row = pd.read_csv(trained / "metrics.csv").iloc[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"raw: top-1 {row.val_top1_pct:.2f} %")
+    assert lines[1].startswith(f"EMA: top-1 {row.ema_val_top1_pct:.2f} %")
+    assert run("evaluate.py", *checkpoint, "--size", 48) == 0
+    assert "(18 images)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "words"),
+    [
+        ("train.py", ["--data-dir", "nowhere"], "nowhere/train is missing"),
+        ("train.py", ["--backbone", "darknet35"], "'darknet35'; nearest: darknet53"),
+        ("train.py", ["--epochs", "-1"], "epochs=-1 must be at least 1"),
+        ("train.py", ["--batch-size", "4096"], "batch_size=4096 is more than the 48"),
+        ("train.py", ["--device", "cuda:99"], "device='cuda:99'"),
+        ("train.py", ["--seed", "-1"], "seed=-1 must be at least 0"),
+        ("train.py", ["--workers", "-1"], "workers=-1 must be at least 0"),
+        ("evaluate.py", ["--checkpoint", "nothing.pt"], "nothing.pt: no such checkpoint"),
+        ("evaluate.py", ["--checkpoint", __file__], "not a checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(folders, tmp_path, capsys, script, args, words):
+    defaults = ["--data-dir", folders]
+    if script == "train.py":
+        defaults += ["--output-dir", tmp_path / "run", *SMALL]
+    assert run(script, *defaults, *args) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    assert words in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "script", ["train.py", "evaluate.py", "imagenet.py", "run_notebooks.py", "benchmark.py"]
+)
+def test_help_and_bad_usage(script, capsys):
+    assert run(script, "--help") == 0
+    assert "--" in capsys.readouterr().out
+    assert run(script, "--no-such-option") == 2
+
+
+def test_two_processes_train_as_one(folders, tmp_path):
+    """torchrun with gloo: rank 0 writes, and every validation image counts once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(ROOT / "scripts" / "train.py"), "--data-dir"]
+    command += [str(folders), "--output-dir", str(tmp_path / "run"), "--device", "cpu", *SMALL]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation top-1") == 1
+    table = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert list(table.step) == [6, 12]
+    counted = table.val_top1_pct * 18 / 100
+    assert (counted - counted.round()).abs().max() < 1e-6
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
