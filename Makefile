@@ -10,7 +10,7 @@ train: sample
 	$(BIN)/python scripts/train.py --data-dir $(FOLDERS) --backbone cspdarknet19 --recipe quick
 
 lab: $(BIN)/.installed
-	$(BIN)/jupyter lab notebooks/03_train_cspdarknet.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/03_train_cspdarknet.ipynb
 
 test: $(BIN)/.installed
 	$(BIN)/pytest

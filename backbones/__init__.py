@@ -33,8 +33,8 @@ def create(name: str, **overrides) -> Backbone:
     Raises:
         ValueError: an unknown name, override or value; the message lists what is accepted.
     """
-    if name not in _MODELS:
-        nearest = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5) or list_models()
+    if not isinstance(name, str) or name not in _MODELS:
+        nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.5) or list_models()
         raise ValueError(f"no backbone is called {name!r}; nearest: {', '.join(nearest)}")
     network, config = _MODELS[name]
     accepted = _keywords(network)

@@ -84,9 +84,9 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the network has fewer stages.
         """
-        if num_stages is not None and not 0 <= num_stages <= len(self.stages):
+        if num_stages is not None and num_stages not in range(len(self.stages) + 1):
             raise ValueError(
-                f"freeze({num_stages}): choose 0 to {len(self.stages)} stages, or None for none"
+                f"freeze({num_stages!r}): choose 0 to {len(self.stages)} stages, or None for none"
             )
         self.requires_grad_(True)
         self._frozen_stages = num_stages
@@ -120,6 +120,8 @@ def _resolve_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int
     """`out_indices` as ascending indices from 0; ValueError for one that no map has."""
     if out_indices is None:
         return tuple(range(count))
+    if not isinstance(out_indices, Sequence):
+        raise ValueError(f"out_indices={out_indices!r} must be a tuple of integers")
     wrong = [i for i in out_indices if not isinstance(i, int) or not -count <= i < count]
     if wrong or not out_indices:
         raise ValueError(

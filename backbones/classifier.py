@@ -18,8 +18,8 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} must be at least 1")
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes={num_classes!r} must be an integer of at least 1")
         self.backbone = backbone
         self.head = nn.Linear(backbone.channels[-1], num_classes)
 

@@ -154,8 +154,8 @@ class Darknet(Backbone):
         in_channels: int = 3,
         gradient_checkpointing: bool = False,
     ) -> None:
-        if not width > 0:
-            raise ValueError(f"width={width} must be above 0")
+        if not isinstance(width, (int, float)) or not 0 < width < 100:
+            raise ValueError(f"width={width!r} must be a number above 0 and below 100")
         channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
         super().__init__(
             channels[1:],
@@ -248,6 +248,9 @@ def _convert_stage(stage: CSPStage, split: str) -> None:
             setattr(stage, name, _with_state(stage.split_conv, half))
         del stage.split_conv
     stage.split = split
+    # In the order of construction: optimizers know parameters by their number.
+    order = ("conv", "shortcut_conv", "blocks_conv", "split_conv", "blocks", "out_conv")
+    stage._modules = {name: stage._modules[name] for name in order if name in stage._modules}
 
 
 def _with_state(layer: ConvNormAct, state: dict[str, Tensor]) -> ConvNormAct:

@@ -36,7 +36,7 @@ class ConvNormAct(nn.Sequential):
         stride: int = 1,
         act: str = "relu",
     ) -> None:
-        if act not in ACTIVATIONS:
+        if not isinstance(act, str) or act not in ACTIVATIONS:
             raise ValueError(f"act={act!r} is not an activation; choose from {sorted(ACTIVATIONS)}")
         conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False

@@ -108,13 +108,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.threads < 1:
             raise ValueError(f"threads={args.threads} must be at least 1")
         torch.set_num_threads(args.threads)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
         found, row = benchmark_training(args)
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     report(found, row)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame([row]).to_csv(args.output, index=False)
     return 0
 

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         evaluate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

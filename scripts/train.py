@@ -9,6 +9,7 @@ ImageNet's flat val/. Interrupted, the same command with the same --output-dir g
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -98,13 +99,13 @@ def main(argv: list[str] | None = None) -> int:
         args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"
     try:
         train(args)
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        run_dir = shlex.quote(str(args.output_dir))
         print(
-            f"\nstopped; the same command with --output-dir {args.output_dir} goes on from the "
-            "last full epoch",
+            f"\nstopped; the same command with --output-dir {run_dir} goes on from the last full epoch",
             file=sys.stderr,
         )
         return 130

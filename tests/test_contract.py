@@ -202,6 +202,9 @@ def test_list_models_takes_wildcards():
     ("name", "options", "words"),
     [
         ("cspdarknet35", {}, "'cspdarknet35'; nearest: cspdarknet53"),
+        (5, {}, "5; nearest"),
+        ("darknet19", {"out_indices": 2}, "out_indices=2 must be a tuple"),
+        ("darknet19", {"width": "1"}, "width='1' must be a number"),
         ("xyz", {}, "'xyz'; nearest: cspdarknet19, cspdarknet53, darknet19, darknet53"),
         ("darknet53", {"split": "slice"}, "darknet53 takes no 'split'; it takes act, width"),
         ("cspdarknet53", {"splits": 1}, "no 'splits'; it takes split, layout, act, width"),
@@ -209,7 +212,7 @@ def test_list_models_takes_wildcards():
         ("cspdarknet53", {"layout": "wide"}, "layout='wide' must be one of"),
         ("cspdarknet53", {"layout": "darknet", "split": "partial"}, "separate"),
         ("darknet19", {"act": "swish"}, "act='swish' is not an activation; choose from"),
-        ("darknet19", {"width": 0}, "width=0 must be above 0"),
+        ("darknet19", {"width": 0}, "width=0 must be a number above 0"),
     ],
 )
 def test_create_says_what_it_accepts(name, options, words):

@@ -96,6 +96,7 @@ def test_separate_and_slice_are_one_function(there, training, layout):
     target = convert_split(source, there)
     fresh = Classifier(backbones.create("cspdarknet19", split=there, **options), 3).double()
     fresh.load_state_dict(target.state_dict())  # strict: it is a network of that split
+    assert list(target.state_dict()) == list(fresh.state_dict())  # in its order, for optimizers
     fresh.train(training)
     images = torch.randn(4, 3, 64, 96, dtype=torch.float64)
     outputs = [net(images) for net in (source, target, fresh)]

@@ -61,7 +61,7 @@ def test_learning_rate_is_linear_in_the_batch_size():
         ("weight_decay", -1e-5, "at least 0"),
         ("random_erasing", 1.1, r"in \[0, 1\]"),
         ("min_crop_area", 0, r"in \(0, 1\]"),
-        ("warmup_epochs", 100, r"in \[0, 100\)"),
+        ("warmup_epochs", 100, "at least 0 and below epochs=100"),
         ("eval_resize_px", 200, "at least eval_crop_px"),
         ("precision", "fp8", "one of"),
         ("trivial_augment", 1, "of type bool"),

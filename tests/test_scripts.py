@@ -11,8 +11,24 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = """--recipe quick --epochs 2 --batch-size 8 --train-crop-px 32 --eval-resize-px 36
-    --eval-crop-px 32 --width 0.125 --workers 0""".split()
+SMALL = [
+    "--recipe",
+    "quick",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--train-crop-px",
+    "32",
+    "--eval-resize-px",
+    "36",
+    "--eval-crop-px",
+    "32",
+    "--width",
+    "0.125",
+    "--workers",
+    "0",
+]
 
 
 def run(script, *args):
@@ -88,6 +104,13 @@ def test_a_mistake_is_one_clear_line(folders, tmp_path, capsys, script, args, wo
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_dir_that_is_a_file_is_one_clear_line(folders, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    args = ["--data-dir", folders, *SMALL, "--output-dir", tmp_path / "file"]
+    assert run("train.py", *args) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 @pytest.mark.parametrize(
     "script", ["train.py", "evaluate.py", "imagenet.py", "run_notebooks.py", "benchmark.py"]
 )
@@ -97,11 +120,12 @@ def test_help_and_bad_usage(script, capsys):
     assert run(script, "--no-such-option") == 2
 
 
-def test_two_processes_train_as_one(folders, tmp_path):
+def test_two_processes_train_as_one(folders, tmp_path, capsys):
     """torchrun with gloo: rank 0 writes, and every validation image counts once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(ROOT / "scripts" / "train.py"), "--data-dir"]
     command += [str(folders), "--output-dir", str(tmp_path / "run"), "--device", "cpu", *SMALL]
+    command += ["--precision", "float32"]  # bf16 would round by batch
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -111,3 +135,11 @@ def test_two_processes_train_as_one(folders, tmp_path):
     counted = table.val_top1_pct * 18 / 100
     assert (counted - counted.round()).abs().max() < 1e-6
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
+    # What was reported is what was saved: all processes evaluate with the same statistics.
+    checkpoint = ["--checkpoint", tmp_path / "run" / "last.pt", "--data-dir", folders]
+    assert run("evaluate.py", *checkpoint, "--workers", 0, "--device", "cpu") == 0
+    row, lines = table.iloc[-1], capsys.readouterr().out.splitlines()
+    assert f"top-1 {row.val_top1_pct:.2f} %" in lines[0]
+    assert f"top-1 {row.ema_val_top1_pct:.2f} %" in lines[1]
+    losses = [float(line.split("loss")[1].split()[0]) for line in lines]
+    assert losses == pytest.approx([row.val_loss, row.ema_val_loss], rel=1e-3)

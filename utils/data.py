@@ -18,11 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from utils.distributed import rank, world_size
-from utils.imagenet import LayoutError, check_layout
+from utils.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.recipe import Recipe
 
 # Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).
@@ -136,7 +135,7 @@ class ImageFiles(Dataset):
 def _image_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
-    return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
+    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def collate(samples: list[tuple[Tensor, int] | CorruptImageError]) -> Batch:

@@ -37,6 +37,10 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name!r} is not a device; try cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda", "mps") or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise ValueError(f"device={name!r} is not to be had here; try cpu or cuda")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
@@ -59,6 +63,23 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_buffers(*modules: nn.Module) -> None:
+    """Gives every process rank 0's buffers, such as BatchNorm's running statistics."""
+    if dist.is_initialized():
+        for module in modules:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+def union(items: dict[str, None]) -> dict[str, None]:
+    """The keys that any process has, in order of rank."""
+    if not dist.is_initialized():
+        return items
+    gathered: list[dict[str, None]] = [{}] * world_size()
+    dist.all_gather_object(gathered, items)
+    return {key: None for keys in gathered for key in keys}
 
 
 def barrier() -> None:

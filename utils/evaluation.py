@@ -119,7 +119,10 @@ def evaluate_checkpoint(
     val = open_val(data_dir, config["classes"], resize_px, crop_px)
     device = device or distributed.pick_device()
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise ValueError("the checkpoint's weights are not those of its own config") from error
     model = model.to(device, memory_format=memory_format)
     average = AveragedModel(model, use_buffers=True)
     average.load_state_dict(checkpoint["ema"])

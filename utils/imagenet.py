@@ -26,7 +26,7 @@ from utils.progress import progress_bar
 
 WNID = re.compile(r"n[0-9]{8}")
 IMAGE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a plain file name: no separator, no dot
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 Moves = list[tuple[str, str]]  # (source, target), relative to the validation folder
 

@@ -57,7 +57,9 @@ class Recipe:
         self._check("random_erasing", 0 <= self.random_erasing <= 1, "in [0, 1]")
         self._check("min_crop_area", 0 < self.min_crop_area <= 1, "in (0, 1]")
         self._check(
-            "warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"in [0, {self.epochs}), epochs"
+            "warmup_epochs",
+            0 <= self.warmup_epochs < self.epochs,
+            f"at least 0 and below epochs={self.epochs}",
         )
         self._check(
             "eval_resize_px", self.eval_resize_px >= self.eval_crop_px, "at least eval_crop_px"

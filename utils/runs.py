@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,11 @@ import torchvision
 
 # What may differ between two starts of one run: where and by whom it is run, not what it computes.
 PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir")
+
+CHECKPOINT_KEYS = {
+    *("config", "model", "ema", "optimizer", "schedule"),
+    *("step", "metrics", "speed", "skipped"),
+}
 
 
 class RunError(ValueError):
@@ -51,7 +57,7 @@ def describe_machine() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command that runs now, without the interpreter's path."""
-    return " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:
@@ -61,12 +67,13 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
         RunError: the folder holds another run; the message names the first entry that differs.
     """
     path = run_dir / "config.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        _refuse_other_run(run_dir, there, json.loads(json.dumps(config)))
+    if (run_dir / "last.pt").exists():
+        _refuse_other_run(run_dir, _read_config(path), json.loads(json.dumps(config)))
         return
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise RunError(f"{run_dir}: holds files but no config.json; choose another --output-dir")
+    # Without a checkpoint nothing of an earlier start is worth keeping.
+    ours = (path.name, path.name + ".partial", "last.pt.partial")
+    if run_dir.is_dir() and any(entry.name not in ours for entry in run_dir.iterdir()):
+        raise RunError(f"{run_dir}: holds other files and no run; choose another --output-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
     _replace(path, lambda aside: aside.write_text(text))
@@ -75,6 +82,11 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
 def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any]) -> None:
     """Writes last.pt, then the tables of its rows; each appears whole or not at all."""
     _replace(run_dir / "last.pt", lambda aside: torch.save(checkpoint, aside))
+    save_tables(run_dir, checkpoint)
+
+
+def save_tables(run_dir: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes metrics.csv and speed.csv from the rows in a checkpoint."""
     for name in ("metrics", "speed"):
         table = pd.DataFrame(checkpoint[name])
         _replace(run_dir / f"{name}.csv", lambda aside, t=table: t.to_csv(aside, index=False))
@@ -105,13 +117,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many types for broken files
         reason = str(error).splitlines()[0]
         raise RunError(f"{path}: not a readable checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or not {"config", "model", "ema"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
         raise RunError(f"{path}: not a checkpoint of scripts/train.py")
     return checkpoint
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise RunError(f"{path}: missing or not readable beside last.pt; restore it")
+    return config
+
+
 def _refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    for key in sorted(there.keys() | asked.keys()):
+    for key in ["recipe", *sorted(there.keys() | asked.keys())]:  # what follows from it, later
         old, new = there.get(key), asked.get(key)
         if key in PROVENANCE or old == new:
             continue

@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from utils.progress import progress_bar
+
 VERSION = 1  # of the drawing code: raise it with every change that changes the bytes
 MARKER, UNFINISHED = "sample.json", "sample.unfinished.json"
 SPLITS = ("train", "val")
@@ -292,7 +294,8 @@ def draw(
     (root / UNFINISHED).write_bytes(settings)
     names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
     (root / "LOC_synset_mapping.txt").write_text(names)
-    with tqdm(total=len(CLASSES) * sum(counts.values()), unit="image", disable=not progress) as bar:
+    total = len(CLASSES) * sum(counts.values())
+    with progress_bar(total=total, unit=" images", disable=not progress) as bar:
         for split in SPLITS:
             solution = _draw_split(data, split, seed, counts[split], bar)
             (root / f"LOC_{split}_solution.csv").write_text(solution)

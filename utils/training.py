@@ -172,6 +172,7 @@ class Trainer:
             "step": self.step,
             "metrics": self.metrics,
             "speed": self.speed,
+            "skipped": list(self.skipped),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,6 +180,7 @@ class Trainer:
         for name in ("model", "ema", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
+        self.skipped = dict.fromkeys(state["skipped"])
 
 
 class LossMeter:
@@ -204,7 +206,7 @@ class LossMeter:
         if self.bad_step >= 0:
             raise DivergedError(
                 f"the loss is not finite at step {int(self.bad_step)}; try a lower --lr-per-1024 "
-                "or --precision float32; the last checkpoint is from before it"
+                "or --precision float32, in another --output-dir"
             )
         return self.sum.item() / self.count
 
@@ -270,7 +272,10 @@ def fit(
         runs.write_config(run_dir, config)
     distributed.barrier()
     if (run_dir / "last.pt").exists():
-        trainer.load_state_dict(runs.load_checkpoint(run_dir / "last.pt"))
+        checkpoint = runs.load_checkpoint(run_dir / "last.pt")
+        trainer.load_state_dict(checkpoint)
+        if distributed.rank() == 0:  # a kill may have come between the checkpoint and its tables
+            runs.save_tables(run_dir, checkpoint)
     with progress_bar(
         total=recipe.epochs * steps * recipe.batch_size,
         initial=trainer.step * recipe.batch_size,
@@ -298,6 +303,8 @@ def _run_epoch(
     start_s = time.perf_counter()
     train_loss = train_one_epoch(trainer, train_loader, progress)
     trained_s = time.perf_counter()
+    # Each process has statistics of its own images; rank 0's are those that are saved.
+    distributed.broadcast_buffers(trainer.model, trainer.ema)
     models = {"": trainer.model, "ema_": trainer.ema.module}
     batches = readable(val_loader, trainer.skip_corrupt, trainer.skipped)
     results = evaluate(models, batches, trainer.eval_preprocess, trainer.dtype)
@@ -305,6 +312,7 @@ def _run_epoch(
     for prefix, result in results.items():
         row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
     trainer.metrics.append(row)
+    trainer.skipped = distributed.union(trainer.skipped)
     images = trainer.steps_per_epoch * trainer.recipe.batch_size
     trainer.speed.append(
         {
