@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         run_dir = shlex.quote(str(args.output_dir))
         print(
-            f"\nstopped; the same command with --output-dir {run_dir} goes on from the last full epoch",
+            f"\nstopped; the same command with --output-dir {run_dir} goes on from the last whole "
+            "epoch",
             file=sys.stderr,
         )
         return 130
