@@ -61,7 +61,7 @@ def test_one_parameter_cell(code):
 
 def test_cells_are_short_and_define_little(code):
     for cell in code:
-        assert len(cell.source.splitlines()) <= 15, cell.source
+        assert len(cell.source.splitlines()) <= 15 or cell is code[0], cell.source
         tree = ast.parse(re.sub(r"(?m)^%.*$", "", cell.source))
         for node in ast.walk(tree):
             assert not isinstance(node, ast.ClassDef), cell.source
