@@ -4,7 +4,9 @@ BIN := .venv/bin
 SAMPLE := data/sample
 FOLDERS := $(SAMPLE)/ILSVRC/Data/CLS-LOC
 
-.PHONY: train lab test lint notebooks bench sample
+.PHONY: setup train lab test lint notebooks bench sample
+
+setup: $(BIN)/.installed
 
 train: sample
 	$(BIN)/python scripts/train.py --data-dir $(FOLDERS) --backbone cspdarknet19 --recipe quick
