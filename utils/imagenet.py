@@ -36,7 +36,12 @@ class LayoutError(ValueError):
 
 
 def sort_val(
-    solution_path: str | Path, val_dir: str | Path, *, undo: bool = False, dry_run: bool = False
+    solution_path: str | Path,
+    val_dir: str | Path,
+    *,
+    undo: bool = False,
+    dry_run: bool = False,
+    progress: bool = False,
 ) -> str:
     """Moves the images of the CSV into their class folders, or back, and returns a summary.
 
@@ -53,7 +58,7 @@ def sort_val(
     with _lock(val_dir):
         moves, left_alone = plan(labels, val_dir, undo=undo)
         if not dry_run:
-            apply(moves, val_dir)
+            apply(moves, val_dir, progress=progress)
             for folder in {val_dir / wnid for wnid in labels.values()} if undo else ():
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -111,8 +116,8 @@ def plan(
     return moves, [f"{text}: {_few(paths)}" for text, paths in lines.items() if paths]
 
 
-def apply(moves: Moves, val_dir: str | Path) -> None:
-    """Renames each source to its target, never over a file, and shows a progress bar.
+def apply(moves: Moves, val_dir: str | Path, *, progress: bool = False) -> None:
+    """Renames each source to its target, never over a file, under a progress bar if asked.
 
     Raises:
         LayoutError: a target has appeared or a source has gone since the plan, or the system
@@ -121,7 +126,7 @@ def apply(moves: Moves, val_dir: str | Path) -> None:
     val_dir = Path(val_dir)
     for folder in sorted({(val_dir / target).parent for _, target in moves}):
         folder.mkdir(exist_ok=True)
-    for source, target in progress_bar(moves, unit=" images", disable=not moves):
+    for source, target in progress_bar(moves, unit=" images", disable=not (progress and moves)):
         try:
             # os.rename overwrites silently. The lock keeps other runs out, this other programs.
             if os.path.lexists(val_dir / target):
