@@ -31,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         summary = sort_val(
-            args.val_solution_path, args.val_image_dir, undo=args.undo, dry_run=args.dry_run
+            args.val_solution_path,
+            args.val_image_dir,
+            undo=args.undo,
+            dry_run=args.dry_run,
+            progress=True,
         )
     except (LayoutError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
