@@ -52,9 +52,10 @@ def benchmark_training(args: argparse.Namespace) -> tuple[measure.Throughputs, d
         chosen = dataclasses.replace(chosen, train_crop_px=args.train_crop_px)
     data = open_folders(args.data_dir, chosen)
     batches = TrainBatches(len(data.train), chosen.batch_size, seed=0)
-    options = {} if chosen.width == 1 else {"width": chosen.width}
     torch.manual_seed(0)
-    model = Classifier(backbones.create(args.backbone, **options), len(data.classes))
+    model = Classifier(
+        backbones.create(args.backbone, **chosen.backbone_options), len(data.classes)
+    )
     theirs = peers.TorchvisionTrainer(copy.deepcopy(model), chosen)
     ours = training.Trainer(model, chosen, len(batches), len(data.classes))
     our_loader = make_loader(data.train, batches, args.workers)

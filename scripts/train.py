@@ -51,7 +51,7 @@ def default_workers() -> int:
 
 def train(args: argparse.Namespace) -> None:
     chosen = recipe.from_arguments(args, args.recipe)
-    options = {} if chosen.width == 1 else {"width": chosen.width}
+    options = chosen.backbone_options
     device = distributed.pick_device(args.device)
     data = open_folders(args.data_dir, chosen, args.seed)
     torch.manual_seed(args.seed)

@@ -74,6 +74,11 @@ class Recipe:
         """The learning rate at the end of the warm-up, linear in the batch size."""
         return self.lr_per_1024 * self.batch_size / 1024
 
+    @property
+    def backbone_options(self) -> dict[str, Any]:
+        """What the recipe asks of a backbone; nothing at width 1, which not every family takes."""
+        return {} if self.width == 1 else {"width": self.width}
+
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:
     if get_origin(field.type) is Literal:
