@@ -15,8 +15,8 @@ lab: $(BIN)/.installed
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/03_train_cspdarknet.ipynb
 
 test: $(BIN)/.installed
-	$(BIN)/pytest
-	$(BIN)/pytest --nbval notebooks
+	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile --nbval notebooks
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -8,30 +8,48 @@
 
 import difflib
 import inspect
+import os
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from backbones import darknet
+from torch import Tensor
+
+from backbones import darknet, torchvision_ports, vovnet
 from backbones.base import Backbone
+from backbones.weights import load_weights
 
 __all__ = ["create", "list_models"]
 
 # name -> (network class, its configuration)
 _MODELS = {
-    name: (darknet.CSPDarknet if config.csp else darknet.Darknet, config)
-    for name, config in darknet.VARIANTS.items()
+    **{
+        name: (darknet.CSPDarknet if config.csp else darknet.Darknet, config)
+        for name, config in darknet.VARIANTS.items()
+    },
+    **{name: (vovnet.VoVNet, config) for name, config in vovnet.VARIANTS.items()},
+    **{name: (torchvision_ports.ResNet, name) for name in torchvision_ports.RESNETS},
+    **{
+        name: (torchvision_ports.InvertedResidualNet, name)
+        for name in torchvision_ports.INVERTED_RESIDUALS
+    },
 }
 
 
-def create(name: str, **overrides) -> Backbone:
-    """Builds a backbone with random weights.
+def create(
+    name: str, *, weights: str | os.PathLike | Mapping[str, Tensor] | None = None, **overrides
+) -> Backbone:
+    """Builds a backbone, with random weights unless told otherwise.
 
     Args:
         name: one of `list_models()`.
+        weights: a path, the name of torchvision's weights ("IMAGENET1K_V2", "DEFAULT"), or a state
+            dict; see `backbones.weights.load_weights`.
         overrides: keyword arguments of the family's network class, such as `out_indices`,
             `in_channels`, `width`, `act` or `split`.
 
     Raises:
-        ValueError: an unknown name, override or value; the message lists what is accepted.
+        ValueError: an unknown name, override or value; the message lists what is accepted. Or
+            weights that cannot be found, trusted or matched (`WeightsError`).
     """
     if not isinstance(name, str) or name not in _MODELS:
         nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.5) or list_models()
@@ -41,7 +59,10 @@ def create(name: str, **overrides) -> Backbone:
     for key in overrides:
         if key not in accepted:
             raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(accepted)}")
-    return network(config, **overrides)
+    backbone = network(config, **overrides)
+    if weights is not None:
+        load_weights(backbone, weights)
+    return backbone
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ class Backbone(nn.Module):
     """A stem and a chain of stages; every stage ends in the map of one stride.
 
     A subclass builds `self.stem` and `self.stages` after calling this constructor, and builds only
-    the first `self.num_stages` stages. Nothing here runs a forward pass: channels and strides come
-    from the configuration.
+    the first `self.num_stages` stages; or it overrides `parts`. Where `stem_gives_map`, the first
+    map is the stem's. Nothing here runs a forward pass: channels and strides come from the
+    configuration.
 
     Args:
-        channels: channels of the map that each stage of the whole network gives, fine to coarse.
+        channels: channels of each map of the whole network, fine to coarse.
         strides: pixels of the image per pixel of each of those maps, each twice the one before.
         out_indices: which maps `forward` returns; negative indices count from the end, None means
             all. Stages after the last one picked are not built.
@@ -30,6 +32,8 @@ class Backbone(nn.Module):
         strides: stride of each returned map.
     """
 
+    stem_gives_map = False
+
     def __init__(
         self,
         channels: Sequence[int],
@@ -40,12 +44,19 @@ class Backbone(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        if not isinstance(in_channels, int) or in_channels < 1:
+        if not _is_integer(in_channels) or in_channels < 1:
             raise ValueError(f"in_channels={in_channels!r} must be an integer of at least 1")
+        if not isinstance(gradient_checkpointing, bool):
+            raise ValueError(
+                f"gradient_checkpointing={gradient_checkpointing!r} must be True or False"
+            )
         self.out_indices = _resolve_indices(out_indices, len(channels))
         self.channels = tuple(channels[i] for i in self.out_indices)
         self.strides = tuple(strides[i] for i in self.out_indices)
-        self.num_stages = self.out_indices[-1] + 1
+        self.num_stages = self.out_indices[-1] + (0 if self.stem_gives_map else 1)
+        every_stage = range(len(channels) - (1 if self.stem_gives_map else 0))
+        # Prefixes of the state dict's keys in the whole network that are not in this one.
+        self.left_out = tuple(f"stages.{i}." for i in every_stage[self.num_stages :])
         self.in_channels = in_channels
         self.gradient_checkpointing = gradient_checkpointing
         self._frozen_stages: int | None = None
@@ -63,16 +74,24 @@ class Backbone(nn.Module):
             ValueError: `images` has another rank, channel count or an integer type.
         """
         self._check(images)
-        x = self.stem(images)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = _run_checkpointed(stage, x)
-            else:
-                x = stage(x)
-            if i in self.out_indices:
-                maps.append(x)
-        return maps
+        run = _run
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            run = _run_checkpointed
+        x, maps = images, []
+        for part in self.parts():
+            x = run(part, x)
+            maps.append(x)
+        if not self.stem_gives_map:
+            del maps[0]
+        return [maps[i] for i in self.out_indices]
+
+    def parts(self) -> list[list[nn.Module]]:
+        """The stem, then each stage: the modules that it runs one after another."""
+        return [[self.stem], *([stage] for stage in self.stages)]
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        """What turns the coarsest map, averaged over its pixels, into `num_classes` logits."""
+        return nn.Linear(self.channels[-1], num_classes)
 
     def freeze(self, num_stages: int | None) -> "Backbone":
         """Stops the stem and the first `num_stages` stages from learning; returns self.
@@ -84,9 +103,10 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the network has fewer stages.
         """
-        if num_stages is not None and num_stages not in range(len(self.stages) + 1):
+        allowed = range(self.num_stages + 1)
+        if num_stages is not None and not (_is_integer(num_stages) and num_stages in allowed):
             raise ValueError(
-                f"freeze({num_stages!r}): choose 0 to {len(self.stages)} stages, or None for none"
+                f"freeze({num_stages!r}): choose 0 to {self.num_stages} stages, or None for none"
             )
         self.requires_grad_(True)
         self._frozen_stages = num_stages
@@ -104,9 +124,13 @@ class Backbone(nn.Module):
     def _frozen_modules(self) -> list[nn.Module]:
         if self._frozen_stages is None:
             return []
-        return [self.stem, *self.stages[: self._frozen_stages]]
+        return [module for part in self.parts()[: self._frozen_stages + 1] for module in part]
 
     def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"images are a {type(images).__name__}; expected a tensor [N, C, H, W]"
+            )
         shape = tuple(images.shape)
         if images.ndim != 4 or shape[1] != self.in_channels:
             raise ValueError(f"images are {list(shape)}; expected [N, {self.in_channels}, H, W]")
@@ -116,19 +140,24 @@ class Backbone(nn.Module):
             )
 
 
+def _is_integer(value: object) -> bool:
+    """Whether it is a whole number, NumPy's too; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _resolve_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
     """`out_indices` as ascending indices from 0; ValueError for one that no map has."""
     if out_indices is None:
         return tuple(range(count))
     if not isinstance(out_indices, Sequence):
         raise ValueError(f"out_indices={out_indices!r} must be a tuple of integers")
-    wrong = [i for i in out_indices if not isinstance(i, int) or not -count <= i < count]
+    wrong = [i for i in out_indices if not _is_integer(i) or not -count <= i < count]
     if wrong or not out_indices:
         raise ValueError(
             f"out_indices={tuple(out_indices)} must be at least one of -{count} to {count - 1}, "
             "the maps from fine to coarse"
         )
-    indices = [i % count for i in out_indices]
+    indices = [int(i) % count for i in out_indices]
     if sorted(set(indices)) != indices:
         raise ValueError(
             f"out_indices={tuple(out_indices)} must name each map once, fine to coarse"
@@ -136,18 +165,28 @@ def _resolve_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int
     return tuple(indices)
 
 
-def _run_checkpointed(stage: nn.Module, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # traces the stage once, so statistics move once
-        return checkpoint(stage, x, use_reentrant=False)
+def _run(part: list[nn.Module], x: Tensor) -> Tensor:
+    for module in part:
+        x = module(x)
+    return x
+
+
+def _run_checkpointed(part: list[nn.Module], x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # traces the part once, so statistics move once
+        return checkpoint(_run, part, x, use_reentrant=False)
     return checkpoint(
-        stage, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _fixed_statistics(stage))
+        _run,
+        part,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _fixed_statistics(part)),
     )
 
 
 @contextmanager
-def _fixed_statistics(stage: nn.Module) -> Iterator[None]:
+def _fixed_statistics(part: list[nn.Module]) -> Iterator[None]:
     """Keeps the recomputation from moving BatchNorm's running statistics a second time."""
-    norms = [m for m in stage.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for module in part for m in module.modules() if isinstance(m, _BatchNorm)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

@@ -6,7 +6,9 @@ from backbones.base import Backbone
 
 
 class Classifier(nn.Module):
-    """The coarsest map of `backbone`, averaged over its pixels, through one linear layer.
+    """The coarsest map of `backbone`, averaged over its pixels, through a head.
+
+    The head is one linear layer, or torchvision's own, dropout included, for its networks.
 
     Args:
         backbone: any backbone; its last map is used.
@@ -21,7 +23,7 @@ class Classifier(nn.Module):
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes={num_classes!r} must be an integer of at least 1")
         self.backbone = backbone
-        self.head = nn.Linear(backbone.channels[-1], num_classes)
+        self.head = backbone.make_head(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images)[-1].mean((-2, -1)))

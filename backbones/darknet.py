@@ -111,8 +111,7 @@ class CSPStage(nn.Module):
         elif split == "slice":
             self.split_conv = ConvNormAct(channels, 2 * part, 1, act=act)
         self.blocks = nn.Sequential(*(Block(part, channels // 2, act) for _ in range(depth)))
-        if transition:
-            self.blocks.append(ConvNormAct(part, part, 1, act=act))
+        self.transition_conv = ConvNormAct(part, part, 1, act=act) if transition else None
         self.out_conv = ConvNormAct(2 * part, channels, 1, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +122,10 @@ class CSPStage(nn.Module):
             shortcut, x = self.split_conv(x).chunk(2, dim=1)
         else:
             shortcut, x = x.chunk(2, dim=1)
-        return self.out_conv(torch.cat((shortcut, self.blocks(x)), dim=1))
+        x = self.blocks(x)
+        if self.transition_conv is not None:
+            x = self.transition_conv(x)
+        return self.out_conv(torch.cat((shortcut, x), dim=1))
 
 
 def _darknet_stage(
@@ -164,6 +166,7 @@ class Darknet(Backbone):
             in_channels=in_channels,
             gradient_checkpointing=gradient_checkpointing,
         )
+        self.config, self.act = config, act
         self.stem = ConvNormAct(in_channels, channels[0], 3, act=act)
         self.stages = nn.ModuleList(
             make_stage(i, channels[i], channels[i + 1], config.depths[i], act)
@@ -209,6 +212,7 @@ class CSPDarknet(Darknet):
             )
 
         super().__init__(config, make_stage, **options)
+        self.layout = layout
 
 
 def convert_split(net: nn.Module, split: Literal["separate", "slice"]) -> nn.Module:
@@ -249,7 +253,8 @@ def _convert_stage(stage: CSPStage, split: str) -> None:
         del stage.split_conv
     stage.split = split
     # In the order of construction: optimizers know parameters by their number.
-    order = ("conv", "shortcut_conv", "blocks_conv", "split_conv", "blocks", "out_conv")
+    order = ("conv", "shortcut_conv", "blocks_conv", "split_conv", "blocks", "transition_conv")
+    order += ("out_conv",)
     stage._modules = {name: stage._modules[name] for name in order if name in stage._modules}
 
 

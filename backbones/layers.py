@@ -4,12 +4,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),
     # Darknet's slope (activations.h: 0.1 x), not PyTorch's default of 0.01.
     "leaky_relu": partial(nn.LeakyReLU, 0.1, inplace=True),
+    # PyTorch's default slope, with which timm's Darknets were trained.
+    "leaky_relu_0.01": partial(nn.LeakyReLU, 0.01, inplace=True),
     "mish": partial(nn.Mish, inplace=True),
     "silu": partial(nn.SiLU, inplace=True),
     "hardswish": partial(nn.Hardswish, inplace=True),
@@ -45,6 +47,22 @@ class ConvNormAct(nn.Sequential):
         super().__init__(
             OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels), act=ACTIVATIONS[act]())
         )
+
+
+class EffectiveSqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from its mean over all pixels. Keeps `[N, C, H, W]`.
+
+    One fully connected layer without reduction, then a hard sigmoid: eSE of CenterMask
+    (arXiv:1911.06667, section 3.3).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(channels, channels, 1)
+        self.gate = nn.Hardsigmoid(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.fc(x.mean((-2, -1), keepdim=True)))
 
 
 def scale_channels(channels: int, width: float) -> int:

@@ -1,27 +1,16 @@
-"""Darknet against timm, against sums by hand, and the split strategies against each other."""
+"""Darknet against sums by hand, and the split strategies against each other; timm: test_weights."""
 
 import copy
 
 import pytest
-import timm
 import torch
+from helpers import randomise_norms
 from torch.nn.functional import conv2d, leaky_relu
 
 import backbones
 from backbones.classifier import Classifier
 from backbones.darknet import CSPStage, convert_split
 from backbones.layers import ConvNormAct, scale_channels
-
-
-def randomise_norms(net):
-    """Statistics and affine parameters that are not the identity, so that they are tested too."""
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.3)
-    return net
 
 
 @pytest.fixture(autouse=True)
@@ -46,42 +35,6 @@ def test_conv_norm_act_is_the_three_of_them():
 )
 def test_widths_are_multiples_of_eight(channels, width, expected):
     assert scale_channels(channels, width) == expected
-
-
-@torch.no_grad()
-def test_darknet53_gives_timms_maps():
-    theirs = timm.create_model("darknet53", features_only=True, out_indices=(1, 2, 3, 4, 5))
-    randomise_norms(theirs.eval())
-    ours = backbones.create("darknet53", act="leaky_relu").eval()
-    copy_in_order(theirs, ours)
-    images = torch.randn(1, 3, 64, 96)
-    for theirs_map, ours_map in zip(theirs(images), ours(images), strict=True):
-        torch.testing.assert_close(ours_map, theirs_map, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_cspdarknet53_in_the_authors_layout_gives_timms_maps():
-    theirs = timm.create_model("cspdarknet53", features_only=True, out_indices=(1, 2, 3, 4, 5))
-    randomise_norms(theirs.eval())
-    ours = backbones.create("cspdarknet53", layout="darknet", split="slice", act="leaky_relu")
-    copy_in_order(theirs, ours.eval())
-    images = torch.randn(1, 3, 64, 96)
-    separate = convert_split(ours, "separate")
-    for theirs_map, a, b in zip(theirs(images), ours(images), separate(images), strict=True):
-        torch.testing.assert_close(a, theirs_map, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(b, theirs_map, rtol=1e-4, atol=1e-4)
-
-
-def copy_in_order(theirs, ours):
-    """Copies convolutions and norms, which both networks register in the order of execution."""
-    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
-    sources = [m for m in theirs.modules() if isinstance(m, kinds)]
-    targets = [m for m in ours.modules() if isinstance(m, kinds)]
-    for source, target in zip(sources, targets, strict=True):
-        target.load_state_dict(source.state_dict())
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.LeakyReLU):
-            module.negative_slope = 0.1  # Darknet's; timm takes PyTorch's 0.01
 
 
 @pytest.mark.parametrize("there", ["separate", "slice"])

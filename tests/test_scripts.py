@@ -52,7 +52,7 @@ def test_train_leaves_a_whole_run_folder(trained):
     config = json.loads((trained / "config.json").read_text())
     assert config["recipe"]["epochs"] == 2
     assert config["backbone"] == "cspdarknet19"
-    assert "train.py" in config["command"] or "pytest" in config["command"]
+    assert config["command"].startswith("python ")
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

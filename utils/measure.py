@@ -1,5 +1,6 @@
 """Parameters, MACs, latency, throughput, memory: what a model or a trainer costs."""
 
+import copy
 import itertools
 import statistics
 import time
@@ -7,7 +8,27 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers that can be learned, frozen ones included; running statistics are not among them."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_macs(module: nn.Module, height_px: int, width_px: int, channels: int = 3) -> int:
+    """Multiply-accumulates of convolutions and linear layers for one image.
+
+    Computed on PyTorch's meta device: from shapes alone, and the module stays as it is. A MAC is
+    two floating point operations, which `FlopCounterMode` counts.
+    """
+    shadow = copy.deepcopy(module).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.empty(1, channels, height_px, width_px, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,198 @@
+"""VoVNet-19-slim, 39, 57 and 99, versions 1 and 2.
+
+Papers: VoVNet (arXiv:1904.09730, table 1: 39 and 57), CenterMask (arXiv:1911.06667, section 3.3 and
+figure 4: version 2). VoVNet-19-slim is that of the authors' code, youngwanLEE/vovnet-detectron2.
+
+A one-shot aggregation (OSA) block runs 3x3 convolutions in a row and concatenates its input with
+all of their outputs, once, for a 1x1 convolution. Version 2 adds the block's input to its output
+where the channels agree, which is from the second block of a stage on, and gates the channels by
+effective squeeze-excitation (eSE).
+
+Versions and where they come from:
+
+- Default: version 2, eSE in every block (the authors' code).
+- `ese="last"`: eSE in the last block of each stage alone (timm).
+- `residual=False, ese=False`: version 1.
+
+Two stems, which are two functions with the same number of parameters:
+
+- `stem_stride=2`: the paper's. Three convolutions with strides 2, 1, 1; every stage begins with a
+  3x3 max-pool, padded by one pixel all around as ResNet's is (gau-nernst/vision-toolbox).
+- `stem_stride=4`: the authors' code and timm. The third convolution is strided and stands for the
+  first stage's pool; the other pools begin at the first pixel and are padded behind the last one.
+
+The third convolution belongs to what it halves: to the stem, or to the first stage.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, pad
+
+from backbones.base import Backbone
+from backbones.layers import ConvNormAct, EffectiveSqueezeExcite, scale_channels
+
+ESE = Literal[True, False, "last"]
+StemStride = Literal[2, 4]
+
+STEM_CHANNELS = (64, 64, 128)
+STRIDES = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class VoVNetConfig:
+    """OSA blocks of each stage, convolutions of each block, channels within and after a block."""
+
+    depths: tuple[int, int, int, int]
+    convs_per_block: int = 5
+    conv_channels: tuple[int, int, int, int] = (128, 160, 192, 224)
+    channels: tuple[int, int, int, int] = (256, 512, 768, 1024)
+
+
+VARIANTS = {
+    # The authors' V-19-slim-eSE.
+    "vovnet19_slim": VoVNetConfig((1, 1, 1, 1), 3, (64, 80, 96, 112), (112, 256, 384, 512)),
+    "vovnet39": VoVNetConfig((1, 1, 2, 2)),  # VoVNet, table 1
+    "vovnet57": VoVNetConfig((1, 1, 4, 3)),  # VoVNet, table 1
+    "vovnet99": VoVNetConfig((1, 3, 9, 3)),  # the authors' V-99-eSE
+}
+
+
+class OSABlock(nn.Module):
+    """One-shot aggregation: `[N, in_channels, H, W]` to `[N, channels, H, W]`.
+
+    Args:
+        depth: 3x3 convolutions in a row, each with `conv_channels` outputs.
+        residual: whether the input is added to the output; needs equal channels.
+        ese: whether the output's channels are gated.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        conv_channels: int,
+        channels: int,
+        depth: int,
+        act: str,
+        *,
+        residual: bool,
+        ese: bool,
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        widths = [in_channels] + [conv_channels] * depth
+        self.convs = nn.ModuleList(
+            ConvNormAct(widths[i], widths[i + 1], 3, act=act) for i in range(depth)
+        )
+        self.out_conv = ConvNormAct(sum(widths), channels, 1, act=act)
+        self.ese = EffectiveSqueezeExcite(channels) if ese else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for conv in self.convs:
+            maps.append(conv(maps[-1]))
+        y = self.out_conv(torch.cat(maps, dim=1))
+        if self.ese is not None:
+            y = self.ese(y)
+        return x + y if self.residual else y
+
+
+class TrailingMaxPool(nn.Module):
+    """3x3 max-pool whose windows begin at pixels 0, 2, 4, ...: `[N, C, H, W]` to half, rounded up.
+
+    The authors' `MaxPool2d(3, 2, ceil_mode=True)` rounds an odd size down, so that the map's stride
+    would not be what it says; here a pixel of minus infinity behind the last one makes up for it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # While a graph is traced sizes are symbols, and one graph must serve even and odd ones.
+        if torch.compiler.is_compiling() or x.shape[-1] % 2 or x.shape[-2] % 2:
+            return max_pool2d(pad(x, (0, 2, 0, 2), value=float("-inf")), 3, stride=2)
+        return max_pool2d(x, 3, stride=2, ceil_mode=True)
+
+
+class VoVNet(Backbone):
+    """VoVNet: a stem and four stages, maps at strides 2 (the stem's), 4, 8, 16 and 32.
+
+    Args:
+        config: of the variant.
+        residual: whether a block adds its input where the channels agree.
+        ese: whether blocks gate their channels: all, none, or the last of each stage.
+        stem_stride: 2 or 4, see the module's docstring.
+        act: a key of `backbones.layers.ACTIVATIONS`.
+        width: factor on every channel count, rounded to multiples of 8.
+        out_indices, in_channels, gradient_checkpointing: see `Backbone`.
+
+    Raises:
+        ValueError: an option has another value.
+    """
+
+    stem_gives_map = True
+
+    def __init__(
+        self,
+        config: VoVNetConfig,
+        *,
+        residual: bool = True,
+        ese: ESE = True,
+        stem_stride: StemStride = 2,
+        act: str = "relu",
+        width: float = 1.0,
+        out_indices: Sequence[int] | None = None,
+        in_channels: int = 3,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if not isinstance(residual, bool):
+            raise ValueError(f"residual={residual!r} must be True or False")
+        if not isinstance(ese, (bool, str)) or ese not in get_args(ESE):
+            raise ValueError(f"ese={ese!r} must be one of {get_args(ESE)}")
+        if stem_stride not in get_args(StemStride):
+            raise ValueError(f"stem_stride={stem_stride!r} must be one of {get_args(StemStride)}")
+        stem = [scale_channels(c, width) for c in STEM_CHANNELS]
+        channels = [scale_channels(c, width) for c in config.channels]
+        strided_stage = stem_stride == 4
+        super().__init__(
+            [stem[1] if strided_stage else stem[2], *channels],
+            STRIDES,
+            out_indices=out_indices,
+            in_channels=in_channels,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.residual, self.ese, self.stem_stride, self.act = residual, ese, stem_stride, act
+        self.stem = nn.Sequential(
+            ConvNormAct(in_channels, stem[0], 3, stride=2, act=act),
+            ConvNormAct(stem[0], stem[1], 3, act=act),
+        )
+        if not strided_stage:
+            self.stem.append(ConvNormAct(stem[1], stem[2], 3, act=act))
+        widths = [stem[2], *channels]
+
+        def make_stage(index: int) -> nn.Sequential:
+            if not strided_stage:
+                halve = nn.MaxPool2d(3, stride=2, padding=1)
+            elif index == 0:
+                halve = ConvNormAct(stem[1], stem[2], 3, stride=2, act=act)
+            else:
+                halve = TrailingMaxPool()
+            blocks = nn.Sequential()
+            for k in range(config.depths[index]):
+                in_width = widths[index + (k > 0)]
+                last = k == config.depths[index] - 1
+                blocks.append(
+                    OSABlock(
+                        in_width,
+                        scale_channels(config.conv_channels[index], width),
+                        widths[index + 1],
+                        config.convs_per_block,
+                        act,
+                        residual=residual and k > 0,
+                        ese=last if ese == "last" else ese,
+                    )
+                )
+            return nn.Sequential(OrderedDict(halve=halve, blocks=blocks))
+
+        self.stages = nn.ModuleList(make_stage(i) for i in range(self.num_stages))

@@ -1,0 +1,51 @@
+"""Writes README.md's tables from the records that they stand for.
+
+    python scripts/update_readme.py
+    python scripts/update_readme.py --check
+
+With --check nothing is written, and the exit status is 1 if a table is not its record's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from utils import tables
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def updated(readme: str) -> str:
+    """README.md's text with all tables made anew."""
+    facts = pd.read_csv(ROOT / "tests" / "backbone_facts.csv")
+    compared = pd.read_csv(ROOT / "results" / "feature_maps_compared.csv")
+    readme = tables.replace_block(readme, "models", tables.model_table(facts))
+    shown = compared.drop(columns="what was tried")
+    return tables.replace_block(readme, "comparison", tables.markdown(shown))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only tell whether tables are old")
+    args = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    try:
+        old = path.read_text()
+        new = updated(old)
+    except (OSError, ValueError) as error:
+        print(f"error: {path.name}: {error}", file=sys.stderr)
+        return 1
+    if args.check:
+        if new != old:
+            print("README.md: tables are not those of the records; run scripts/update_readme.py")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""VoVNet against the paper's table, the authors' pool and sums by hand; timm: test_weights.py."""
+
+import pytest
+import torch
+from torch.nn.functional import hardsigmoid, max_pool2d
+
+import backbones
+from backbones.layers import EffectiveSqueezeExcite
+from backbones.vovnet import OSABlock, TrailingMaxPool
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("ese", [False, True])
+def test_osa_block_concatenates_once(residual, ese):
+    block = OSABlock(16, 8, 16, depth=3, act="relu", residual=residual, ese=ese).eval()
+    x = torch.randn(2, 16, 9, 7)
+    a = block.convs[0](x)
+    b = block.convs[1](a)
+    c = block.convs[2](b)
+    expected = block.out_conv(torch.cat((x, a, b, c), dim=1))
+    if ese:
+        gate = hardsigmoid(
+            expected.mean((2, 3)) @ block.ese.fc.weight.flatten(1).T + block.ese.fc.bias
+        )
+        expected = expected * gate[:, :, None, None]
+    torch.testing.assert_close(block(x), expected + x if residual else expected)
+
+
+@torch.no_grad()
+def test_ese_gates_between_nothing_and_all():
+    layer = EffectiveSqueezeExcite(4)
+    torch.nn.init.zeros_(layer.fc.weight)
+    layer.fc.bias.copy_(torch.tensor([-9.0, 0.0, 1.5, 9.0]))
+    gates = layer(torch.ones(1, 4, 2, 3))[0, :, 1, 2]
+    torch.testing.assert_close(gates, torch.tensor([0.0, 0.5, 0.75, 1.0]))
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 6), (8, 5), (1, 1), (3, 9)])
+def test_trailing_pool_is_the_authors_and_rounds_up(size):
+    x = -torch.rand(2, 3, *size)  # negative, so that a pad of zeros would win
+    found = TrailingMaxPool()(x)
+    assert found.shape[-2:] == ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    for i in range(found.shape[-2]):
+        for j in range(found.shape[-1]):
+            window = x[:, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            assert torch.equal(found[:, :, i, j], window.amax((2, 3)))
+    if size[0] % 2 == 0 and size[1] % 2 == 0:
+        assert torch.equal(found, max_pool2d(x, 3, 2, ceil_mode=True))
+
+
+def test_trailing_pool_is_one_graph_for_even_and_odd_sizes():
+    free = torch.export.Dim.DYNAMIC
+    shapes = ({0: free, 2: free, 3: free},)
+    program = torch.export.export(
+        TrailingMaxPool(), (torch.randn(2, 3, 8, 6),), dynamic_shapes=shapes
+    ).module()
+    for size in ((8, 10), (9, 13), (6, 7)):
+        x = torch.randn(3, 3, *size)
+        assert torch.equal(program(x), TrailingMaxPool()(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "residuals", "gates"),
+    [
+        ({}, 2, 6),
+        ({"ese": "last"}, 2, 4),
+        ({"ese": False}, 2, 0),
+        ({"residual": False}, 0, 6),
+        ({"residual": False, "ese": False}, 0, 0),
+    ],
+)
+def test_versions(options, residuals, gates):
+    """VoVNet-39 has 1, 1, 2, 2 blocks: the second of a stage can add its input."""
+    net = backbones.create("vovnet39", width=0.125, **options)
+    blocks = [m for m in net.modules() if isinstance(m, OSABlock)]
+    assert len(blocks) == 6
+    assert sum(block.residual for block in blocks) == residuals
+    assert sum(block.ese is not None for block in blocks) == gates
+    if options.get("ese") == "last":
+        assert [b.ese is not None for b in blocks] == [True, True, False, True, False, True]
+
+
+def test_stems():
+    paper = backbones.create("vovnet39")
+    authors = backbones.create("vovnet39", stem_stride=4)
+    assert paper.channels == (128, 256, 512, 768, 1024)  # VoVNet, table 1
+    assert authors.channels == (64, 256, 512, 768, 1024)
+    count = sum(p.numel() for p in paper.parameters())
+    assert count == sum(p.numel() for p in authors.parameters())
+    for net in (paper, authors):
+        assert [tuple(m.shape[2:]) for m in net(torch.randn(1, 3, 70, 37))] == [
+            (35, 19),
+            (18, 10),
+            (9, 5),
+            (5, 3),
+            (3, 2),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ese": "first"}, r"ese='first' must be one of \(True, False, 'last'\)"),
+        ({"ese": 1}, "ese=1 must be one of"),
+        ({"residual": "yes"}, "residual='yes' must be True or False"),
+        ({"stem_stride": 8}, r"stem_stride=8 must be one of \(2, 4\)"),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        backbones.create("vovnet39", **options)
