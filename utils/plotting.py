@@ -112,7 +112,7 @@ def plot_maps(
         axes[0].set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
         for panel, channel in zip(axes, found[0], strict=False):
             bright = channel.quantile(0.99).item()  # a single peak would darken all the rest
-            panel.imshow(channel, cmap="viridis", interpolation="nearest", vmax=bright)
+            panel.imshow(channel.numpy(), cmap="viridis", interpolation="nearest", vmax=bright)
     for axes in (whole, *rows.flat):
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
