@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from torch import Tensor
+from torchvision.models import WeightsEnum
 
 from backbones import darknet, torchvision_ports, vovnet
 from backbones.base import Backbone
@@ -36,14 +37,18 @@ _MODELS = {
 
 
 def create(
-    name: str, *, weights: str | os.PathLike | Mapping[str, Tensor] | None = None, **overrides
+    name: str,
+    *,
+    weights: str | os.PathLike | WeightsEnum | Mapping[str, Tensor] | None = None,
+    **overrides,
 ) -> Backbone:
     """Builds a backbone, with random weights unless told otherwise.
 
     Args:
         name: one of `list_models()`.
         weights: a path, the name of torchvision's weights ("IMAGENET1K_V2", "DEFAULT"), or a state
-            dict; see `backbones.weights.load_weights`.
+            dict; see `backbones.weights.load_weights`. `weights_report` of the backbone tells what
+            was loaded, with the file's SHA-256.
         overrides: keyword arguments of the family's network class, such as `out_indices`,
             `in_channels`, `width`, `act` or `split`.
 

@@ -30,6 +30,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each returned map.
         strides: stride of each returned map.
+        weights_report: of the weights loaded last (`backbones.weights.Report`), None before.
     """
 
     stem_gives_map = False
@@ -44,7 +45,7 @@ class Backbone(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        if not _is_integer(in_channels) or in_channels < 1:
+        if not is_integer(in_channels) or in_channels < 1:
             raise ValueError(f"in_channels={in_channels!r} must be an integer of at least 1")
         if not isinstance(gradient_checkpointing, bool):
             raise ValueError(
@@ -60,6 +61,7 @@ class Backbone(nn.Module):
         self.in_channels = in_channels
         self.gradient_checkpointing = gradient_checkpointing
         self._frozen_stages: int | None = None
+        self.weights_report: object | None = None  # set by backbones.weights.load_weights
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of `images`, fine to coarse.
@@ -104,7 +106,7 @@ class Backbone(nn.Module):
             ValueError: the network has fewer stages.
         """
         allowed = range(self.num_stages + 1)
-        if num_stages is not None and not (_is_integer(num_stages) and num_stages in allowed):
+        if num_stages is not None and not (is_integer(num_stages) and num_stages in allowed):
             raise ValueError(
                 f"freeze({num_stages!r}): choose 0 to {self.num_stages} stages, or None for none"
             )
@@ -140,7 +142,7 @@ class Backbone(nn.Module):
             )
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
     """Whether it is a whole number, NumPy's too; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -151,7 +153,7 @@ def _resolve_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int
         return tuple(range(count))
     if not isinstance(out_indices, Sequence):
         raise ValueError(f"out_indices={out_indices!r} must be a tuple of integers")
-    wrong = [i for i in out_indices if not _is_integer(i) or not -count <= i < count]
+    wrong = [i for i in out_indices if not is_integer(i) or not -count <= i < count]
     if wrong or not out_indices:
         raise ValueError(
             f"out_indices={tuple(out_indices)} must be at least one of -{count} to {count - 1}, "

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from backbones.base import Backbone
+from backbones.base import Backbone, is_integer
 
 
 class Classifier(nn.Module):
@@ -20,7 +20,10 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
-        if not isinstance(num_classes, int) or num_classes < 1:
+        if not isinstance(backbone, Backbone):
+            kind = type(backbone).__name__
+            raise ValueError(f"backbone is a {kind}; give a Backbone, such as create's")
+        if not is_integer(num_classes) or num_classes < 1:
             raise ValueError(f"num_classes={num_classes!r} must be an integer of at least 1")
         self.backbone = backbone
         self.head = backbone.make_head(num_classes)

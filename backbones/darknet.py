@@ -1,7 +1,7 @@
 """Darknet-19/53 and CSPDarknet-19/53.
 
 Papers: YOLOv2 (arXiv:1612.08242, table 6: Darknet-19), YOLOv3 (arXiv:1804.02767, table 1:
-Darknet-53), CSPNet (arXiv:1911.11929, figure 3), YOLOv4 (arXiv:2004.10934: CSPDarknet-53).
+Darknet-53), CSPNet (arXiv:1911.11929, figures 2, 3), YOLOv4 (arXiv:2004.10934: CSPDarknet-53).
 
 Differences from the papers:
 
@@ -19,7 +19,7 @@ How a CSP stage splits its strided convolution's output (`split`):
 - "separate": two 1x1 convolutions, one a branch (YOLOv5, YOLOX, the .cfg files).
 - "slice": one 1x1 convolution whose output is cut in two (timm). The same function as "separate":
   `convert_split` carries weights across.
-- "partial": no convolution; the map itself is cut in two (CSPNet's figure 3).
+- "partial": no convolution; the map itself is cut in two (CSPNet's figure 2).
 """
 
 import copy
@@ -156,8 +156,6 @@ class Darknet(Backbone):
         in_channels: int = 3,
         gradient_checkpointing: bool = False,
     ) -> None:
-        if not isinstance(width, (int, float)) or not 0 < width < 100:
-            raise ValueError(f"width={width!r} must be a number above 0 and below 100")
         channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
         super().__init__(
             channels[1:],

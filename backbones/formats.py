@@ -115,18 +115,31 @@ FORMATS = (
 
 
 def convert(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], Mapping[str, Any]]:
-    """The format's name, the state under this project's keys, the options it was made with."""
+    """The format's name, the state under this project's keys, the options it was made with.
+
+    Raises:
+        WeightsError: two keys of `state` would become one.
+    """
     if any(re.match(r"backbone\.(stem|stages|conv1|features)\.", key) for key in state):
-        return "classifier", {k.removeprefix("backbone."): v for k, v in state.items()}, {}
+        return "classifier", _rename(state, ((r"^backbone\.", ""),)), {}
+    if any(re.match(r"stages_\d+\.", key) for key in state):  # timm's features_only
+        state = _rename(state, ((r"^(stem|stages)_(\w+)\.", r"\1.\2."),))
     for each in FORMATS:
         if any(re.fullmatch(each.marker, key) for key in state):
-            renamed = {}
-            for key, value in state.items():
-                for pattern, replacement in each.renames:
-                    key = re.sub(pattern, replacement, key)
-                renamed[key] = value
-            return each.name, renamed, each.options
+            return each.name, _rename(state, each.renames), each.options
     return "backbone", state, {}
+
+
+def _rename(state: dict[str, Tensor], renames: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        new = key
+        for pattern, replacement in renames:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed or (new != key and new in state):
+            raise WeightsError(f"two keys of these weights mean the same: {key} and another")
+        renamed[new] = value
+    return renamed
 
 
 def match_structure(state: dict[str, Tensor], backbone: Backbone) -> None:
@@ -139,7 +152,7 @@ def match_structure(state: dict[str, Tensor], backbone: Backbone) -> None:
         elif isinstance(stage, DarknetStage) and f"{name}.conv.weight" in state:
             # A Darknet stage without blocks: a bare convolution in vision-toolbox.
             for key in [k for k in state if re.match(rf"{name}\.(conv|norm)\.\w+$", k)]:
-                state[f"{name}.conv.{key.removeprefix(name + '.')}"] = state.pop(key)
+                state.setdefault(f"{name}.conv.{key.removeprefix(name + '.')}", state.pop(key))
 
 
 def _match_split(state: dict[str, Tensor], stage: str, split: str) -> None:
@@ -148,10 +161,12 @@ def _match_split(state: dict[str, Tensor], stage: str, split: str) -> None:
     joined, first, second = (
         {k.removeprefix(name): k for k in state if k.startswith(f"{name}.")} for name in names
     )
+    if joined and (first or second):
+        return  # both at once are of no network: what does not fit tells of itself
     if split == "slice" and first.keys() == second.keys():
         for end in first:
             halves = state[first[end]], state[second[end]]
-            if halves[0].shape[1:] == halves[1].shape[1:]:  # otherwise they tell of themselves
+            if halves[0].ndim == halves[1].ndim and halves[0].shape[1:] == halves[1].shape[1:]:
                 state[names[0] + end] = torch.cat(halves) if halves[0].ndim else halves[0]
                 del state[first[end]], state[second[end]]
     elif split == "separate":
@@ -170,6 +185,7 @@ def adapt_first_conv(state: dict[str, Tensor], backbone: Backbone) -> str | None
     count = backbone.in_channels
     if weight is None or weight.ndim != 4 or weight.shape[1] != 3 or count == 3:
         return None
+    weight = weight.float()  # narrow types neither sum nor scale well
     if count == 1:  # a grey image is three equal channels
         state[key] = weight.sum(dim=1, keepdim=True)
     else:  # sums stay of one size
@@ -179,70 +195,84 @@ def adapt_first_conv(state: dict[str, Tensor], backbone: Backbone) -> str | None
 
 
 def is_darknet_file(path: Path) -> bool:
-    return path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name) is not None
+    return re.search(r"\.(weights|conv\.\d+)$", path.name, re.IGNORECASE) is not None
 
 
-_NORM_ORDER = ("bias", "weight", "running_mean", "running_var")
+_LAYER_ORDER = (
+    *("norm.bias", "norm.weight", "norm.running_mean", "norm.running_var"),
+    "conv.weight",
+)
 # Numbers in yolov4.conv.137 behind csdarknet53: the convolutions of yolov4.cfg's layers 105 to 136.
 _YOLOV4_NECK = 15_857_152
 
 
-def read_darknet(path: Path, backbone: Backbone, strict: bool) -> dict[str, Tensor]:
-    """Tensors of a Darknet file under this project's names, a head's too.
+def read_darknet(
+    path: Path, backbone: Backbone, strict: bool
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Tensors of a Darknet file under this project's names, a head's too, and their options.
 
     The file (parser.c: load_weights_upto of pjreddie/darknet and AlexeyAB/darknet) has three int32
     (major, minor, revision), the number of images seen as int64, int32 before version 0.2, then
     for each convolution in the order of the .cfg: beta, gamma, mean, variance, weights; or biases,
     weights without batch normalisation. All little-endian, all float32.
 
-    BatchNorm's epsilon stays PyTorch's 1e-5, as in Darknet's CUDA code, which trains; its CPU code
-    and OpenCV have 1e-6.
+    A file may end behind any convolution, if it has those of `backbone`. BatchNorm's epsilon stays
+    PyTorch's 1e-5, as in Darknet's CUDA code, which trains; its CPU code and OpenCV have 1e-6.
     """
     if not isinstance(backbone, Darknet) or backbone.config not in (
         VARIANTS["darknet53"],
         VARIANTS["cspdarknet53"],
     ):
         raise WeightsError(f"{path}: Darknet's files are read for darknet53 and cspdarknet53 alone")
-    if isinstance(backbone, CSPDarknet) and backbone.layout != "darknet":
+    is_csp = isinstance(backbone, CSPDarknet)
+    if is_csp and backbone.layout != "darknet":
         raise WeightsError(
             f'{path}: csdarknet53 is create("cspdarknet53", layout="darknet"); this module has '
             f'layout="{backbone.layout}"'
         )
     numbers = _read_numbers(path)
     with torch.device("meta"):
-        options = {"layout": "darknet"} if isinstance(backbone, CSPDarknet) else {}
+        options = {"layout": "darknet"} if is_csp else {}
         whole = type(backbone)(backbone.config, **options)
-    needed = sum(t.numel() for t in whole.state_dict().values() if t.ndim)
-    if len(numbers) < needed:
+    modules = whole.named_modules()
+    layers = [(name, m.state_dict()) for name, m in modules if isinstance(m, ConvNormAct)]
+    counts = {name: sum(tensors[key].numel() for key in _LAYER_ORDER) for name, tensors in layers}
+    needed = sum(n for name, n in counts.items() if not f"{name}.".startswith(backbone.left_out))
+    if len(numbers) < needed and strict:
         raise WeightsError(
             f"{path}: cut short or of a smaller network; {len(numbers):,} numbers, and the "
             f"convolutional part of this network has {needed:,}"
         )
     state, at = {}, 0
-    for name, layer in whole.named_modules():
-        if isinstance(layer, ConvNormAct):
-            tensors = layer.state_dict()
-            for key in (*(f"norm.{k}" for k in _NORM_ORDER), "conv.weight"):
-                shape = tensors[key].shape
-                state[f"{name}.{key}"] = numbers[at : at + shape.numel()].view(shape)
-                at += shape.numel()
+    for name, tensors in layers:
+        if at + counts[name] > len(numbers):
+            break
+        for key in _LAYER_ORDER:
+            shape = tensors[key].shape
+            state[f"{name}.{key}"] = numbers[at : at + shape.numel()].view(shape)
+            at += shape.numel()
     variances = [t for key, t in state.items() if key.endswith("running_var")]
-    if not numbers[:at].isfinite().all() or min(t.min() for t in variances) < 0:
-        raise WeightsError(f"{path}: not of this network; variances would be negative or infinite")
+    if not numbers[:at].isfinite().all() or any(t.min() < 0 for t in variances):
+        raise WeightsError(
+            f"{path}: not of this network, or damaged; it would have variances below zero or "
+            "numbers that are not finite"
+        )
     for key in state:
         if key.endswith(".out_conv.conv.weight"):  # the .cfg concatenates the other way round
             state[key] = torch.cat(state[key].chunk(2, dim=1)[::-1], dim=1)
     rest, in_features = numbers[at:], whole.channels[-1]
     num_classes, odd = divmod(len(rest), in_features + 1)
-    if len(rest) and not odd:  # the classifier's 1x1 convolution, after or before the average pool
+    if len(state) == len(layers) * len(_LAYER_ORDER) and num_classes and not odd:
+        # The classifier's 1x1 convolution, after or before the average pool.
         state["head.bias"], weight = rest[:num_classes], rest[num_classes:]
         state["head.weight"] = weight.view(num_classes, in_features)
     elif len(rest) not in (0, _YOLOV4_NECK) and strict:
         raise WeightsError(
-            f"{path}: {len(rest):,} numbers follow the convolutional part, neither a head nor "
+            f"{path}: {len(rest):,} numbers follow the last convolution, neither a head nor "
             "nothing; for the first layers of a detector pass strict=False"
         )
-    return state
+    # YOLOv3's networks have leaky ReLU; YOLOv4's has Mish, and csdarknet53.cfg came with both.
+    return state, {} if is_csp and backbone.act == "mish" else {"act": "leaky_relu"}
 
 
 def _read_numbers(path: Path) -> Tensor:
@@ -253,5 +283,7 @@ def _read_numbers(path: Path) -> Tensor:
         raise WeightsError(f"{path}: does not begin with the header of a Darknet file")
     header_bytes = 20 if (major, minor) >= (0, 2) else 16
     if len(data) <= header_bytes or (len(data) - header_bytes) % 4:
-        raise WeightsError(f"{path}: {len(data)} bytes are no header and whole float32 numbers")
+        raise WeightsError(
+            f"{path}: its {len(data)} bytes are not a header of {header_bytes} and float32 numbers"
+        )
     return torch.frombuffer(data, dtype=torch.float32, offset=header_bytes)

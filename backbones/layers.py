@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ class EffectiveSqueezeExcite(nn.Module):
     """Scales each channel by a gate computed from its mean over all pixels. Keeps `[N, C, H, W]`.
 
     One fully connected layer without reduction, then a hard sigmoid: eSE of CenterMask
-    (arXiv:1911.06667, section 3.3).
+    (arXiv:1911.06667).
     """
 
     def __init__(self, channels: int) -> None:
@@ -69,5 +70,10 @@ def scale_channels(channels: int, width: float) -> int:
     """`channels * width` rounded to the nearest multiple of 8, at least 8.
 
     Multiples of 8 fill the vector registers and tensor cores; width 1 changes nothing.
+
+    Raises:
+        ValueError: `width` is no number, or not above 0 and up to 16.
     """
+    if not isinstance(width, Real) or isinstance(width, bool) or not 0 < width <= 16:
+        raise ValueError(f"width={width!r} must be a number above 0, at most 16")
     return channels if width == 1 else max(8, round(channels * width / 8) * 8)

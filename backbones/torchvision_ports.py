@@ -13,7 +13,8 @@ stages. For networks of inverted residuals `tap` says which map stands for a str
 - "expansion": the output of the 1x1 expansion of the block that halves the map, and at last that of
   the final 1x1 convolution. These are the maps that MobileNetV2 (section 6.2) and MobileNetV3
   (section 6.3) give to a detector: many channels. A block without an expansion (the first of
-  MobileNetV3-Small) gives its input.
+  MobileNetV3-Small) gives its input. Strided blocks run layer by layer: hooks on their layers are
+  called, hooks on the blocks are not.
 - "block": the output of the last block of each stride: few channels. The final 1x1 convolution is
   taken off.
 """
@@ -49,7 +50,7 @@ class TorchvisionPort(Backbone):
         paths: names of the modules of each part: of the stem, then of the stage of each map, or of
             each map but the first where `stem_gives_map`.
         channels: of each map.
-        head: name of torchvision's head, or None where the last map is not what it works on.
+        head: name of torchvision's head where the last map is its input; None for a linear one.
         out_indices, in_channels, gradient_checkpointing: see `Backbone`.
     """
 
@@ -135,7 +136,7 @@ class ResNet(TorchvisionPort):
             [["conv1", "bn1", "relu"], *stages],
             # A stage's last convolution but for a shortcut's, which keeps the channels.
             [_out_channels(end) for end in ends],
-            "fc",
+            None,  # torchvision's is a plain linear layer as well
             out_indices=out_indices,
             in_channels=in_channels,
             gradient_checkpointing=gradient_checkpointing,

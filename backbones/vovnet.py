@@ -1,7 +1,7 @@
 """VoVNet-19-slim, 39, 57 and 99, versions 1 and 2.
 
-Papers: VoVNet (arXiv:1904.09730, table 1: 39 and 57), CenterMask (arXiv:1911.06667, section 3.3 and
-figure 4: version 2). VoVNet-19-slim is that of the authors' code, youngwanLEE/vovnet-detectron2.
+Papers: VoVNet (arXiv:1904.09730, table 1: 39 and 57), CenterMask (arXiv:1911.06667: version 2).
+VoVNet-19-slim and 99 are those of the authors' code, youngwanLEE/vovnet-detectron2.
 
 A one-shot aggregation (OSA) block runs 3x3 convolutions in a row and concatenates its input with
 all of their outputs, once, for a 1x1 convolution. Version 2 adds the block's input to its output
@@ -106,6 +106,8 @@ class TrailingMaxPool(nn.Module):
 
     The authors' `MaxPool2d(3, 2, ceil_mode=True)` rounds an odd size down, so that the map's stride
     would not be what it says; here a pixel of minus infinity behind the last one makes up for it.
+    `torch.jit.trace` and the ONNX exporter built on it would keep the traced size's way; use
+    `torch.export` and `torch.onnx.export(dynamo=True)`.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchvision.models import WeightsEnum, get_model_weights
 
 from backbones.base import Backbone
@@ -36,16 +37,13 @@ _logger = logging.getLogger(__name__)
 
 # Where checkpoints keep a state dict: ours and torchvision's, timm's, Lightning's and others'.
 ENTRIES = ("model", "ema", "model_ema", "state_dict", "state_dict_ema", "ema_state_dict", "net")
-# What wraps a module, by what it puts before its keys.
-WRAPPERS = {
-    "module.": "DataParallel, DistributedDataParallel or AveragedModel",
-    "_orig_mod.": "torch.compile",
-    "model.": "Lightning and others",
-    "backbone.": "a larger network",
-    "feat_extractor.": "vision-toolbox's extractors",
-}
-# What the state dict that a run of utils.training saves has beside the model.
+# The first key of each format, by which whatever stands before it is found out.
+FIRST_KEYS = ("stem.conv.weight", "stem.0.conv.weight", "stem.conv1.conv.weight", "conv1.weight")
+FIRST_KEYS += ("features.0.0.weight",)
+# What the checkpoint that a run of utils.training saves has beside the model.
 RUN_KEYS = {"config", "model", "ema", "optimizer"}
+# These change what is computed and no key or shape, so that nothing else would tell.
+_SILENT_OPTIONS = ("act", "residual", "stem_stride")
 
 
 @dataclass(frozen=True)
@@ -87,16 +85,12 @@ class Report:
         return text
 
 
-# These change what is computed and no key or shape, so that nothing else would tell.
-_SILENT_OPTIONS = ("act", "residual", "stem_stride")
-
-
 def load_weights(
     module: Backbone | Classifier,
     source: str | os.PathLike | WeightsEnum | Mapping[str, Tensor],
     *,
     entry: str | None = None,
-    prefix: str = "",
+    prefix: str | None = None,
     sha256: str | None = None,
     strict: bool = True,
 ) -> Report:
@@ -126,6 +120,11 @@ def load_weights(
     if not isinstance(module, (Backbone, Classifier)):
         kind = type(module).__name__
         raise WeightsError(f"weights go into a Backbone or a Classifier, not into a {kind}")
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        raise WeightsError("the module is on the meta device; make it elsewhere, or to_empty() it")
+    for name, value in (("entry", entry), ("prefix", prefix), ("sha256", sha256)):
+        if not isinstance(value, (str, type(None))):
+            raise WeightsError(f"{name}={value!r} must be a string")
     backbone = module.backbone if isinstance(module, Classifier) else module
     if isinstance(source, Mapping):
         if sha256 is not None:
@@ -136,12 +135,24 @@ def load_weights(
         name, digest = str(source), _checked_digest(path, sha256, published)
         file = None if is_darknet_file(path) else _read_file(path)
     if file is not None:
-        form, state, options = convert(_pick(name, file, entry, prefix))
+        picked = _pick(name, file, entry, prefix)
+        form, state, options = convert(picked)
+        options = {**options, **_options_of_run(file)}
     elif entry or prefix:
         raise WeightsError(f"{name}: a Darknet file has no entries and no prefixes")
     else:
-        form, state, options = "Darknet", read_darknet(path, backbone, strict), {}
-    return _load(module, backbone, state, options, Report(name, form, digest), strict)
+        form, (state, options) = "Darknet", read_darknet(path, backbone, strict)
+        picked = state
+    report, state, bad = _match(module, backbone, state, options, Report(name, form, digest))
+    if (strict and bad) or not report.loaded:
+        hints = _hints(report, picked)
+        raise WeightsError("; ".join([_describe(report, state, module.state_dict()), *hints]))
+    target = module.state_dict()
+    keys = target.keys() & state.keys() - set(report.misshaped)
+    module.load_state_dict({key: state[key] for key in keys}, strict=False)
+    backbone.weights_report = report
+    _logger.info("%s", report)
+    return report
 
 
 # ---- finding and verifying ---------------------------------------------------------------------
@@ -156,15 +167,20 @@ def _find(source: str | os.PathLike | WeightsEnum, backbone: Backbone) -> tuple[
         return _find_by_name(source.name, backbone)
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
-        raise WeightsError(f"weights must be a path, a name or a state dict, not a {kind}")
-    text = os.fspath(source)
+        raise WeightsError(f"weights must be a path, a name or a state dict, not {kind}")
+    text = os.fsdecode(source)
+    if "://" in text:
+        raise WeightsError(f"{text}: an address; download it and give the file's path")
     path = Path(text)
-    if isinstance(source, str) and not path.is_file() and re.fullmatch(r"\w+", text):
+    try:
+        if path.is_file():
+            return path, None
+        what = "is a folder" if text and path.is_dir() else "there is no such file"
+    except (OSError, ValueError) as error:  # too long, or with a null byte
+        what = _first_line(error)
+    if isinstance(source, str) and re.fullmatch(r"\w+", text):
         return _find_by_name(text, backbone)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "there is no such file"
-        raise WeightsError(f"{text}: {what}; give a file with weights")
-    return path, None
+    raise WeightsError(f"{text or 'empty path'}: {what}; give a file with weights")
 
 
 def _find_by_name(name: str, backbone: Backbone) -> tuple[Path, str | None]:
@@ -215,7 +231,7 @@ def _checked_digest(path: Path, sha256: str | None, published: str | None) -> st
 
 
 def _read_file(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             from safetensors.torch import load_file
         except ImportError as error:
@@ -228,21 +244,18 @@ def _read_file(path: Path) -> Any:
 
     try:
         return read(path)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if match is None:
-            raise WeightsError(f"{path}: not a file of weights, or damaged") from error
-        raise WeightsError(
-            f"{path}: refused, since loading it would run code ({match[1]}); save a state dict of "
-            "tensors alone"
-        ) from error
     except Exception as error:  # whatever a parser stumbles over in a broken file
-        raise WeightsError(
-            f"{path}: not a file of weights, or damaged ({_first_line(error)})"
-        ) from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise WeightsError(
+                f"{path}: refused, since loading {found[1]} could run code; save a state dict of "
+                "tensors alone"
+            ) from error
+        what = "a TorchScript archive" if "TorchScript" in str(error) else "damaged or another file"
+        raise WeightsError(f"{path}: not a file of weights, {what}; save a state dict") from error
 
 
-def _pick(name: str, loaded: Any, entry: str | None, prefix: str) -> dict[str, Tensor]:
+def _pick(name: str, loaded: Any, entry: str | None, prefix: str | None) -> dict[str, Tensor]:
     """The state dict in what was read: keys below `prefix`, tensors alone."""
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{name}: holds a {type(loaded).__name__}, not a state dict")
@@ -253,66 +266,77 @@ def _pick(name: str, loaded: Any, entry: str | None, prefix: str) -> dict[str, T
             there = ", ".join(str(k) for k, v in loaded.items() if isinstance(v, Mapping)) or "none"
             raise WeightsError(f"{name}: has no state dict {entry!r}; it has {there}")
         loaded = loaded[entry]
-    if prefix:
-        below = {k.removeprefix(prefix): v for k, v in loaded.items() if k.startswith(prefix)}
-        if not below:
-            first = next(iter(loaded), "none")
-            raise WeightsError(f"{name}: no key begins with {prefix!r}; the first is {first!r}")
-        loaded = below
-    elif "n_averaged" in loaded:  # torch.optim.swa_utils.AveragedModel
-        loaded = {k.removeprefix("module."): v for k, v in loaded.items() if k != "n_averaged"}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             inside = [each for each in ENTRIES if isinstance(loaded.get(each), Mapping)]
             hint = f": load_weights(..., entry={inside[0]!r})" if inside else ""
             raise WeightsError(f"{name}: not a state dict, {key!r} is no name of a tensor{hint}")
-    if not loaded:
+        if is_lazy(value) or value.layout != torch.strided or value.is_nested or value.is_quantized:
+            raise WeightsError(f"{name}: {key} is not a plain dense tensor")
+        if value.is_meta or value.is_complex():
+            what = "on the meta device, without values" if value.is_meta else "complex"
+            raise WeightsError(f"{name}: {key} is {what}")
+    if not prefix and "n_averaged" in loaded:  # torch.optim.swa_utils.AveragedModel
+        prefix = "module."
+    below = [key for key in loaded if key.startswith(prefix or "")]
+    if prefix and not below:
+        first = next(iter(loaded), "none")
+        raise WeightsError(f"{name}: no key begins with {prefix!r}; the first is {first!r}")
+    if not below:
         raise WeightsError(f"{name}: not a state dict, it is empty")
-    return {key: value for key, value in loaded.items() if key != "n_averaged"}
+    return {key.removeprefix(prefix or ""): loaded[key] for key in below}
+
+
+def _options_of_run(file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options of the backbone that a run's checkpoint tells of."""
+    config = file.get("config") if file.keys() >= RUN_KEYS else None
+    options = config.get("options") if isinstance(config, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
 
 
 # ---- loading -----------------------------------------------------------------------------------
 
 
-def _load(
+def _match(
     module: nn.Module,
     backbone: Backbone,
     state: dict[str, Tensor],
     options: Mapping[str, Any],
     report: Report,
-    strict: bool,
-) -> Report:
+) -> tuple[Report, dict[str, Tensor], bool]:
+    """The report, the tensors under the module's keys, and whether anything does not match."""
+    state = dict(state)
     match_structure(state, backbone)
     adapted = adapt_first_conv(state, backbone)
     left_out = [key for key in state if key.startswith(backbone.left_out)]
     if module is backbone:
         left_out += [key for key in state if key.startswith("head.")]
-    else:
-        state = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in state.items()}
-        left_out = [f"backbone.{key}" for key in left_out]
     for key in left_out:
         del state[key]
+    if module is not backbone:
+        state = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in state.items()}
     target = module.state_dict()
-    matching = {k for k in state if k in target and state[k].shape == target[k].shape}
-    # Absent from old and foreign files, and of no effect with a fixed momentum.
-    missing = [k for k in target if k not in state and not k.endswith("num_batches_tracked")]
-    differing = {k: v for k, v in options.items() if getattr(backbone, k, v) != v}
+    known = [key for key in state if key in target]
+    misshaped = [key for key in known if not _fits(state[key], target[key])]
     report = dataclasses.replace(
         report,
-        loaded=len(matching),
+        loaded=len(known) - len(misshaped),
         adapted=adapted,
         left_out=tuple(left_out),
-        missing=tuple(missing),
-        unexpected=tuple(k for k in state if k not in target),
-        misshaped=tuple(k for k in state if k in target and k not in matching),
-        differing=differing,
+        # Batches are not counted in old and foreign files, and matter to no fixed momentum.
+        missing=tuple(
+            k for k in target if k not in state and not k.endswith("num_batches_tracked")
+        ),
+        unexpected=tuple(key for key in state if key not in target),
+        misshaped=tuple(misshaped),
+        differing={k: v for k, v in options.items() if getattr(backbone, k, v) != v},
     )
-    silent = any(option in differing for option in _SILENT_OPTIONS)
-    if strict and (report.missing or report.unexpected or report.misshaped or silent):
-        raise WeightsError(_describe(report, state, target))
-    module.load_state_dict({k: state[k] for k in matching}, strict=False)
-    _logger.info("%s", report)
-    return report
+    silent = any(option in report.differing for option in _SILENT_OPTIONS)
+    return report, state, bool(report.missing or report.unexpected or misshaped or silent)
+
+
+def _fits(value: Tensor, target: Tensor) -> bool:
+    return value.shape == target.shape and value.is_floating_point() == target.is_floating_point()
 
 
 def _describe(report: Report, state: dict[str, Tensor], target: Mapping[str, Tensor]) -> str:
@@ -325,19 +349,26 @@ def _describe(report: Report, state: dict[str, Tensor], target: Mapping[str, Ten
             text += f"; first {name}: {keys[0]}"
     if report.misshaped:
         key = report.misshaped[0]
-        text += f"; first of another shape: {key} {list(state[key].shape)}, here "
-        text += f"{list(target[key].shape)}"
-    return text + "".join(f"; {hint}" for hint in _hints(report))
+        text += f"; first of another shape: {key} {_kind(state[key])}, here {_kind(target[key])}"
+    return text
 
 
-def _hints(report: Report) -> list[str]:
+def _kind(tensor: Tensor) -> str:
+    number = "" if tensor.is_floating_point() else f" of {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{list(tensor.shape)}{number}"
+
+
+def _hints(report: Report, picked: Mapping[str, Tensor]) -> list[str]:
     hints = []
     if report.differing:
         hints.append(f"these weights were made with {_keywords(report.differing)}")
-    unexpected = [key.removeprefix("backbone.") for key in report.unexpected]
-    for prefix, wrapper in WRAPPERS.items():
-        if unexpected and all(key.startswith(prefix) for key in unexpected):
-            hints.append(f"the keys are those of {wrapper}: load_weights(..., prefix={prefix!r})")
+    for key in picked:
+        first = next((each for each in FIRST_KEYS if key.endswith(f".{each}")), None)
+        if key in FIRST_KEYS or key.startswith(("backbone.stem.", "stages.", "layer")):
+            break
+        if first:
+            hints.append(f"load_weights(..., prefix={key.removesuffix(first)!r}) takes its keys")
+            break
     bad = [*report.missing, *report.unexpected, *report.misshaped]
     if bad and all(key.startswith("head.") for key in bad):
         hints.append("only the head differs: load_weights(model.backbone, ...) leaves it as it is")

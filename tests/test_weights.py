@@ -94,6 +94,17 @@ def test_timm(tmp_path, theirs, ours, options):
     torch.testing.assert_close(model.eval()(images), logits, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("theirs", "ours", "options"), [TIMM[1], TIMM[5]])
+def test_timms_feature_extractors(theirs, ours, options):
+    """`features_only=True` flattens the names of stages."""
+    theirs = randomise_norms(timm.create_model(theirs, features_only=True)).eval()
+    assert "stages_0" in str(theirs.state_dict().keys())
+    net = backbones.create(ours, weights=theirs.state_dict(), **options).eval()
+    images = torch.randn(1, 3, 64, 96)
+    assert_near(net(images)[1:], theirs(images)[-4:])
+
+
 def toolbox_key(key, csp):
     """The key of gau-nernst/vision-toolbox for one of ours."""
     key = re.sub(r"\.blocks\.(\d+)\.(convs|out_conv|ese)\.", r".module_\1.\2.", key)
@@ -199,7 +210,7 @@ def header(major=0, minor=2, revision=5):
 def darknet(request, tmp_path_factory):
     net = DarknetNet(csp=request.param)
     net.name = "cspdarknet53" if request.param else "darknet53"
-    net.options = {"layout": "darknet"} if request.param else {}
+    net.options = {"act": "leaky_relu", **({"layout": "darknet"} if request.param else {})}
     net.cfg, net.path = net.write(tmp_path_factory.mktemp(net.name), 64, 96)
     return net
 
@@ -217,9 +228,7 @@ def opencv_maps(darknet, images):
 
 @torch.no_grad()
 def test_darknet_files_against_opencv(darknet):
-    net = backbones.create(
-        darknet.name, act="leaky_relu", weights=darknet.path, **darknet.options
-    ).eval()
+    net = backbones.create(darknet.name, weights=darknet.path, **darknet.options).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eps = 1e-6  # OpenCV's; Darknet's CUDA code has 1e-5, as we do
@@ -264,13 +273,13 @@ def test_darknet_heads(darknet, tmp_path):
     ("change", "words"),
     [
         (lambda data: data[:-4], "cut short or of a smaller network; [0-9,]+ numbers"),
-        (lambda data: data[:-3], "bytes are no header and whole float32 numbers"),
-        (lambda data: data + bytes(8), "2 numbers follow the convolutional part"),
-        (lambda data: data[:10], "no header and whole"),
+        (lambda data: data[:-3], "bytes are not a header of 20 and float32 numbers"),
+        (lambda data: data + bytes(8), "2 numbers follow the last convolution"),
+        (lambda data: data[:10], "10 bytes are not a header"),
         (lambda data: b"", "does not begin with the header"),
         (lambda data: b"\x89PNG\r\n\x1a\n" + data, "does not begin with the header"),
-        (lambda data: data[:20] + bytes(4000) + data[20:-4000], "not of this network; variances"),
-        (lambda data: data[:24] + b"\0\0\x80\x7f" * 500_000 + data[2_000_024:], "variances"),
+        (lambda data: data[:20] + bytes(4000) + data[20:-4000], "not of this network, or damaged"),
+        (lambda data: data[:24] + b"\0\0\x80\x7f" * 500_000 + data[2_000_024:], "not finite"),
     ],
 )
 def test_damaged_darknet_files_are_refused(darknet, tmp_path, change, words):
@@ -292,7 +301,31 @@ def test_darknet_files_of_other_networks_are_refused(darknet, tmp_path):
         backbones.create("cspdarknet53", weights=darknet.path)
     if darknet.name == "darknet53":  # longer than csdarknet53's
         with pytest.raises(WeightsError, match="not of this network"):
-            backbones.create("cspdarknet53", layout="darknet", weights=darknet.path)
+            backbones.create("cspdarknet53", weights=darknet.path, act="mish", layout="darknet")
+
+
+def test_darknet_files_are_held_to_their_activation(darknet):
+    options = {**darknet.options, "act": "relu"}
+    with pytest.raises(WeightsError, match="made with act='leaky_relu'"):
+        backbones.create(darknet.name, weights=darknet.path, **options)
+    if darknet.name == "cspdarknet53":  # YOLOv4's
+        backbones.create(darknet.name, weights=darknet.path, **{**options, "act": "mish"})
+
+
+def test_the_first_layers_are_enough_for_the_first_maps(darknet, tmp_path):
+    part = backbones.create(darknet.name, out_indices=(0, 1), **darknet.options)
+    whole = backbones.create(darknet.name, weights=darknet.path, **darknet.options).eval()
+    count = sum(t.numel() for t in part.state_dict().values() if t.ndim)
+    path = tmp_path / "net.conv.11"
+    path.write_bytes(darknet.path.read_bytes()[: 20 + 4 * count])
+    load_weights(part.eval(), path)
+    images = torch.randn(1, 3, 64, 64)
+    assert_near(part(images), whole(images)[:2], 1e-6)
+    with pytest.raises(WeightsError, match="cut short"):
+        load_weights(whole, path)
+    path.write_bytes(darknet.path.read_bytes()[: 24 + 4 * count])  # and one number more
+    with pytest.raises(WeightsError, match="1 numbers follow the last convolution"):
+        load_weights(part, path)
 
 
 def test_first_layers_of_a_detector(darknet, tmp_path):
@@ -481,6 +514,113 @@ def test_options_that_no_key_shows_are_held_to_the_format(theirs, name, options,
     assert "made with" in str(report)
 
 
+def test_wrappers_in_wrappers_and_larger_networks():
+    net = tiny()
+    for prefix in ("_orig_mod.module.", "backbone.body.", "student.encoder."):
+        state = {"loss.weight": torch.zeros(1)} if prefix[0] == "s" else {}
+        state |= {prefix + key: value for key, value in net.state_dict().items()}
+        with pytest.raises(WeightsError, match=re.escape(f"prefix='{prefix}'")):
+            load_weights(tiny(), state)
+        other = tiny()
+        load_weights(other, state, prefix=prefix)
+        assert_same(other, net.state_dict())
+
+
+def test_a_run_tells_its_options(tmp_path):
+    """The activation shows in no key."""
+    state = {"model": Classifier(tiny(act="mish"), 3).state_dict(), "ema": {}, "optimizer": {}}
+    path = tmp_path / "last.pt"
+    torch.save({**state, "config": {"options": {"width": 0.125, "act": "mish"}}}, path)
+    with pytest.raises(WeightsError, match="made with act='mish'"):
+        load_weights(tiny(), path)
+    assert load_weights(tiny(act="mish"), path).loaded
+
+
+def test_two_keys_for_one_tensor_are_refused():
+    net = tiny()
+    state = state_of(net)
+    twice = [
+        {**state, **{f"backbone.{key}": value for key, value in state.items()}},
+        {**state, **tiny(split="slice").state_dict()},
+    ]
+    for each in twice:
+        with pytest.raises(WeightsError, match=r"two keys of these weights|unexpected"):
+            load_weights(net, each)
+    theirs = get_model_builder("resnet18")(weights=None).state_dict()
+    model = Classifier(backbones.create("resnet18"), 1000)
+    with pytest.raises(WeightsError, match="two keys of these weights mean the same: fc"):
+        load_weights(model, {"head.weight": torch.zeros(1000, 512), **theirs})
+
+
+KEY = "stages.2.out_conv.conv.weight"
+HALVES = ("stages.2.shortcut_conv.norm.weight", "stages.2.blocks_conv.norm.weight")
+
+
+@pytest.mark.parametrize("split", ["separate", "slice"])
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        (KEY, lambda t: t.to("meta")),
+        (KEY, lambda t: t.to_sparse()),
+        (KEY, lambda t: t.to(torch.complex64)),
+        (KEY, lambda t: t.to(torch.int8)),
+        (KEY, lambda t: t > 0),
+        (KEY, lambda t: torch.nn.UninitializedParameter()),
+        (KEY, lambda t: t[0, 0, 0, 0]),
+        (HALVES[0], lambda t: t[0]),
+        (HALVES[1], lambda t: t[0]),
+        (HALVES[1], lambda t: t[:, None]),
+        (HALVES[1].replace("weight", "num_batches_tracked"), lambda t: t[None]),
+    ],
+)
+def test_odd_tensors_are_refused_and_nothing_is_loaded(split, key, change):
+    net = tiny(split=split)
+    before = state_of(net)
+    state = {k: v + 1 for k, v in tiny().state_dict().items()}
+    with pytest.raises(WeightsError):
+        load_weights(net, {**state, key: change(state[key])})
+    assert_same(net, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_taken(dtype):
+    source = tiny()
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    grey = tiny(in_channels=1, weights=state)
+    torch.testing.assert_close(
+        grey.stem.conv.weight, source.stem.conv.weight.sum(1, keepdim=True), rtol=0.02, atol=0.02
+    )
+    assert tiny(weights=state).stem.conv.weight.dtype is torch.float32
+
+
+def test_nothing_that_matches_is_an_error_strict_or_not():
+    with pytest.raises(WeightsError, match="150 keys missing, 1 unexpected"):
+        load_weights(tiny(), {"x": torch.zeros(1)}, strict=False)
+
+
+def test_a_module_without_storage_is_refused():
+    with torch.device("meta"):
+        net = tiny()
+    with pytest.raises(WeightsError, match="on the meta device"):
+        load_weights(net, tiny().state_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [{"entry": ["model"]}, {"prefix": 3}, {"sha256": 123}, {"sha256": b"00"}]
+)
+def test_arguments_of_other_types_are_refused(options):
+    with pytest.raises(WeightsError, match="must be a string"):
+        load_weights(tiny(), tiny().state_dict(), **options)
+
+
+def test_the_backbone_keeps_its_report(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(tiny().state_dict(), path)
+    assert tiny().weights_report is None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest in str(tiny(weights=path).weights_report)
+
+
 # ---- files that are not there, damaged or dangerous ----------------------------------------------
 
 
@@ -495,7 +635,7 @@ def test_code_is_refused_and_does_not_run(tmp_path, capsys):
     pickled = tmp_path / "bomb.pth"
     pickled.write_bytes(pickle.dumps(Bomb(), protocol=2))
     for each in (path, pickled):
-        with pytest.raises(WeightsError, match=r"bomb.pth?: refused, .* run code .*print"):
+        with pytest.raises(WeightsError, match=r"bomb.pth?: refused, .*print could run"):
             load_weights(tiny(), each)
     assert "code ran" not in capsys.readouterr().out
 
@@ -527,6 +667,7 @@ def test_cut_files_are_one_line(tmp_path):
         ({}, "it is empty"),
         ({"epoch": 3}, "'epoch' is no name of a tensor"),
         ({3: torch.zeros(1)}, "3 is no name of a tensor"),
+        ({"n_averaged": torch.zeros(()), 3: torch.zeros(1)}, "3 is no name of a tensor"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, content, words):
@@ -543,7 +684,10 @@ def test_sources_that_are_not_there(tmp_path):
         tiny(weights=tmp_path)
     with pytest.raises(WeightsError, match="'DEFAULT' is no file, and CSPDarknet has no weights"):
         tiny(weights="DEFAULT")
-    with pytest.raises(WeightsError, match="must be a path, a name or a state dict, not a int"):
+    for text in ("", "x" * 300 + ".pt", "a\0b.pt", "https://example.org/resnet18.pt"):
+        with pytest.raises(WeightsError, match=r"give (a file|the file)"):
+            tiny(weights=text)
+    with pytest.raises(WeightsError, match="must be a path, a name or a state dict, not int"):
         tiny(weights=3)
     with pytest.raises(WeightsError, match="into a Backbone or a Classifier, not into a Linear"):
         load_weights(torch.nn.Linear(1, 1), {})
