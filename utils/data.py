@@ -5,6 +5,7 @@ any number of workers and after any interruption. Images travel as uint8; `Prepr
 and mixes them on the device.
 """
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -263,6 +264,31 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNe
     train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
     val = open_val(data_dir, classes, recipe.eval_resize_px, recipe.eval_crop_px)
     return ImageNetFolders(train, val, classes)
+
+
+def hold_out(data: ImageNetFolders, recipe: Recipe, every: int) -> ImageNetFolders:
+    """`data` with a slice of its training images in the place of its validation images.
+
+    Each `every`-th training image of a class, in the order of names, is taken out of training and
+    read with the validation's transform: choices are made on these, and `val` is kept for the end.
+
+    Raises:
+        ValueError: `every` is below 2, or a class would keep nothing on one of the two sides.
+    """
+    if every < 2:
+        raise ValueError(f"every={every} must be at least 2")
+    labels = data.train.labels
+    place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within the class
+    held = place % every == every - 1
+    for label, name in enumerate(data.classes):
+        if not held[labels == label].any():
+            raise ValueError(f"{data.train.folder / name}: fewer than {every} images to cut from")
+    val = copy.copy(data.train)
+    val.transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    val.names, val.labels = data.train.names[held], labels[held]
+    train = copy.copy(data.train)
+    train.names, train.labels = data.train.names[~held], labels[~held]
+    return ImageNetFolders(train, val, data.classes)
 
 
 def open_val(data_dir: str | Path, classes: list[str], resize_px: int, crop_px: int) -> ImageFiles:

@@ -75,8 +75,7 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
     if run_dir.is_dir() and any(entry.name not in ours for entry in run_dir.iterdir()):
         raise RunError(f"{run_dir}: holds other files and no run; choose another --output-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    _replace(path, lambda aside: aside.write_text(text))
+    write_json(path, config)
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any]) -> None:
@@ -88,8 +87,20 @@ def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any]) -> None:
 def save_tables(run_dir: Path, checkpoint: dict[str, Any]) -> None:
     """Writes metrics.csv and speed.csv from the rows in a checkpoint."""
     for name in ("metrics", "speed"):
-        table = pd.DataFrame(checkpoint[name])
-        _replace(run_dir / f"{name}.csv", lambda aside, t=table: t.to_csv(aside, index=False))
+        write_table(run_dir / f"{name}.csv", checkpoint[name])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON; the file appears whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    _replace(path, lambda aside: aside.write_text(text))
+
+
+def write_table(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as CSV; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, lambda aside: pd.DataFrame(rows).to_csv(aside, index=False))
 
 
 def log_tensorboard(run_dir: Path, *rows: dict[str, float]) -> None:

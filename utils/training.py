@@ -241,6 +241,7 @@ def fit(
     device: torch.device | None = None,
     skip_corrupt: bool = False,
     tensorboard: bool = False,
+    quiet: bool = False,
 ) -> Trainer:
     """Trains `model` by `recipe`, or goes on with the run in `run_dir`, to the last epoch.
 
@@ -249,6 +250,7 @@ def fit(
         workers: processes that decode images, 0 for none.
         skip_corrupt: leave unreadable images out and list them, instead of stopping.
         tensorboard: also log every row for TensorBoard.
+        quiet: show neither a progress bar nor a line per epoch.
 
     Returns:
         The trainer, with the model, its average and the rows of every epoch.
@@ -280,13 +282,14 @@ def fit(
         total=recipe.epochs * steps * recipe.batch_size,
         initial=trainer.step * recipe.batch_size,
         unit=" images",
-        disable=distributed.rank() > 0,
+        disable=quiet or distributed.rank() > 0,
     ) as progress:
         for epoch in range(trainer.step // steps, recipe.epochs):
             train_loader.batch_sampler.epoch = epoch
             _run_epoch(trainer, train_loader, val_loader, progress)
             if distributed.rank() == 0:
-                progress.write(describe_epoch(trainer))
+                if not quiet:
+                    progress.write(describe_epoch(trainer))
                 runs.save_checkpoint(run_dir, {"config": config, **trainer.state_dict()})
                 if tensorboard:
                     runs.log_tensorboard(run_dir, trainer.metrics[-1], trainer.speed[-1])

@@ -1,0 +1,74 @@
+"""Runs a study: what is missing of it, in a folder per run, into one CSV.
+
+    python scripts/ablate.py csp_split --data-dir data/imagenette2-224sq --processes 2
+
+Interrupted, the same command goes on; finished runs are not repeated. A run that failed is a row
+that says so, and is tried again by the same command.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import backbones
+from backbones.classifier import Classifier
+from utils.studies import STUDIES
+from utils.study import compare, run_study, summarise
+
+
+def make_model(backbone: str, options: Mapping[str, Any], num_classes: int) -> nn.Module:
+    return Classifier(backbones.create(backbone, **options), num_classes)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("study", choices=STUDIES, help="a name of utils.studies.STUDIES")
+    add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
+    add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
+    add("--output", type=Path, help="the CSV (default: results/study_<study>.csv)")
+    add("--processes", type=int, default=1, help="runs at a time (default: 1)")
+    add("--devices", default="", help="of the runs, taken in turn, such as cuda:0,cuda:1")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    study = STUDIES[args.study]
+    output = args.output or Path("results") / f"study_{study.name}.csv"
+    try:
+        table = run_study(
+            study,
+            make_model,
+            args.data_dir,
+            args.runs_dir,
+            output,
+            processes=args.processes,
+            devices=[device for device in args.devices.split(",") if device],
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+    failed = table[table.status != "done"]
+    for row in failed.itertuples():
+        print(f"{row.value}, seed {row.seed}: {row.status}", file=sys.stderr)
+    done = table[table.status == "done"]
+    if len(done):
+        done = done[done.test_crop_px == done.test_crop_px.iloc[0]]
+        print(summarise(done).round(2).to_string())
+        print(compare(done, study.baseline).round(2).to_string())
+    print(f"table: {output}")
+    return int(len(failed) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

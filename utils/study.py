@@ -1,0 +1,303 @@
+"""Studies: one factor varied over seeds, each run in a folder of its own, one row per run.
+
+A study is declared in a table (`utils.studies`). `run_study` trains what is missing and writes one
+tidy CSV; `summarise` and `compare` say what came out, with an interval around every difference.
+
+No run looks at the validation set while it trains: its curves are those of a slice cut from the
+training images, the same slice for every run. The validation images are read once, at its end.
+"""
+
+import json
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from scipy import stats
+from torch import nn
+
+from utils import runs, training
+from utils.data import EvalBatches, hold_out, make_loader, open_folders, open_val, readable
+from utils.distributed import pick_device
+from utils.evaluation import evaluate
+from utils.measure import count_macs, count_parameters
+from utils.progress import progress_bar
+from utils.recipe import Recipe
+
+# From (name of a backbone, its options, number of classes) to a classifier.
+MakeModel = Callable[[str, Mapping[str, Any], int], nn.Module]
+
+HELD_OUT = 10  # every tenth training image of a class, in the order of names, draws the curves
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One value of a study's factor: what it changes in the backbone or in the recipe."""
+
+    value: str
+    backbone: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A factor, its values and seeds, and the recipe that they share.
+
+    Args:
+        name: of its CSV and of its folder of runs.
+        factor: what the arms differ in.
+        baseline: the value that others are compared with.
+        recipe: of every run, but for what an arm changes.
+        test_sizes_px: sizes of the test crop besides the recipe's; each gives a row.
+    """
+
+    name: str
+    factor: str
+    baseline: str
+    recipe: Recipe
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    test_sizes_px: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = [arm.value for arm in self.arms]
+        if len(set(values)) < len(values):
+            raise ValueError(f"study {self.name}: a value stands there twice: {values}")
+        if self.baseline not in values:
+            raise ValueError(f"study {self.name}: baseline={self.baseline!r} is none of {values}")
+        for arm in self.arms:  # a wrong recipe shows before anything is trained
+            replace(self.recipe, **arm.recipe)
+
+    def runs(self) -> list[tuple[Arm, int]]:
+        """Every value with every seed, seeds outermost: a study cut short is still balanced."""
+        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+
+    def recipe_of(self, arm: Arm) -> Recipe:
+        """What an arm's runs are trained with."""
+        return replace(self.recipe, **arm.recipe)
+
+
+def run_study(
+    study: Study,
+    make_model: MakeModel,
+    data_dir: str | Path,
+    runs_dir: str | Path,
+    output: str | Path,
+    *,
+    processes: int = 1,
+    devices: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Trains what is missing of a study and writes its table after every run.
+
+    A finished run is a folder with a `result.json`; it is not trained again. An unfinished one goes
+    on from its last whole epoch. A run that fails is a row that says so, and is tried again when
+    the study is run again.
+
+    Args:
+        make_model: makes an arm's classifier; with several processes a function of a module.
+        data_dir: folder with train/ and val/.
+        runs_dir: gets a folder per run, `<study>/<value>-seed<seed>`.
+        output: the CSV, one row per run and test size.
+        processes: runs at a time; they share the CPU's threads evenly.
+        devices: such as ("cuda:0", "cuda:1"), taken in turn by the processes.
+
+    Returns:
+        The table that was written.
+    """
+    if processes < 1:
+        raise ValueError(f"processes={processes} must be at least 1")
+    threads = max(1, torch.get_num_threads() // processes)
+    jobs, rows = [], {}
+    for k, (arm, seed) in enumerate(study.runs()):
+        run_dir = Path(runs_dir) / study.name / f"{_slug(arm.value)}-seed{seed}"
+        device = devices[k % len(devices)] if devices else None
+        done = _read_result(run_dir)
+        if done is None:
+            jobs.append((study, make_model, arm, seed, data_dir, run_dir, threads, device))
+        else:
+            rows[arm.value, seed] = done
+    order = [(arm.value, seed) for arm, seed in study.runs()]
+    with progress_bar(total=len(order), initial=len(rows), unit=" runs", desc=study.name) as bar:
+        for finished in _each(jobs, processes):
+            rows[finished[0]["value"], finished[0]["seed"]] = finished
+            runs.write_table(output, [row for key in order for row in rows.get(key, [])])
+            bar.update()
+    table = [row for key in order for row in rows[key]]
+    runs.write_table(output, table)
+    return pd.DataFrame(table)
+
+
+def _each(jobs: list[tuple], processes: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each job as it ends; in this process if there is to be one alone."""
+    if processes == 1:
+        yield from (_run(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not live
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        futures = [pool.submit(_run, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run(
+    study: Study,
+    make_model: MakeModel,
+    arm: Arm,
+    seed: int,
+    data_dir: str | Path,
+    run_dir: Path,
+    threads: int,
+    device: str | None,
+) -> list[dict[str, Any]]:
+    """Trains one run, or goes on with it, and returns its rows: a failure is a row as well."""
+    torch.set_num_threads(threads)
+    facts = {"study": study.name, "factor": study.factor, "value": arm.value, "seed": seed}
+    try:
+        rows = [
+            {**facts, **row}
+            for row in _train(study, make_model, arm, seed, data_dir, run_dir, device)
+        ]
+    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [{**facts, "status": f"failed: {reason}"}]
+    runs.write_json(run_dir / "result.json", rows)
+    return rows
+
+
+def _train(
+    study: Study,
+    make_model: MakeModel,
+    arm: Arm,
+    seed: int,
+    data_dir: str | Path,
+    run_dir: Path,
+    device: str | None,
+) -> Iterator[dict[str, Any]]:
+    """One row per test size of a run that is trained to its end."""
+    recipe = study.recipe_of(arm)
+    data = open_folders(data_dir, recipe, seed)
+    torch.manual_seed(seed)
+    options = {**arm.options, **recipe.backbone_options}
+    model = make_model(arm.backbone, options, len(data.classes))
+    trainer = training.fit(
+        model,
+        hold_out(data, recipe, HELD_OUT),
+        recipe,
+        run_dir,
+        config={
+            "study": study.name,
+            "value": arm.value,
+            "backbone": arm.backbone,
+            "options": options,
+            "command": runs.command_line(),
+            "data_dir": str(data_dir),
+        },
+        seed=seed,
+        device=pick_device(device),
+        quiet=True,
+    )
+    config = json.loads((run_dir / "config.json").read_text())
+    speed = pd.DataFrame(trainer.speed)
+    for crop_px in (recipe.eval_crop_px, *study.test_sizes_px):
+        resize_px = round(crop_px * recipe.eval_resize_px / recipe.eval_crop_px)
+        val = open_val(data_dir, data.classes, resize_px, crop_px)
+        loader = make_loader(val, EvalBatches(len(val), 64), 0, trainer.device.type == "cuda")
+        result = evaluate(
+            {"raw": trainer.model, "ema": trainer.ema.module},
+            readable(loader, False, {}),
+            trainer.eval_preprocess,
+            trainer.dtype,
+        )
+        yield {
+            "status": "done",
+            "backbone": arm.backbone,
+            "epochs": recipe.epochs,
+            "train_crop_px": recipe.train_crop_px,
+            "test_crop_px": crop_px,
+            "top1_raw_pct": round(result["raw"]["top1_pct"], 3),
+            "top1_ema_pct": round(result["ema"]["top1_pct"], 3),
+            "final_loss": round(trainer.metrics[-1]["train_loss"], 4),
+            "val_images": result["raw"]["images"],
+            "parameters": count_parameters(model),
+            "gmacs": round(count_macs(model, crop_px, crop_px) / 1e9, 4),
+            "images_per_s": round(speed.train_images_per_s.median(), 1),
+            "time_s": round(speed.train_time_s.sum() + speed.eval_time_s.sum()),
+            "autocast": config["autocast"],
+            "threads": config["hardware"]["threads"],
+            "hardware": config["hardware"]["gpu"] or config["hardware"]["cpu"],
+            "torch": config["versions"]["torch"],
+            "commit": config["commit"],
+            "command": config["command"],
+        }
+
+
+def _slug(value: str) -> str:
+    """A value as part of a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
+
+
+def _read_result(run_dir: Path) -> list[dict[str, Any]] | None:
+    try:
+        return json.loads((run_dir / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+# ---- what came out -------------------------------------------------------------------------------
+
+
+def summarise(table: pd.DataFrame, column: str = "top1_ema_pct") -> pd.DataFrame:
+    """Mean, standard deviation and number of seeds of each value, with its costs.
+
+    Args:
+        table: of one study and one test size; runs that failed are left out.
+
+    Returns:
+        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs`, and
+        the medians of `images_per_s` and `time_s`.
+    """
+    groups = table[table.status == "done"].groupby("value", sort=False)
+    summary = groups[column].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
+    costs = groups[["parameters", "gmacs"]].first()
+    return summary.join(costs).join(groups[["images_per_s", "time_s"]].median())
+
+
+def compare(
+    table: pd.DataFrame, baseline: str, column: str = "top1_ema_pct", confidence: float = 0.95
+) -> pd.DataFrame:
+    """Differences to the baseline, paired over seeds, with Student's t interval.
+
+    Args:
+        table: as in `summarise`.
+        baseline: the value that others are compared with.
+
+    Returns:
+        Indexed by value: `difference`, `low` and `high` (of the interval), `n` (pairs), `verdict`:
+        "higher", "lower", "no difference seen" where the interval holds zero, or "too few seeds".
+    """
+    done = table[table.status == "done"]
+    by_seed = done.pivot(index="seed", columns="value", values=column)
+    rows = {}
+    for value in done.value.unique():
+        if value == baseline:
+            continue
+        pairs = by_seed[[baseline, value]].dropna()
+        difference = pairs[value] - pairs[baseline]
+        row = {"difference": difference.mean(), "low": float("nan"), "high": float("nan")}
+        verdict = "too few seeds"
+        if len(pairs) > 1:
+            spread = stats.sem(difference)
+            half = stats.t.ppf((1 + confidence) / 2, len(pairs) - 1) * spread
+            row |= {"low": row["difference"] - half, "high": row["difference"] + half}
+            verdict = "higher" if row["low"] > 0 else "lower" if row["high"] < 0 else None
+        rows[value] = {**row, "n": len(pairs), "verdict": verdict or "no difference seen"}
+    return pd.DataFrame.from_dict(rows, orient="index")
