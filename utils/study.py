@@ -119,7 +119,11 @@ def run_study(
         device = devices[k % len(devices)] if devices else None
         done = _read_result(run_dir)
         if done is None:
-            jobs.append((study, make_model, arm, seed, data_dir, run_dir, threads, device))
+            jobs.append(
+                _Job(
+                    study, arm, seed, make_model, data_dir, run_dir, threads=threads, device=device
+                )
+            )
         else:
             rows[arm.value, seed] = done
     order = [(arm.value, seed) for arm, seed in study.runs()]
@@ -133,14 +137,28 @@ def run_study(
     return pd.DataFrame(table)
 
 
-def _each(jobs: list[tuple], processes: int) -> Iterator[list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Job:
+    """One run of a study, with all that a process needs to train it."""
+
+    study: Study
+    arm: Arm
+    seed: int
+    make_model: MakeModel
+    data_dir: str | Path
+    run_dir: Path
+    threads: int
+    device: str | None
+
+
+def _each(jobs: list[_Job], processes: int) -> Iterator[list[dict[str, Any]]]:
     """Rows of each job as it ends; in this process if there is to be one alone."""
     if processes == 1:
-        yield from (_run(*job) for job in jobs)
+        yield from map(_run, jobs)
         return
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not live
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = [pool.submit(_run, *job) for job in jobs]
+        futures = [pool.submit(_run, job) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -148,68 +166,48 @@ def _each(jobs: list[tuple], processes: int) -> Iterator[list[dict[str, Any]]]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run(
-    study: Study,
-    make_model: MakeModel,
-    arm: Arm,
-    seed: int,
-    data_dir: str | Path,
-    run_dir: Path,
-    threads: int,
-    device: str | None,
-) -> list[dict[str, Any]]:
+def _run(job: _Job) -> list[dict[str, Any]]:
     """Trains one run, or goes on with it, and returns its rows: a failure is a row as well."""
-    torch.set_num_threads(threads)
-    facts = {"study": study.name, "factor": study.factor, "value": arm.value, "seed": seed}
+    torch.set_num_threads(job.threads)
+    study = job.study
+    facts = {"study": study.name, "factor": study.factor, "value": job.arm.value, "seed": job.seed}
     try:
-        rows = [
-            {**facts, **row}
-            for row in _train(study, make_model, arm, seed, data_dir, run_dir, device)
-        ]
+        rows = [{**facts, **row} for row in _train(job)]
     except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return [{**facts, "status": f"failed: {reason}"}]
-    runs.write_json(run_dir / "result.json", rows)
+    runs.write_json(job.run_dir / "result.json", rows)
     return rows
 
 
-def _train(
-    study: Study,
-    make_model: MakeModel,
-    arm: Arm,
-    seed: int,
-    data_dir: str | Path,
-    run_dir: Path,
-    device: str | None,
-) -> Iterator[dict[str, Any]]:
+def _train(job: _Job) -> Iterator[dict[str, Any]]:
     """One row per test size of a run that is trained to its end."""
-    recipe = study.recipe_of(arm)
-    data = open_folders(data_dir, recipe, seed)
-    torch.manual_seed(seed)
+    arm, recipe = job.arm, job.study.recipe_of(job.arm)
+    data = open_folders(job.data_dir, recipe, job.seed)
+    torch.manual_seed(job.seed)
     options = {**arm.options, **recipe.backbone_options}
-    model = make_model(arm.backbone, options, len(data.classes))
+    model = job.make_model(arm.backbone, options, len(data.classes))
     trainer = training.fit(
         model,
         hold_out(data, recipe, HELD_OUT),
         recipe,
-        run_dir,
+        job.run_dir,
         config={
-            "study": study.name,
+            "study": job.study.name,
             "value": arm.value,
             "backbone": arm.backbone,
             "options": options,
             "command": runs.command_line(),
-            "data_dir": str(data_dir),
+            "data_dir": str(job.data_dir),
         },
-        seed=seed,
-        device=pick_device(device),
+        seed=job.seed,
+        device=pick_device(job.device),
         quiet=True,
     )
-    config = json.loads((run_dir / "config.json").read_text())
+    config = json.loads((job.run_dir / "config.json").read_text())
     speed = pd.DataFrame(trainer.speed)
-    for crop_px in (recipe.eval_crop_px, *study.test_sizes_px):
-        resize_px = round(crop_px * recipe.eval_resize_px / recipe.eval_crop_px)
-        val = open_val(data_dir, data.classes, resize_px, crop_px)
+    for crop_px in (recipe.eval_crop_px, *job.study.test_sizes_px):
+        val = open_val(job.data_dir, data.classes, recipe, crop_px)
         loader = make_loader(val, EvalBatches(len(val), 64), 0, trainer.device.type == "cuda")
         result = evaluate(
             {"raw": trainer.model, "ema": trainer.ema.module},
