@@ -9,6 +9,7 @@ that says so, and is tried again by the same command.
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
     add("--output", type=Path, help="the CSV (default: results/study_<study>.csv)")
     add("--processes", type=int, default=1, help="runs at a time (default: 1)")
+    add("--seeds", type=int, help="the first so many of the study's (default: all of them)")
     add("--devices", default="", help="of the runs, taken in turn, such as cuda:0,cuda:1")
     return parser.parse_args(argv)
 
@@ -41,6 +43,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     study = STUDIES[args.study]
+    if args.seeds is not None:
+        if not 1 <= args.seeds <= len(study.seeds):
+            print(f"error: --seeds {args.seeds}: 1 to {len(study.seeds)}", file=sys.stderr)
+            return 2
+        study = replace(study, seeds=study.seeds[: args.seeds])
     output = args.output or Path("results") / f"study_{study.name}.csv"
     try:
         table = run_study(
