@@ -8,21 +8,12 @@ that says so, and is tried again by the same command.
 
 import argparse
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-import backbones
-from backbones.classifier import Classifier
+from backbones.classifier import create_classifier
 from utils.studies import STUDIES
 from utils.study import compare, run_study, summarise
-
-
-def make_model(backbone: str, options: Mapping[str, Any], num_classes: int) -> nn.Module:
-    return Classifier(backbones.create(backbone, **options), num_classes)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         table = run_study(
             study,
-            make_model,
+            create_classifier,
             args.data_dir,
             args.runs_dir,
             output,

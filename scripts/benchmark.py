@@ -18,8 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-import backbones
-from backbones.classifier import Classifier
+from backbones.classifier import create_classifier
 from utils import measure, peers, recipe, runs, training
 from utils.data import TrainBatches, make_loader, open_folders
 
@@ -53,9 +52,7 @@ def benchmark_training(args: argparse.Namespace) -> tuple[measure.Throughputs, d
     data = open_folders(args.data_dir, chosen)
     batches = TrainBatches(len(data.train), chosen.batch_size, seed=0)
     torch.manual_seed(0)
-    model = Classifier(
-        backbones.create(args.backbone, **chosen.backbone_options), len(data.classes)
-    )
+    model = create_classifier(args.backbone, len(data.classes), **chosen.backbone_options)
     theirs = peers.TorchvisionTrainer(copy.deepcopy(model), chosen)
     ours = training.Trainer(model, chosen, len(batches), len(data.classes))
     our_loader = make_loader(data.train, batches, args.workers)

@@ -8,8 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import backbones
-from backbones.classifier import Classifier
+from backbones.classifier import create_classifier
 from utils import distributed, evaluation, runs
 
 
@@ -30,9 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> None:
     checkpoint = runs.load_checkpoint(args.checkpoint)
     config = checkpoint["config"]
-    model = Classifier(
-        backbones.create(config["backbone"], **config["options"]), len(config["classes"])
-    )
+    model = create_classifier(config["backbone"], len(config["classes"]), **config["options"])
     results, skipped = evaluation.evaluate_checkpoint(
         model,
         checkpoint,

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-import backbones
-from backbones.classifier import Classifier
+from backbones.classifier import create_classifier
 from utils import distributed, plotting, recipe, runs, training
 from utils.data import open_folders
 
@@ -55,7 +54,7 @@ def train(args: argparse.Namespace) -> None:
     device = distributed.pick_device(args.device)
     data = open_folders(args.data_dir, chosen, args.seed)
     torch.manual_seed(args.seed)
-    model = Classifier(backbones.create(args.backbone, **options), len(data.classes))
+    model = create_classifier(args.backbone, len(data.classes), **options)
     with distributed.process_group(device):
         trainer = training.fit(
             model,

@@ -9,13 +9,12 @@ import pytest
 import torch
 from scipy import stats
 
-import backbones
-from backbones.classifier import Classifier
+from backbones.classifier import create_classifier
 from utils import study as study_module
 from utils.data import hold_out, open_folders
 from utils.recipe import RECIPES
 from utils.studies import STUDIES
-from utils.study import Arm, Study, compare, run_study, summarise
+from utils.study import Arm, Study, compare, curves_path, run_study, summarise
 
 RECIPE = dataclasses.replace(
     RECIPES["quick"],
@@ -31,14 +30,12 @@ TINY = Study(
     "act",
     "relu",
     RECIPE,
-    (Arm("relu", "cspdarknet19"), Arm("Mish, ours", "cspdarknet19", {"act": "mish"})),
+    (
+        Arm("relu", "cspdarknet19", test_sizes_px=(64,)),
+        Arm("Mish, ours", "cspdarknet19", {"act": "mish"}),
+    ),
     (0, 1),
-    test_sizes_px=(64,),
 )
-
-
-def make_model(backbone, options, num_classes):
-    return Classifier(backbones.create(backbone, **options), num_classes)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,7 @@ def finished(folders, tmp_path_factory):
     """The tiny study, run once: where its runs and its table are, and the table."""
     root = tmp_path_factory.mktemp("study")
     torch.set_num_threads(1)
-    table = run_study(TINY, make_model, folders, root / "runs", root / "out" / "tiny.csv")
+    table = run_study(TINY, create_classifier, folders, root / "runs", root / "out" / "tiny.csv")
     return root, table
 
 
@@ -57,12 +54,11 @@ def without_time(table):
 
 def test_a_row_per_run_and_test_size(finished):
     root, table = finished
-    assert len(table) == 2 * 2 * 2
+    assert len(table) == 2 * 2 + 2
     assert set(table.status) == {"done"}
     keys = table[["value", "seed", "test_crop_px"]].apply(tuple, axis=1)
-    assert set(keys) == {
-        (v, s, p) for v in ("relu", "Mish, ours") for s in (0, 1) for p in (32, 64)
-    }
+    sizes = {("relu", 32), ("relu", 64), ("Mish, ours", 32)}
+    assert set(keys) == {(value, seed, px) for value, px in sizes for seed in (0, 1)}
     written = pd.read_csv(root / "out" / "tiny.csv")
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
     assert {path.name for path in (root / "runs" / "tiny").iterdir()} == {
@@ -71,10 +67,28 @@ def test_a_row_per_run_and_test_size(finished):
     assert (table.val_images == 18).all()  # the validation's, not the slice's 3
 
 
+def test_curves_are_those_of_the_runs(finished):
+    root, _ = finished
+    curves = pd.read_csv(curves_path(root / "out" / "tiny.csv"))
+    assert len(curves) == 4 * RECIPE.epochs
+    for (value, seed), curve in curves.groupby(["value", "seed"]):
+        folder = "relu" if value == "relu" else "mish-ours"
+        metrics = pd.read_csv(root / "runs" / "tiny" / f"{folder}-seed{seed}" / "metrics.csv")
+        for ours, theirs in (
+            ("epoch", "epoch"),
+            ("train_loss", "train_loss"),
+            ("held_out_top1_pct", "val_top1_pct"),
+            ("ema_held_out_loss", "ema_val_loss"),
+        ):
+            assert curve[ours].tolist() == pytest.approx(metrics[theirs].tolist(), abs=1e-4)
+    assert set(curves.study) == {"tiny"}
+    assert set(curves.factor) == {"act"}
+
+
 def test_finished_runs_are_not_repeated(finished, folders, monkeypatch):
     root, table = finished
     monkeypatch.setattr(study_module.training, "fit", lambda *a, **k: pytest.fail("trained again"))
-    again = run_study(TINY, make_model, folders, root / "runs", root / "again.csv")
+    again = run_study(TINY, create_classifier, folders, root / "runs", root / "again.csv")
     pd.testing.assert_frame_equal(again, table, check_dtype=False)
 
 
@@ -91,7 +105,7 @@ def test_a_deleted_run_is_made_again_alone_with_the_same_numbers(
         return fit(model, data, recipe, run_dir, **options)
 
     monkeypatch.setattr(study_module.training, "fit", spy)
-    again = run_study(TINY, make_model, folders, tmp_path / "runs", tmp_path / "tiny.csv")
+    again = run_study(TINY, create_classifier, folders, tmp_path / "runs", tmp_path / "tiny.csv")
     assert trained == ["relu-seed1"]
     pd.testing.assert_frame_equal(without_time(again), without_time(table), check_dtype=False)
 
@@ -100,7 +114,7 @@ def test_two_processes_give_the_same(finished, folders, tmp_path):
     _, table = finished
     torch.set_num_threads(2)  # shared by the two
     output = tmp_path / "tiny.csv"
-    again = run_study(TINY, make_model, folders, tmp_path / "runs", output, processes=2)
+    again = run_study(TINY, create_classifier, folders, tmp_path / "runs", output, processes=2)
     pd.testing.assert_frame_equal(without_time(again), without_time(table), check_dtype=False)
 
 
@@ -117,9 +131,9 @@ def test_an_interrupted_study_keeps_its_rows_and_goes_on(finished, folders, tmp_
     monkeypatch.setattr(study_module.training, "fit", interrupted)
     places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
     with pytest.raises(KeyboardInterrupt):
-        run_study(TINY, make_model, *places)
-    assert len(pd.read_csv(places[2])) == 4
-    again = run_study(TINY, make_model, *places)
+        run_study(TINY, create_classifier, *places)
+    assert len(pd.read_csv(places[2])) == 3
+    again = run_study(TINY, create_classifier, *places)
     assert len(calls) == 5  # the third twice
     pd.testing.assert_frame_equal(without_time(again), without_time(table), check_dtype=False)
 
@@ -127,10 +141,12 @@ def test_an_interrupted_study_keeps_its_rows_and_goes_on(finished, folders, tmp_
 def test_a_run_that_fails_is_a_row_that_says_so(finished, folders, tmp_path):
     diverging = {"lr_per_1024": 1e30, "precision": "float32"}
     arms = (TINY.arms[0], Arm("hot", "cspdarknet19", recipe=diverging))
-    study = dataclasses.replace(TINY, arms=arms, seeds=(0,), test_sizes_px=())
-    table = run_study(study, make_model, folders, tmp_path / "runs", tmp_path / "tiny.csv")
-    assert table.set_index("value").status["relu"] == "done"
-    assert "failed: the loss is not finite" in table.set_index("value").status["hot"]
+    study = dataclasses.replace(TINY, arms=arms, seeds=(0,))
+    table = run_study(study, create_classifier, folders, tmp_path / "runs", tmp_path / "tiny.csv")
+    assert set(table.status[table.value == "relu"]) == {"done"}
+    assert "failed: the loss is not finite" in table.status[table.value == "hot"].item()
+    assert set(pd.read_csv(curves_path(tmp_path / "tiny.csv")).value) == {"relu"}
+    table = table[table.test_crop_px != 64]
     assert list(summarise(table).index) == ["relu"]
     assert compare(table, "relu").empty
 
@@ -216,4 +232,4 @@ def test_declared_studies_can_be_built(study):
     for arm in study.arms:
         recipe = study.recipe_of(arm)
         with torch.device("meta"):
-            make_model(arm.backbone, {**arm.options, **recipe.backbone_options}, 10)
+            create_classifier(arm.backbone, 10, **arm.options, **recipe.backbone_options)

@@ -60,27 +60,21 @@ def _vovnet() -> Study:
 
 
 def _leave_one_out() -> Study:
-    arms = [Arm("full", BACKBONE, recipe=FULL)]
-    arms += [
-        Arm(f"without {n}", BACKBONE, recipe={**FULL, **off}) for n, (_, off) in TRICKS.items()
-    ]
+    arms = [_trained("full", FULL)]
+    arms += [_trained(f"without {name}", {**FULL, **off}) for name, (_, off) in TRICKS.items()]
     return Study("recipe_leave_one_out", "recipe", "full", SHORT, tuple(arms), THREE)
 
 
 def _add_one() -> Study:
-    arms = [Arm("bare", BACKBONE, recipe=BARE)]
-    arms += [
-        Arm(f"with {name}", BACKBONE, recipe={**BARE, **on}) for name, (on, _) in TRICKS.items()
-    ]
+    arms = [_trained("bare", BARE)]
+    arms += [_trained(f"with {name}", {**BARE, **on}) for name, (on, _) in TRICKS.items()]
     return Study("recipe_add_one", "recipe", "bare", SHORT, tuple(arms), THREE)
 
 
-def _fixres() -> Study:
-    arms = tuple(
-        Arm(f"trained at {crop_px} px", BACKBONE, recipe={"train_crop_px": crop_px})
-        for crop_px in (64, 48)
-    )
-    return Study("fixres", "training size", "trained at 64 px", SHORT, arms, FIVE, (32, 96, 128))
+def _trained(value: str, recipe: dict[str, Any]) -> Arm:
+    """An arm of a study of the recipe; those that FixRes tells apart are tested at four sizes."""
+    sizes_px = (32, 96, 128) if value in ("full", "bare") or "FixRes" in value else ()
+    return Arm(value, BACKBONE, recipe=recipe, test_sizes_px=sizes_px)
 
 
 def _length() -> Study:
@@ -94,5 +88,5 @@ def _length() -> Study:
 
 STUDIES = {
     study.name: study
-    for study in (_csp_split(), _vovnet(), _leave_one_out(), _add_one(), _fixres(), _length())
+    for study in (_csp_split(), _vovnet(), _leave_one_out(), _add_one(), _length())
 }

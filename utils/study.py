@@ -1,7 +1,8 @@
 """Studies: one factor varied over seeds, each run in a folder of its own, one row per run.
 
-A study is declared in a table (`utils.studies`). `run_study` trains what is missing and writes one
-tidy CSV; `summarise` and `compare` say what came out, with an interval around every difference.
+A study is declared in a table (`utils.studies`). `run_study` trains what is missing and writes two
+tidy CSV files, results and curves; `summarise` and `compare` say what came out, with an interval
+around every difference.
 
 No run looks at the validation set while it trains: its curves are those of a slice cut from the
 training images, the same slice for every run. The validation images are read once, at its end.
@@ -29,20 +30,27 @@ from utils.measure import count_macs, count_parameters
 from utils.progress import progress_bar
 from utils.recipe import Recipe
 
-# From (name of a backbone, its options, number of classes) to a classifier.
-MakeModel = Callable[[str, Mapping[str, Any], int], nn.Module]
+# From (name of a backbone, number of classes, **options of the backbone) to a classifier.
+MakeModel = Callable[..., nn.Module]
 
 HELD_OUT = 10  # every tenth training image of a class, in the order of names, draws the curves
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One value of a study's factor: what it changes in the backbone or in the recipe."""
+    """One value of a study's factor.
+
+    Args:
+        options: what it changes in the backbone.
+        recipe: what it changes in the study's recipe.
+        test_sizes_px: sides of the test crop besides the recipe's; each gives a row.
+    """
 
     value: str
     backbone: str
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    test_sizes_px: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,6 @@ class Study:
         factor: what the arms differ in.
         baseline: the value that others are compared with.
         recipe: of every run, but for what an arm changes.
-        test_sizes_px: sizes of the test crop besides the recipe's; each gives a row.
     """
 
     name: str
@@ -63,7 +70,6 @@ class Study:
     recipe: Recipe
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    test_sizes_px: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         values = [arm.value for arm in self.arms]
@@ -93,7 +99,7 @@ def run_study(
     processes: int = 1,
     devices: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Trains what is missing of a study and writes its table after every run.
+    """Trains what is missing of a study and writes its tables after every run.
 
     A finished run is a folder with a `result.json`; it is not trained again. An unfinished one goes
     on from its last whole epoch. A run that fails is a row that says so, and is tried again when
@@ -103,38 +109,48 @@ def run_study(
         make_model: makes an arm's classifier; with several processes a function of a module.
         data_dir: folder with train/ and val/.
         runs_dir: gets a folder per run, `<study>/<value>-seed<seed>`.
-        output: the CSV, one row per run and test size.
+        output: the CSV, one row per run and test size; `curves_path(output)` gets a row per run
+            and epoch.
         processes: runs at a time; they share the CPU's threads evenly.
         devices: such as ("cuda:0", "cuda:1"), taken in turn by the processes.
 
     Returns:
-        The table that was written.
+        The table of results.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     threads = max(1, torch.get_num_threads() // processes)
-    jobs, rows = [], {}
+    jobs, rows, curves = [], {}, {}
     for k, (arm, seed) in enumerate(study.runs()):
         run_dir = Path(runs_dir) / study.name / f"{_slug(arm.value)}-seed{seed}"
         device = devices[k % len(devices)] if devices else None
-        done = _read_result(run_dir)
-        if done is None:
-            jobs.append(
-                _Job(
-                    study, arm, seed, make_model, data_dir, run_dir, threads=threads, device=device
-                )
-            )
-        else:
-            rows[arm.value, seed] = done
-    order = [(arm.value, seed) for arm, seed in study.runs()]
-    with progress_bar(total=len(order), initial=len(rows), unit=" runs", desc=study.name) as bar:
-        for finished in _each(jobs, processes):
-            rows[finished[0]["value"], finished[0]["seed"]] = finished
-            runs.write_table(output, [row for key in order for row in rows.get(key, [])])
+        job = _Job(study, arm, seed, make_model, data_dir, run_dir, threads, device)
+        rows[job.key], curves[job.key] = _read_result(run_dir), _read_curve(job)
+        if not rows[job.key]:
+            jobs.append(job)
+
+    def write() -> list[dict[str, Any]]:
+        """Both tables, in the order of the study's runs."""
+        table = [row for found in rows.values() for row in found]
+        runs.write_table(output, table)
+        lines = [row for key, found in curves.items() if rows[key] for row in found]
+        if lines:  # none where every run failed
+            runs.write_table(curves_path(output), lines)
+        return table
+
+    done = len(rows) - len(jobs)
+    with progress_bar(total=len(rows), initial=done, unit=" runs", desc=study.name) as bar:
+        for job, finished in _each(jobs, processes):
+            rows[job.key], curves[job.key] = finished, _read_curve(job)
+            write()
             bar.update()
-    table = [row for key in order for row in rows[key]]
-    runs.write_table(output, table)
-    return pd.DataFrame(table)
+    return pd.DataFrame(write())
+
+
+def curves_path(output: str | Path) -> Path:
+    """Where the learning curves of the study stand whose results are in `output`."""
+    output = Path(output)
+    return output.with_name(f"{output.stem}_curves{output.suffix}")
 
 
 @dataclass(frozen=True)
@@ -150,18 +166,28 @@ class _Job:
     threads: int
     device: str | None
 
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.arm.value, self.seed
 
-def _each(jobs: list[_Job], processes: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows of each job as it ends; in this process if there is to be one alone."""
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The columns that tell the runs of all studies apart."""
+        value = {"factor": self.study.factor, "value": self.arm.value, "seed": self.seed}
+        return {"study": self.study.name, **value}
+
+
+def _each(jobs: list[_Job], processes: int) -> Iterator[tuple[_Job, list[dict[str, Any]]]]:
+    """Each job with its rows as it ends; in this process if there is to be one alone."""
     if processes == 1:
-        yield from map(_run, jobs)
+        yield from ((job, _run(job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not live
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = [pool.submit(_run, job) for job in jobs]
+        futures = {pool.submit(_run, job): job for job in jobs}
         try:
             for future in as_completed(futures):
-                yield future.result()
+                yield futures[future], future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -169,13 +195,11 @@ def _each(jobs: list[_Job], processes: int) -> Iterator[list[dict[str, Any]]]:
 def _run(job: _Job) -> list[dict[str, Any]]:
     """Trains one run, or goes on with it, and returns its rows: a failure is a row as well."""
     torch.set_num_threads(job.threads)
-    study = job.study
-    facts = {"study": study.name, "factor": study.factor, "value": job.arm.value, "seed": job.seed}
     try:
-        rows = [{**facts, **row} for row in _train(job)]
+        rows = [{**job.facts, **row} for row in _train(job)]
     except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [{**facts, "status": f"failed: {reason}"}]
+        return [{**job.facts, "status": f"failed: {reason}"}]
     runs.write_json(job.run_dir / "result.json", rows)
     return rows
 
@@ -186,7 +210,7 @@ def _train(job: _Job) -> Iterator[dict[str, Any]]:
     data = open_folders(job.data_dir, recipe, job.seed)
     torch.manual_seed(job.seed)
     options = {**arm.options, **recipe.backbone_options}
-    model = job.make_model(arm.backbone, options, len(data.classes))
+    model = job.make_model(arm.backbone, len(data.classes), **options)
     trainer = training.fit(
         model,
         hold_out(data, recipe, HELD_OUT),
@@ -206,7 +230,7 @@ def _train(job: _Job) -> Iterator[dict[str, Any]]:
     )
     config = json.loads((job.run_dir / "config.json").read_text())
     speed = pd.DataFrame(trainer.speed)
-    for crop_px in (recipe.eval_crop_px, *job.study.test_sizes_px):
+    for crop_px in (recipe.eval_crop_px, *arm.test_sizes_px):
         val = open_val(job.data_dir, data.classes, recipe, crop_px)
         loader = make_loader(val, EvalBatches(len(val), 64), 0, trainer.device.type == "cuda")
         result = evaluate(
@@ -243,11 +267,23 @@ def _slug(value: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
 
 
-def _read_result(run_dir: Path) -> list[dict[str, Any]] | None:
+def _read_result(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a finished run; none of any other."""
     try:
         return json.loads((run_dir / "result.json").read_text())
     except (OSError, ValueError):
-        return None
+        return []
+
+
+def _read_curve(job: _Job) -> list[dict[str, Any]]:
+    """A row per epoch of a run; what it calls val is the slice cut from the training images."""
+    try:
+        table = pd.read_csv(job.run_dir / "metrics.csv").round(4)
+    except (OSError, ValueError):
+        return []
+    table = table.drop(columns=["step", "first_lr"])
+    table.columns = table.columns.str.replace("val_", "held_out_")
+    return [{**job.facts, **row} for row in table.to_dict("records")]
 
 
 # ---- what came out -------------------------------------------------------------------------------
