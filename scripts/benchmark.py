@@ -2,10 +2,14 @@
 
     python scripts/benchmark.py --data-dir data/sample/ILSVRC/Data/CLS-LOC --train-crop-px 64
     taskset -c 0,1 python scripts/benchmark.py --data-dir ... --output results/benchmark_2cores.csv
+    python scripts/benchmark.py --task networks --train-crop-px 224 --batch-size 8 --width 1
 
 `--task train`: images per second of scripts/train.py's loop and of the steps of torchvision's
 reference script, from JPEG files to updated weights, by turns in one process on the CPU. Both train
 the same network from the same weights, on the same files, at the same sizes and augmentations.
+
+`--task networks`: latency, inference, training step and peak memory of every network that the
+studies of scripts/ablate.py train, by turns in one process, on random pixels.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import pandas as pd
 import torch
 
 from backbones.classifier import create_classifier
-from utils import measure, peers, recipe, runs, training
+from utils import costs, evaluation, measure, peers, recipe, runs, studies, training
 from utils.data import TrainBatches, make_loader, open_folders
 
 PEER = "torchvision references/classification (float32, NCHW)"
@@ -30,25 +34,48 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--task", default="train", choices=("train",), help="what to measure (default: train)")
-    add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
-    add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
+    add("--task", default="train", choices=TASKS, help="what to measure (default: train)")
     add("--recipe", default="small", choices=recipe.RECIPES, help="preset (default: small)")
     add("--train-crop-px", type=int, help="side of the crops, pixels (default: the preset's)")
     add("--batch-size", type=int, default=32, help="images per step (default: 32)")
-    add("--steps", type=int, default=12, help="timed steps per round and side (default: 12)")
+    add("--width", type=float, help="factor on the channels (default: the preset's)")
     add("--rounds", type=int, default=5, help="turns of each side (default: 5)")
-    add("--workers", type=int, default=1, help="decoding processes of each side (default: 1)")
     add("--threads", type=int, default=2, help="of the training process (default: 2)")
     add("--output", type=Path, help="CSV file to write the result to (default: none)")
-    return parser.parse_args(argv)
+    add = parser.add_argument_group("of --task train").add_argument
+    add("--data-dir", type=Path, help="folder with train/ and val/")
+    add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
+    add("--steps", type=int, default=12, help="timed steps per round and side (default: 12)")
+    add("--workers", type=int, default=1, help="decoding processes of each side (default: 1)")
+    args = parser.parse_args(argv)
+    if args.task == "train" and args.data_dir is None:
+        parser.error("--task train needs --data-dir, a folder with train/ and val/")
+    return args
 
 
-def benchmark_training(args: argparse.Namespace) -> tuple[measure.Throughputs, dict[str, object]]:
-    """The rounds, and the row of results with all that it was measured on."""
-    chosen = dataclasses.replace(recipe.RECIPES[args.recipe], batch_size=args.batch_size)
-    if args.train_crop_px is not None:
-        chosen = dataclasses.replace(chosen, train_crop_px=args.train_crop_px)
+def chosen_recipe(args: argparse.Namespace) -> recipe.Recipe:
+    """The preset, with the sizes that were given."""
+    sizes = {name: getattr(args, name) for name in ("batch_size", "train_crop_px", "width")}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return dataclasses.replace(recipe.RECIPES[args.recipe], **given)
+
+
+def machine(chosen: recipe.Recipe) -> dict[str, object]:
+    """The columns that say what a row was measured on, and how."""
+    described = runs.describe_machine()
+    dtype = evaluation.autocast_dtype(torch.device("cpu"), chosen.precision)
+    return {
+        "autocast": str(dtype or torch.float32).removeprefix("torch."),
+        "torch": described["versions"]["torch"],
+        "hardware": described["hardware"]["cpu"],
+        "commit": described["commit"],
+        "command": runs.command_line(),
+    }
+
+
+def benchmark_training(args: argparse.Namespace) -> pd.DataFrame:
+    """Prints the rounds; one row with all that it was measured on."""
+    chosen = chosen_recipe(args)
     data = open_folders(args.data_dir, chosen)
     batches = TrainBatches(len(data.train), chosen.batch_size, seed=0)
     torch.manual_seed(0)
@@ -65,8 +92,7 @@ def benchmark_training(args: argparse.Namespace) -> tuple[measure.Throughputs, d
         rounds=args.rounds,
         settle_steps=2 * args.workers + 1,  # a loader prefetches two batches per worker
     )
-    machine = runs.describe_machine()
-    return found, {
+    row = {
         "task": args.task,
         "backbone": args.backbone,
         "crop_px": chosen.train_crop_px,
@@ -77,12 +103,10 @@ def benchmark_training(args: argparse.Namespace) -> tuple[measure.Throughputs, d
         **found.summary(),
         "rounds": args.rounds,
         "steps": args.steps,
-        "autocast": str(ours.dtype or torch.float32).removeprefix("torch."),
-        "torch": machine["versions"]["torch"],
-        "hardware": machine["hardware"]["cpu"],
-        "commit": machine["commit"],
-        "command": runs.command_line(),
+        **machine(chosen),
     }
+    report(found, row)
+    return pd.DataFrame([row])
 
 
 def report(found: measure.Throughputs, row: dict[str, object]) -> None:
@@ -100,6 +124,27 @@ def report(found: measure.Throughputs, row: dict[str, object]) -> None:
     )
 
 
+def benchmark_networks(args: argparse.Namespace) -> pd.DataFrame:
+    """Prints the medians; a row per network, quantity and round."""
+    chosen = chosen_recipe(args)
+    networks = {
+        name: partial(
+            create_classifier, arm.backbone, costs.NUM_CLASSES, width=chosen.width, **arm.options
+        )
+        for name, arm in studies.networks().items()
+    }
+    rows = costs.measure_networks(networks, chosen, args.rounds)
+    sizes = {"width": chosen.width, "crop_px": chosen.train_crop_px}
+    sizes |= {"batch_size": chosen.batch_size, "threads": args.threads}
+    table = pd.DataFrame(rows).assign(**sizes, **machine(chosen))
+    medians = table.pivot_table("value", "network", ["quantity", "unit"], "median", sort=False)
+    print(medians.round(2).to_string())
+    return table
+
+
+TASKS = {"train": benchmark_training, "networks": benchmark_networks}
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
@@ -108,13 +153,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-        found, row = benchmark_training(args)
+        table = TASKS[args.task](args)
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report(found, row)
     if args.output:
-        pd.DataFrame([row]).to_csv(args.output, index=False)
+        table.to_csv(args.output, index=False)
     return 0
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+import sys
 
 import numpy as np
 import pandas as pd
@@ -13,9 +15,10 @@ import backbones
 from backbones.classifier import Classifier
 from scripts import benchmark
 from utils.data import Batch, Preprocess, train_transform
-from utils.measure import by_steps, compare_throughput
+from utils.measure import by_steps, compare_throughput, peak_memory, time_by_turns
 from utils.peers import TorchvisionTrainer, torchvision_loader, torchvision_transform
 from utils.recipe import RECIPES
+from utils.study import Arm
 from utils.training import Trainer
 
 CPU = torch.device("cpu")
@@ -100,6 +103,38 @@ def test_throughput_as_computed_by_hand():
     }  # fmt: skip
 
 
+def test_turns_rotate_and_are_settled():
+    now_s, calls = 0.0, []
+
+    def side(name, seconds):
+        def call():
+            nonlocal now_s
+            calls.append(name)
+            now_s += next(seconds)
+
+        return call
+
+    sides = {name: side(name, itertools.count(start)) for name, start in (("a", 0), ("b", 10))}
+    sides["c"] = side("c", itertools.repeat(0.5))
+    found = time_by_turns(sides, 4, clock=lambda: now_s)
+    assert calls[3::2] == list("abcbcacababc")
+    assert calls[3::2] == calls[4::2]
+    assert found["a"] == [2, 4, 6, 8]  # the even ones settle
+    assert found["b"] == [12, 14, 16, 18]
+    assert found["c"] == [0.5] * 4
+
+
+def allocation(mib):
+    return lambda: np.ones(mib << 20, dtype=np.uint8).sum()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_that_of_the_call():
+    ballast = np.ones(200 << 20, dtype=np.uint8)  # this process's own does not count
+    assert peak_memory(allocation, 64) / 2**20 == pytest.approx(64, abs=4)
+    assert len(ballast)
+
+
 def test_steps_go_on_over_the_end_of_an_epoch(folders):
     loader = torchvision_loader(folders / "train", PLAIN, workers=0)
     seen = []
@@ -126,6 +161,38 @@ def test_script_writes_its_row(folders, tmp_path, capsys):
     assert (row.workers, row.threads, row.rounds, row.steps) == (1, 1, 2, 2)
     assert 0 < row.ratio_min <= row.ratio_median <= row.ratio_max
     assert f"{row.ratio_median:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+def test_script_measures_networks(tmp_path, capsys, monkeypatch):
+    arms = [Arm("a", "darknet19"), Arm("b", "cspdarknet19", {"split": "slice"})]
+    monkeypatch.setattr(benchmark.studies, "networks", lambda: {arm.network: arm for arm in arms})
+    command = ["--task", "networks", "--recipe", "quick", "--width", "0.125", "--batch-size", "4"]
+    command += ["--train-crop-px", "32", "--rounds", "2", "--threads", "1"]
+    path = tmp_path / "networks.csv"
+    assert benchmark.main([*command, "--output", str(path)]) == 0
+    assert "cspdarknet19 split=slice" in capsys.readouterr().out
+    table = pd.read_csv(path)
+    assert not table.isna().any().any()
+    assert (table.value > 0).all()
+    rounds = {"latency": 2, "inference": 2, "training": 2}
+    rounds |= dict.fromkeys(
+        ("parameters", "multiply-accumulates", "inference peak", "training peak"), 1
+    )
+    for (_, quantity), rows in table.groupby(["network", "quantity"]):
+        assert list(rows["round"]) == list(range(rounds[quantity]))
+    assert len(table) == 2 * sum(rounds.values())
+    found = table.set_index(["network", "quantity"]).value
+    model = Classifier(backbones.create("darknet19", width=0.125), 10)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert found["darknet19", "parameters"].item() == pytest.approx(count / 1e6, abs=1e-4)
+
+
+def test_training_needs_a_folder(capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--task", "train"])
+    assert stop.value.code == 2
+    assert "needs --data-dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 import copy
 import itertools
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +59,43 @@ class Throughputs:
         }
 
 
+def time_by_turns(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    settle: Mapping[str, Callable[[], object]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Times calls by turns on one machine, so that its slow minutes hit all of them.
+
+    Who goes first changes from round to round, and each is settled, untimed, before its turn.
+
+    Args:
+        calls: return when they are done, a GPU's work included.
+        settle: what is called before each turn and once before the first round (default: `calls`).
+
+    Returns:
+        Seconds of each call, one entry per round.
+
+    Raises:
+        ValueError: no rounds.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1")
+    settle = settle or calls
+    names, times_s = list(calls), {name: [] for name in calls}
+    for name in names:  # starts workers and compiles kernels
+        settle[name]()
+    for k in range(rounds):
+        first = k % len(names)
+        for name in names[first:] + names[:first]:
+            settle[name]()
+            start_s = clock()
+            calls[name]()
+            times_s[name].append(clock() - start_s)
+    return times_s
+
+
 def compare_throughput(
     ours: Callable[[int], object],
     peer: Callable[[int], object],
@@ -65,11 +106,10 @@ def compare_throughput(
     settle_steps: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Throughputs:
-    """Times two trainers by turns on one machine, so that its slow minutes hit both.
+    """Images per second of two trainers, by turns (`time_by_turns`).
 
-    Who goes first alternates from round to round. Loaders prefetch while the other side is timed;
-    the untimed steps at the start of a turn use those batches up, and let the other side's workers
-    fill their queue and come to rest.
+    Loaders prefetch while the other side is timed; the untimed steps at the start of a turn use
+    those batches up, and let the other side's workers fill their queue and come to rest.
 
     Args:
         ours, peer: train so many steps and return when they are done.
@@ -80,19 +120,16 @@ def compare_throughput(
     Raises:
         ValueError: no steps or no rounds.
     """
-    for name, value in (("steps", steps), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    sides, images_per_s = {"ours": ours, "peer": peer}, {"ours": [], "peer": []}
-    for train in sides.values():  # starts workers and compiles kernels
-        train(settle_steps)
-    for k in range(rounds):
-        for side in ("ours", "peer") if k % 2 == 0 else ("peer", "ours"):
-            sides[side](settle_steps)
-            start_s = clock()
-            sides[side](steps)
-            images_per_s[side].append(steps * batch_size / (clock() - start_s))
-    return Throughputs(images_per_s["ours"], images_per_s["peer"])
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    sides = (ours, peer)
+    timed, settle = (
+        dict(zip(("ours", "peer"), (partial(train, count) for train in sides), strict=True))
+        for count in (steps, settle_steps)
+    )
+    times_s = time_by_turns(timed, rounds, settle=settle, clock=clock)
+    speeds = ([steps * batch_size / time_s for time_s in side] for side in times_s.values())
+    return Throughputs(*speeds)
 
 
 def by_steps(
@@ -112,3 +149,41 @@ def by_steps(
 
     batches = endless()
     return lambda steps: train(itertools.islice(batches, steps))
+
+
+def peak_memory(prepare: Callable[..., Callable[[], object]], *args: Any) -> int:
+    """Bytes by which a call raises the resident memory of a process, at its highest.
+
+    A process of its own makes the call, since memory once freed stays with a process and would
+    hide what a second call needs. What Linux counts includes the scratch memory of the kernels,
+    which a count of tensors misses.
+
+    Args:
+        prepare: run there with `args`, returns the call; what it keeps is not counted. A function
+            of a module, as are all that it is given.
+
+    Raises:
+        OSError: not on Linux.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise OSError("peak memory is read from Linux's /proc/self/status, which is not here")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_growth, torch.get_num_threads(), prepare, args).result()
+
+
+def _growth(threads: int, prepare: Callable[..., Callable[[], object]], args: tuple) -> int:
+    torch.set_num_threads(threads)
+    call = prepare(*args)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, man 5 proc
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(entry: str) -> int:
+    """Bytes of an entry of this process's status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{entry}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {entry}")

@@ -86,6 +86,15 @@ def _length() -> Study:
     return Study("length", "recipe and epochs", "small, 8 epochs", SHORT, arms, THREE)
 
 
+def networks() -> dict[str, Arm]:
+    """An arm for each network that the studies train, by its name."""
+    found = {}
+    for study in STUDIES.values():
+        for arm in study.arms:
+            found.setdefault(arm.network, arm)
+    return found
+
+
 STUDIES = {
     study.name: study
     for study in (_csp_split(), _vovnet(), _leave_one_out(), _add_one(), _length())

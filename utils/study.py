@@ -52,6 +52,11 @@ class Arm:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     test_sizes_px: tuple[int, ...] = ()
 
+    @property
+    def network(self) -> str:
+        """The backbone with its options, such as "cspdarknet53 split=slice"."""
+        return " ".join([self.backbone, *(f"{k}={v}" for k, v in self.options.items())])
+
 
 @dataclass(frozen=True)
 class Study:
@@ -125,7 +130,7 @@ def run_study(
         run_dir = Path(runs_dir) / study.name / f"{_slug(arm.value)}-seed{seed}"
         device = devices[k % len(devices)] if devices else None
         job = _Job(study, arm, seed, make_model, data_dir, run_dir, threads, device)
-        rows[job.key], curves[job.key] = _read_result(run_dir), _read_curve(job)
+        rows[job.key], curves[job.key] = _read_result(job), _read_curve(job)
         if not rows[job.key]:
             jobs.append(job)
 
@@ -173,8 +178,13 @@ class _Job:
     @property
     def facts(self) -> dict[str, Any]:
         """The columns that tell the runs of all studies apart."""
-        value = {"factor": self.study.factor, "value": self.arm.value, "seed": self.seed}
-        return {"study": self.study.name, **value}
+        return {
+            "study": self.study.name,
+            "factor": self.study.factor,
+            "value": self.arm.value,
+            "seed": self.seed,
+            "network": self.arm.network,
+        }
 
 
 def _each(jobs: list[_Job], processes: int) -> Iterator[tuple[_Job, list[dict[str, Any]]]]:
@@ -196,12 +206,12 @@ def _run(job: _Job) -> list[dict[str, Any]]:
     """Trains one run, or goes on with it, and returns its rows: a failure is a row as well."""
     torch.set_num_threads(job.threads)
     try:
-        rows = [{**job.facts, **row} for row in _train(job)]
+        rows = list(_train(job))
     except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return [{**job.facts, "status": f"failed: {reason}"}]
     runs.write_json(job.run_dir / "result.json", rows)
-    return rows
+    return _read_result(job)
 
 
 def _train(job: _Job) -> Iterator[dict[str, Any]]:
@@ -241,7 +251,6 @@ def _train(job: _Job) -> Iterator[dict[str, Any]]:
         )
         yield {
             "status": "done",
-            "backbone": arm.backbone,
             "epochs": recipe.epochs,
             "train_crop_px": recipe.train_crop_px,
             "test_crop_px": crop_px,
@@ -267,12 +276,13 @@ def _slug(value: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
 
 
-def _read_result(run_dir: Path) -> list[dict[str, Any]]:
+def _read_result(job: _Job) -> list[dict[str, Any]]:
     """The rows of a finished run; none of any other."""
     try:
-        return json.loads((run_dir / "result.json").read_text())
+        rows = json.loads((job.run_dir / "result.json").read_text())
     except (OSError, ValueError):
         return []
+    return [{**job.facts, **row} for row in rows]
 
 
 def _read_curve(job: _Job) -> list[dict[str, Any]]:

@@ -1,0 +1,105 @@
+"""What networks cost on this machine: latency, throughput, a training step, peak memory."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.data import Batch
+from utils.evaluation import autocast
+from utils.measure import count_macs, count_parameters, peak_memory, time_by_turns
+from utils.recipe import Recipe
+from utils.training import Trainer
+
+NUM_CLASSES = 10
+TURN_S = 0.3  # a turn repeats its call for about so long
+
+# Kind of call: its unit, and the factor from the seconds of one call to it, for a batch of n.
+TIMES: dict[str, tuple[str, Callable[[int], float]]] = {
+    "latency": ("ms", lambda n: 1e3),
+    "inference": ("ms/image", lambda n: 1e3 / n),
+    "training": ("ms/image", lambda n: 1e3 / n),
+}
+
+
+def prepare(make: Callable[[], nn.Module], recipe: Recipe, kind: str) -> Callable[[], object]:
+    """A call to be measured, on random pixels of `recipe.train_crop_px`.
+
+    Args:
+        make: makes the classifier, of `NUM_CLASSES` classes.
+        recipe: gives batch size, crop, precision and memory format.
+        kind: "latency" and "inference" are forward passes of one image and of a batch, "training"
+            is a whole step of `utils.training`: forward, backward, update, averaged weights.
+    """
+    torch.manual_seed(0)
+    trainer = Trainer(make(), recipe, steps_per_epoch=1000, num_classes=NUM_CLASSES)
+    count, side = recipe.batch_size, recipe.train_crop_px
+    pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+    batch = Batch(pixels, torch.zeros(count, dtype=torch.long), [])
+    if kind == "training":
+        trainer.model.train()
+        return lambda: trainer.train_step(batch).item()
+    net = copy.deepcopy(trainer.model).eval()
+    images, _ = trainer.eval_preprocess(batch)
+    images = images[:1] if kind == "latency" else images
+
+    def infer() -> float:
+        with torch.inference_mode(), autocast(trainer.device, trainer.dtype):
+            return net(images)[0, 0].item()
+
+    return infer
+
+
+def measure_networks(
+    networks: Mapping[str, Callable[[], nn.Module]], recipe: Recipe, rounds: int
+) -> list[dict[str, Any]]:
+    """Times by turns, peaks of memory, parameters and GMACs.
+
+    Args:
+        networks: what makes each of them; a function of a module with its arguments.
+        recipe: see `prepare`.
+        rounds: turns of each network.
+
+    Returns:
+        A row per network, quantity and round, with `network`, `quantity`, `unit`, `round` and
+        `value`; a quantity that does not vary has one row, of round 0.
+    """
+    rows = []
+
+    def add(network: str, quantity: str, unit: str, values: list[float]) -> None:
+        facts = {"network": network, "quantity": quantity, "unit": unit}
+        rows.extend({**facts, "round": k, "value": round(v, 4)} for k, v in enumerate(values))
+
+    for name, make in networks.items():
+        add(name, "parameters", "million", [count_parameters(make()) / 1e6])
+        side = recipe.train_crop_px
+        add(name, "multiply-accumulates", "GMACs", [count_macs(make(), side, side) / 1e9])
+    for kind, (unit, factor) in TIMES.items():
+        calls, repeats = {}, {}
+        for name, make in networks.items():
+            call = prepare(make, recipe, kind)
+            call()
+            start_s = time.perf_counter()
+            call()
+            repeats[name] = math.ceil(TURN_S / (time.perf_counter() - start_s))
+            calls[name] = _repeated(call, repeats[name])
+        for name, times_s in time_by_turns(calls, rounds).items():
+            scale = factor(recipe.batch_size) / repeats[name]
+            add(name, kind, unit, [time_s * scale for time_s in times_s])
+    for kind in ("inference", "training"):
+        for name, make in networks.items():
+            peak = peak_memory(prepare, make, recipe, kind)
+            add(name, f"{kind} peak", "MiB", [peak / 2**20])
+    return rows
+
+
+def _repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
+    def repeat() -> None:
+        for _ in range(count):
+            call()
+
+    return repeat
