@@ -14,6 +14,20 @@ from utils.data import MEAN_RGB, STD_RGB
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 RAW, EMA, TRAIN = "#0072B2", "#D55E00", "#009E73"
 FAMILIES = {"#0072B2": "o", "#E69F00": "s", "#56B4E9": "^", "#CC79A7": "D", "#000000": "v"}
+LINES = [
+    {"color": colour, "marker": marker, "ls": style}
+    for colour, marker, style in (
+        ("#0072B2", "o", "-"),
+        ("#D55E00", "s", "--"),
+        ("#009E73", "^", "-."),
+        ("#000000", "D", ":"),
+        ("#CC79A7", "v", (0, (5, 1))),
+        ("#56B4E9", "P", (0, (3, 1, 1, 1))),
+        ("#E69F00", "X", (0, (1, 1))),
+        ("#7F7F7F", "*", (0, (4, 2, 1, 2))),
+    )
+]
+EFFECTS = {"higher": "#0072B2", "lower": "#D55E00"}  # any other verdict is grey
 SIDES = {  # where a point's name stands: offset in points, alignment
     "left": ((-7, 0), {"ha": "right", "va": "center"}),
     "right": ((7, 0), {"ha": "left", "va": "center"}),
@@ -40,6 +54,84 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_bands(
+    table: pd.DataFrame, x: str, panels: Mapping[str, str], x_label: str, by: str = "value"
+) -> Figure:
+    """A panel per quantity: a line through the means over seeds, in a band from least to most.
+
+    Args:
+        table: a row per `by`, seed and `x`.
+        panels: column to the label of its axis.
+        by: what the lines tell apart; at most eight values, in the order of the table.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (column, label) in zip(
+        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
+        for (value, rows), style in zip(table.groupby(by, sort=False), LINES, strict=False):
+            over_seeds = rows.groupby(x)[column]
+            mean = over_seeds.mean()
+            axes.plot(mean.index, mean, label=value, markersize=4, **style)
+            low, high = over_seeds.min(), over_seeds.max()
+            axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, lw=0)
+        axes.set(xlabel=x_label, ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
+    """Differences with their intervals, a panel per table: what lies off zero is filled.
+
+    Args:
+        found: a title to a result of `utils.study.compare`; the panels share their rows and axis.
+    """
+    names = list(next(iter(found.values())).index)
+    figure = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (title, table) in zip(panels, found.items(), strict=True):
+        axes.axvline(0, color="black", lw=0.8)
+        for y, row in enumerate(table.loc[names].itertuples()):
+            seen = row.verdict in ("higher", "lower")
+            colour = EFFECTS.get(row.verdict, "#7F7F7F")
+            axes.plot([row.low, row.high], [y, y], color=colour, lw=2)
+            axes.plot(row.difference, y, "o", color=colour, mfc=colour if seen else "white")
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel=x_label, title=title)
+        axes.grid(alpha=0.3, axis="x")
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def plot_trade_offs(table: pd.DataFrame, panels: Mapping[str, str], y_label: str) -> Figure:
+    """Accuracy against costs, a panel per cost, a point per row with its standard deviation.
+
+    Args:
+        table: columns `mean` and `std` of the accuracy and those of `panels`; the index names the
+            points, at most eight.
+        panels: column of a cost to the label of its axis.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (column, label) in zip(
+        figure.subplots(1, len(panels), squeeze=False, sharey=True).flat,
+        panels.items(),
+        strict=True,
+    ):
+        for (name, point), style in zip(table.to_dict("index").items(), LINES, strict=False):
+            alone = {**style, "ls": ""}
+            place = point[column], point["mean"], point["std"]
+            axes.errorbar(*place, label=name, capsize=3, ms=7, **alone)
+        axes.set(xlabel=label, xlim=(0, 1.1 * table[column].max()))
+        axes.xaxis.get_major_locator().set_params(nbins=5)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(y_label)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
+    )
     return figure
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -67,6 +67,7 @@ class Study:
         factor: what the arms differ in.
         baseline: the value that others are compared with.
         recipe: of every run, but for what an arm changes.
+        weights: whose accuracy is compared, the averaged ones ("ema") or the last ("raw").
     """
 
     name: str
@@ -75,6 +76,7 @@ class Study:
     recipe: Recipe
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
+    weights: Literal["ema", "raw"] = "ema"
 
     def __post_init__(self) -> None:
         values = [arm.value for arm in self.arms]
