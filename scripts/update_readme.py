@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import tables
+from utils import findings, tables
+from utils.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,9 +22,19 @@ def updated(readme: str) -> str:
     """README.md's text with all tables made anew."""
     facts = pd.read_csv(ROOT / "tests" / "backbone_facts.csv")
     compared = pd.read_csv(ROOT / "results" / "feature_maps_compared.csv")
-    readme = tables.replace_block(readme, "models", tables.model_table(facts))
-    shown = compared.drop(columns="what was tried")
-    return tables.replace_block(readme, "comparison", tables.markdown(shown))
+    full_size = findings.read_costs(224)
+    blocks = {
+        "models": tables.model_table(facts),
+        "comparison": tables.markdown(compared.drop(columns="what was tried")),
+        "recipe": tables.markdown(findings.recipe_table()),
+        "length": tables.markdown(findings.length_table()),
+    }
+    for name in ("csp_split", "vovnet"):
+        found = findings.study_table(STUDIES[name], findings.read_study(name), full_size)
+        blocks[name] = tables.markdown(found)
+    for name, content in blocks.items():
+        readme = tables.replace_block(readme, name, content)
+    return readme
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Figures show every row that they are given; what they look like is for the eye."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -29,3 +30,45 @@ def test_maps_have_a_panel_per_channel():
     shown = torch.as_tensor(panels[2].get_array().data)
     assert torch.equal(shown, maps[0][0, 1])
     assert "8 ch." in figure.axes[1].get_ylabel()
+
+
+def test_bands_go_from_least_to_most_through_the_mean():
+    rows = [
+        ("a", 0, 1, 5.0),
+        ("a", 1, 1, 7.0),
+        ("a", 0, 2, 8.0),
+        ("a", 1, 2, 9.0),
+        ("b", 0, 1, 1.0),
+    ]
+    table = pd.DataFrame(rows, columns=["value", "seed", "epoch", "top1"])
+    (axes,) = plotting.plot_bands(table, "epoch", {"top1": "top-1 (%)"}, "epoch").axes
+    assert [line.get_label() for line in axes.lines] == ["a", "b"]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 6.0], [2, 8.5]]
+    corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices}
+    assert corners >= {(1, 5), (1, 7), (2, 8), (2, 9)}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "top-1 (%)")
+
+
+def test_effects_that_hold_zero_are_hollow():
+    columns = ["difference", "low", "high", "n", "verdict"]
+    rows = [(2.0, 1.0, 3.0, 5, "higher"), (-1.0, -3.0, 1.0, 5, "no difference seen")]
+    found = pd.DataFrame(rows, columns=columns, index=["x", "y"])
+    other = found[::-1].assign(difference=0.5)  # rows are found by name
+    left, right = plotting.plot_effects({"here": found, "there": other}, "points").axes
+    points = [line for line in left.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in points] == [2.0, -1.0]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [False, True]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["x", "y"]
+    intervals = [list(line.get_xdata()) for line in right.lines if len(line.get_xdata()) == 2]
+    assert intervals[1:] == [[1.0, 3.0], [-3.0, 1.0]]  # after the line through zero
+
+
+def test_trade_offs_have_a_point_per_row_and_cost():
+    table = pd.DataFrame({"mean": [50.0, 60.0], "std": [1.0, 2.0], "cost": [3.0, 4.0]}, ["a", "b"])
+    table["family"] = "one"
+    (axes,) = plotting.plot_trade_offs(table, {"cost": "cost (ms)"}, "top-1 (%)").axes
+    assert [box.get_label() for box in axes.containers] == ["a", "b"]
+    places = np.array([box.lines[0].get_xydata()[0] for box in axes.containers])
+    assert places.tolist() == [[3, 50], [4, 60]]
+    (grouped,) = plotting.plot_trade_offs(table, {"cost": "cost (ms)"}, "y", by="family").axes
+    assert len(grouped.containers) == 1

@@ -5,6 +5,12 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
+from torchvision import models
+
+import backbones
+from utils.studies import STUDIES
+from utils.study import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,10 +53,47 @@ def test_readmes_tables_are_generated():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_studies_are_recorded_whole(study):
+    """Every value with the same seeds, at least three, at its test sizes, and every epoch of it."""
+    path = ROOT / "results" / f"study_{study.name}.csv"
+    table = pd.read_csv(path)
+    seeds = study.seeds[: table.seed.nunique()]
+    assert len(seeds) >= 3
+    sizes = [
+        (arm.value, seed, px)
+        for seed in seeds
+        for arm in study.arms
+        for px in (study.recipe.eval_crop_px, *arm.test_sizes_px)
+    ]
+    found = table[["value", "seed", "test_crop_px"]].itertuples(index=False, name=None)
+    assert list(found) == sizes
+    assert set(table.status) == {"done"}
+    curves = pd.read_csv(curves_path(path))
+    counts = curves.groupby(["value", "seed"]).epoch.agg(["size", "max"])
+    for arm in study.arms:
+        assert (counts.loc[arm.value] == study.recipe_of(arm).epochs).all(axis=None)
+
+
+def test_published_numbers_of_torchvision_are_those_of_its_weights():
+    published = pd.read_csv(ROOT / "results" / "published_imagenet.csv")
+    assert published.source.notna().all()
+    assert set(published.backbone) <= set(backbones.list_models())
+    theirs = published[published.trained_by.str.startswith("torchvision")]
+    assert len(theirs) >= 31
+    for row in theirs.itertuples():
+        weights = models.get_model_weights(row.backbone)[row.trained_by.split()[1]]
+        assert row.top1_pct == weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        assert row.test_crop_px == weights.transforms.keywords["crop_size"]
+        assert row.parameters == weights.meta["num_params"]
+
+
 def test_records_say_how_they_were_made():
     for path in (ROOT / "results").glob("*.csv"):
-        if path.name == "feature_maps_compared.csv":
-            continue  # no measurement: tests/test_comparison.py makes it anew
+        if path.name in ("feature_maps_compared.csv", "published_imagenet.csv"):
+            continue  # no measurements of ours
+        if path.name.endswith("_curves.csv"):
+            continue  # of the runs in the study's record
         table = pd.read_csv(path)
         assert {"hardware", "torch", "commit", "command", "autocast", "threads"} <= set(table)
         assert not table.isna().any().any(), path.name

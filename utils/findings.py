@@ -7,6 +7,8 @@ import pandas as pd
 from utils.studies import STUDIES
 from utils.study import Study, compare, summarise
 
+# Columns of `cost_table` that stand beside an accuracy.
+SHOWN = ("parameters", "multiply-accumulates", "inference", "training", "training peak")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -90,6 +92,14 @@ def interval(row: pd.Series) -> str:
     return f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
 
 
+def sentences(found: pd.DataFrame, baseline: str) -> list[str]:
+    """A line per difference: what was compared, the interval, the seeds, the verdict."""
+    return [
+        f"{value} against {baseline}: {interval(row)} points, n = {row.n}: {row.verdict}"
+        for value, row in found.iterrows()
+    ]
+
+
 def mean_std(row: pd.Series) -> str:
     """A mean with its standard deviation over seeds."""
     return f"{row['mean']:.1f} ± {row['std']:.1f}"
@@ -112,7 +122,8 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
         "n": summary.n,
     }
     networks = first.groupby("value", sort=False).network.first()
-    medians = cost_table(costs).loc[networks].round(1).set_axis(networks.index)
+    medians = cost_table(costs[costs.quantity.isin(SHOWN)]).loc[networks].round(1)
+    medians = medians.set_axis(networks.index)
     return pd.DataFrame(columns).join(medians).rename_axis(study.factor).reset_index()
 
 

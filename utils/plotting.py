@@ -107,13 +107,16 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     return figure
 
 
-def plot_trade_offs(table: pd.DataFrame, panels: Mapping[str, str], y_label: str) -> Figure:
+def plot_trade_offs(
+    table: pd.DataFrame, panels: Mapping[str, str], y_label: str, by: str | None = None
+) -> Figure:
     """Accuracy against costs, a panel per cost, a point per row with its standard deviation.
 
     Args:
-        table: columns `mean` and `std` of the accuracy and those of `panels`; the index names the
-            points, at most eight.
+        table: columns `mean` and `std` of the accuracy and those of `panels`.
         panels: column of a cost to the label of its axis.
+        by: column that groups points under one colour and name, at most eight of them; without it
+            the index names each point.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (column, label) in zip(
@@ -121,10 +124,10 @@ def plot_trade_offs(table: pd.DataFrame, panels: Mapping[str, str], y_label: str
         panels.items(),
         strict=True,
     ):
-        for (name, point), style in zip(table.to_dict("index").items(), LINES, strict=False):
-            alone = {**style, "ls": ""}
-            place = point[column], point["mean"], point["std"]
-            axes.errorbar(*place, label=name, capsize=3, ms=7, **alone)
+        groups = table.groupby(by or table.index, sort=False)
+        for (name, points), style in zip(groups, LINES, strict=False):
+            look = {**style, "ls": "", "ms": 6, "capsize": 3}
+            axes.errorbar(points[column], points["mean"], points["std"], label=name, **look)
         axes.set(xlabel=label, xlim=(0, 1.1 * table[column].max()))
         axes.xaxis.get_major_locator().set_params(nbins=5)
         axes.grid(alpha=0.3)
