@@ -110,6 +110,8 @@ class CSPStage(nn.Module):
             self.blocks_conv = ConvNormAct(channels, part, 1, act=act)
         elif split == "slice":
             self.split_conv = ConvNormAct(channels, 2 * part, 1, act=act)
+            for half in self.split_conv.conv.weight.chunk(2):  # each by its own fan-out, as above
+                nn.init.kaiming_normal_(half, mode="fan_out", nonlinearity="relu")
         self.blocks = nn.Sequential(*(Block(part, channels // 2, act) for _ in range(depth)))
         self.transition_conv = ConvNormAct(part, part, 1, act=act) if transition else None
         self.out_conv = ConvNormAct(2 * part, channels, 1, act=act)

@@ -95,6 +95,17 @@ def test_separate_and_slice_train_alike():
         torch.testing.assert_close(value, back[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
+def test_separate_and_slice_start_alike():
+    """Drawn with the same spread: BatchNorm hides the scale, but not from the learning rate."""
+    stages = {split: CSPStage(128, 256, 1, "relu", split=split) for split in ("separate", "slice")}
+    halves = stages["slice"].split_conv.conv.weight.chunk(2)
+    others = (stages["separate"].shortcut_conv, stages["separate"].blocks_conv)
+    for half, other in zip(halves, others, strict=True):
+        assert half.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.02)
+        assert other.conv.weight.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.02)
+    assert not torch.equal(*halves)
+
+
 def test_conversion_leaves_the_source_alone():
     net = backbones.create("cspdarknet19", width=0.125)
     before = {k: v.clone() for k, v in net.state_dict().items()}
