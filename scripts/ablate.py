@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from backbones.classifier import create_classifier
+from utils import findings
 from utils.studies import STUDIES
-from utils.study import compare, run_study, summarise
+from utils.study import run_study
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -24,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("study", choices=STUDIES, help="a name of utils.studies.STUDIES")
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
     add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
-    add("--output", type=Path, help="the CSV (default: results/study_<study>.csv)")
+    add("--output", type=Path, help="the CSV (default: the repository's results/study_<study>.csv)")
     add("--processes", type=int, default=1, help="runs at a time (default: 1)")
     add("--seeds", type=int, help="the first so many of the study's (default: all of them)")
     add("--devices", default="", help="of the runs, taken in turn, such as cuda:0,cuda:1")
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: --seeds {args.seeds}: 1 to {len(study.seeds)}", file=sys.stderr)
             return 2
         study = replace(study, seeds=study.seeds[: args.seeds])
-    output = args.output or Path("results") / f"study_{study.name}.csv"
+    output = args.output or findings.RESULTS / f"study_{study.name}.csv"
     try:
         table = run_study(
             study,
@@ -59,11 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     failed = table[table.status != "done"]
     for row in failed.itertuples():
         print(f"{row.value}, seed {row.seed}: {row.status}", file=sys.stderr)
-    done = table[table.status == "done"]
-    if len(done):
-        done = done[done.test_crop_px == done.test_crop_px.iloc[0]]
-        print(summarise(done).round(2).to_string())
-        print(compare(done, study.baseline).round(2).to_string())
+    if len(failed) < len(table):
+        print(findings.summarise(table, study.top1_column).round(2).to_string())
+        print(findings.differences(study, table).round(2).to_string())
     print(f"table: {output}")
     return int(len(failed) > 0)
 

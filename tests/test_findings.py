@@ -31,12 +31,16 @@ def record(top1=TOP1, **columns):
 
 
 def costs():
+    values = {"net bare": (10.0, 20.0), "net with x": (5.0, 30.0), "net with y": (10.0, 12.0)}
     rows = [
-        ("net bare", "training", "ms", 0, 10.0), ("net bare", "training", "ms", 1, 20.0),
-        ("net with x", "training", "ms", 0, 5.0), ("net with x", "training", "ms", 1, 30.0),
-        ("net with y", "training", "ms", 0, 10.0), ("net with y", "training", "ms", 1, 12.0),
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["network", "quantity", "unit", "round", "value"])
+        (name, "training", "ms/image", k, value)
+        for name, both in values.items()
+        for k, value in enumerate(both)
+    ]
+    columns = ["network", "quantity", "unit", "round", "value"]
+    training = pd.DataFrame(rows, columns=columns)
+    whole = pd.concat([training, training.assign(quantity="inference")])
+    return whole.assign(width=1.0, crop_px=224)
 
 
 def test_differences_are_those_of_the_studys_weights_and_test_size():
@@ -50,15 +54,20 @@ def test_differences_are_those_of_the_studys_weights_and_test_size():
     assert found.verdict["with y"] == "no difference seen"
 
 
-@pytest.mark.parametrize(("weights", "value", "sign"), [("raw", "with", 1), ("ema", "without", -1)])
-def test_averaging_is_one_of_the_tricks(weights, value, sign):
-    study = dataclasses.replace(STUDY, weights=weights)
-    row = findings.differences(study, record()).loc[f"{value} EMA"]
-    expected = stats.ttest_1samp([sign * 2, sign * 2, sign * 5], 0).confidence_interval(0.95)
-    assert row.difference == pytest.approx(sign * 3)
+def test_readings_compare_the_baselines_runs_with_themselves():
+    """Averaged weights, 2, 2 and 5 points ahead, and a larger test size, 1 point ahead."""
+    larger = record({value: [top1 + 1 for top1 in TOP1[value]] for value in TOP1}, test_crop_px=96)
+    table = pd.concat([record(), larger])
+    study = dataclasses.replace(STUDY, readings={"with EMA": ("ema", 64), "with 96": ("raw", 96)})
+    found = findings.differences(study, table)
+    expected = stats.ttest_1samp([2, 2, 5], 0).confidence_interval(0.95)
+    row = found.loc["with EMA"]
+    assert row.difference == pytest.approx(3)
     assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
-    other = dataclasses.replace(STUDY, factor="act")
-    assert list(findings.differences(other, record()).index) == ["with x", "with y"]
+    assert found.loc["with 96", ["difference", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
+    averaged = dataclasses.replace(STUDY, weights="ema", readings={"without EMA": ("raw", 64)})
+    assert findings.differences(averaged, table).difference["without EMA"] == pytest.approx(-3)
+    assert list(findings.differences(STUDY, table).index) == ["with x", "with y"]
 
 
 def test_leaving_out_is_the_other_way_round():
@@ -74,40 +83,93 @@ def test_differences_within_groups():
     four = record({"small, 4 epochs": [1, 2, 3], "full, 4 epochs": [0, 1, 2.1]}, epochs=4)
     eight = record({"small, 8 epochs": [1, 2, 3], "full, 8 epochs": [5, 6, 7.5]}, epochs=8)
     length = findings.by_length(pd.concat([four, eight]))
-    found = findings.differences_within(length, "epochs", "small")
+    found = findings.differences_within(length, "epochs", "small", "top1_raw_pct")
     assert list(found.index) == [(4, "full"), (8, "full")]
     assert found.difference.tolist() == pytest.approx([-2.9 / 3, 12.5 / 3])
     assert found.verdict.tolist() == ["lower", "higher"]
 
 
-def test_training_sizes_are_compared_at_each_test_size():
-    parts = [
-        record({name: values}, train_crop_px=px, test_crop_px=size)
-        for size, gain in ((64, 0), (96, 3))
-        for name, px, values in (
-            ("bare", 64, [10.0, 11.0, 12.0]),
-            ("with FixRes", 48, [11.0 + gain, 12.0 + gain, 13.5 + gain]),
-            ("with x", 64, [0.0, 0.0, 0.0]),
-        )
-    ]
-    pair = findings.by_training_size(pd.concat(parts), ("bare", "with FixRes"))
-    found = findings.differences_within(pair, "test_crop_px", "64 px")
-    assert list(found.index) == [(64, "48 px"), (96, "48 px")]
-    assert found.difference.tolist() == pytest.approx([3.5 / 3, 3.5 / 3 + 3])
-
-
 def test_cost_ratios_are_taken_within_rounds():
     found = findings.cost_ratios(costs(), "training", "net bare").loc["net with x"]
     assert found.to_dict() == {"median": 1.0, "min": 0.5, "max": 1.5}
-    assert findings.cost_table(costs())["training (ms)"].tolist() == [15.0, 17.5, 11.0]
+    assert findings.cost_table(costs())["training (ms/image)"].tolist() == [15.0, 17.5, 11.0]
 
 
 def test_study_table_puts_the_interval_beside_the_verdict():
-    study = dataclasses.replace(STUDY, factor="act")
-    table = findings.study_table(study, record(), costs()).set_index("act")
+    table = findings.study_table(STUDY, record(), costs()).set_index("recipe")
     assert table["top-1 (%)"]["with x"] == "56.0 ± 1.0"
     assert table["difference [95 % interval]"]["with x"] == "+5.0 [+2.5, +7.5]"
-    assert table["training (ms)"]["with x"] == 17.5
+    assert table["training at width 1, 224 px (ms/image)"]["with x"] == 17.5
     assert table.loc["bare", ["difference [95 % interval]", "verdict"]].tolist() == ["baseline", ""]
-    sentence = findings.sentences(findings.differences(study, record()), "bare")[0]
+    sentence = findings.sentences(findings.differences(STUDY, record()), "bare")[0]
     assert sentence == "with x against bare: +5.0 [+2.5, +7.5] points, n = 3: higher"
+
+
+def test_tables_of_the_recipe_and_of_lengths(tmp_path):
+    """Both studies of the recipe on one page, signs turned so that above zero means it helps."""
+    add = record({"bare": [50, 52, 51], "with CutMix": [45, 46, 46]})
+    add = pd.concat([add, record({"bare": [52, 54, 53.5]}, test_crop_px=96)])
+    leave = record({"full": [60, 61, 63], "without CutMix": [70.0, 72, 73]}, test_crop_px=96)
+    leave = pd.concat([leave, record({"full": [60, 60, 60]}, test_crop_px=64)])
+    add.to_csv(tmp_path / "study_recipe_add_one.csv")
+    leave.to_csv(tmp_path / "study_recipe_leave_one_out.csv")
+    table = findings.recipe_table(tmp_path).set_index("trick")
+    assert list(table.index) == ["CutMix", "EMA", "FixRes"]
+    intervals = table.filter(like="95 %").map(lambda text: text.split()[0])
+    assert intervals.loc["CutMix"].tolist() == ["-5.3", "-10.3"]
+    assert intervals.loc["EMA"].tolist() == ["+3.0", "+3.0"]
+    assert table.filter(like="verdict").loc["CutMix"].tolist() == ["lower", "lower"]
+    assert intervals.loc["FixRes"].tolist() == ["+2.2", "+1.3"]
+    assert table.filter(like="n, ").eq(3).all(axis=None)
+    lengths = record(
+        {
+            f"{name}, {epochs} epochs": [start, start + 1, start + 2.5 * (name == "full")]
+            for epochs, small, full in ((4, 30, 20), (8, 40, 41))
+            for name, start in (("small", small), ("full", full))
+        }
+    )
+    lengths["epochs"] = lengths.value.str.extract(r"(\d+) epochs").astype(int)
+    lengths.to_csv(tmp_path / "study_length.csv")
+    table = findings.length_table(tmp_path).set_index("epochs")
+    assert table["small, top-1 (%)"][4] == "33.3 ± 1.5"  # 32, 33 and 35 of averaged weights
+    assert table["full - small [95 % interval]"].str.split().str[0].tolist() == ["-9.2", "+1.8"]
+
+
+def table_of(values):
+    rows = [
+        {"status": "done", "value": value, "seed": seed, "top1_ema_pct": top1, "parameters": 1}
+        for value, column in values.items()
+        for seed, top1 in enumerate(column)
+    ]
+    return pd.DataFrame(rows).assign(gmacs=1.0, images_per_s=2.0, time_s=3.0)
+
+
+def test_intervals_are_those_of_the_paired_t_test():
+    values = {"a": [60.0, 62.0, 61.0, 59.5, 60.5], "b": [61.0, 63.5, 61.5, 61.0, 61.2]}
+    values["c"] = [60.5, 61.0, 61.5, 59.0, 60.4]
+    found = findings.compare(table_of(values), "a", "top1_ema_pct")
+    for value in "bc":
+        test = stats.ttest_rel(values[value], values["a"])
+        expected = test.confidence_interval(0.95)
+        row = found.loc[value]
+        assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
+        assert row.n == 5
+        assert (row.verdict == "higher") == (test.pvalue < 0.05)
+    assert found.verdict.to_dict() == {"b": "higher", "c": "no difference seen"}
+
+
+def test_seeds_without_a_partner_are_left_out():
+    table = table_of({"a": [1.0, 2.0, 3.0], "b": [1.0, 0.0, 1.0], "c": [5.0]})
+    found = findings.compare(table, "a", "top1_ema_pct")
+    assert found.n.to_dict() == {"b": 3, "c": 1}
+    assert found.verdict["c"] == "too few seeds"
+    same = table_of({"a": [1.0, 2.0], "b": [1.0, 2.0]})
+    equal = findings.compare(same, "a", "top1_ema_pct")
+    assert equal.verdict["b"] == "no difference seen"
+
+
+def test_summary():
+    found = findings.summarise(table_of({"z": [1.0, 3.0], "a": [2.0, 2.0]}), "top1_ema_pct")
+    assert list(found.index) == ["z", "a"]
+    assert found.loc["z", ["mean", "n"]].tolist() == [2.0, 2]
+    assert found.loc["z", "std"] == pytest.approx(2**0.5)

@@ -1,20 +1,24 @@
-"""Studies: what is missing is run, and nothing else; intervals against SciPy's own test."""
+"""Studies: what is missing is run, and nothing else; what is there is never lost or mixed up."""
 
 import dataclasses
+import multiprocessing
+import os
 import shutil
+import signal
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats
 
 from backbones.classifier import create_classifier
+from scripts import ablate
+from utils import findings, runs
 from utils import study as study_module
 from utils.data import hold_out, open_folders
 from utils.recipe import RECIPES
 from utils.studies import STUDIES
-from utils.study import Arm, Study, compare, curves_path, run_study, summarise
+from utils.study import Arm, Study, curves_path, run_study
 
 RECIPE = dataclasses.replace(
     RECIPES["quick"],
@@ -139,16 +143,133 @@ def test_an_interrupted_study_keeps_its_rows_and_goes_on(finished, folders, tmp_
 
 
 def test_a_run_that_fails_is_a_row_that_says_so(finished, folders, tmp_path):
-    diverging = {"lr_per_1024": 1e30, "precision": "float32"}
-    arms = (TINY.arms[0], Arm("hot", "cspdarknet19", recipe=diverging))
+    diverging = {"lr_per_1024": 1e5, "precision": "float32", "epochs": 3, "warmup_epochs": 2.9}
+    arms = (TINY.arms[0], Arm("Hot", "cspdarknet19", recipe=diverging))
     study = dataclasses.replace(TINY, arms=arms, seeds=(0,))
     table = run_study(study, create_classifier, folders, tmp_path / "runs", tmp_path / "tiny.csv")
     assert set(table.status[table.value == "relu"]) == {"done"}
-    assert "failed: the loss is not finite" in table.status[table.value == "hot"].item()
+    assert "failed: the loss is not finite" in table.status[table.value == "Hot"].item()
     assert set(pd.read_csv(curves_path(tmp_path / "tiny.csv")).value) == {"relu"}
-    table = table[table.test_crop_px != 64]
-    assert list(summarise(table).index) == ["relu"]
-    assert compare(table, "relu").empty
+    assert list(findings.summarise(table, study.top1_column).index) == ["relu"]
+    assert findings.differences(study, table).empty
+    hot = findings.differences(dataclasses.replace(study, baseline="Hot"), table)
+    assert hot.verdict.to_dict() == {"relu": "too few seeds"}
+
+
+def test_a_killed_process_is_a_failed_run_and_not_the_end(finished, folders, tmp_path):
+    _, table = finished
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    broken = run_study(TINY, killed, *places, processes=2)
+    assert broken.status.str.contains("failed: a process was killed").all()
+    assert len(broken) == 4
+    again = run_study(TINY, create_classifier, *places, processes=2)
+    pd.testing.assert_frame_equal(without_time(again), without_time(table), check_dtype=False)
+
+
+def killed(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_interrupt_ends_the_processes_of_a_study(folders, tmp_path, monkeypatch):
+    """Ctrl-C after the first run: no second one is trained on, and no process is left."""
+    before = set(multiprocessing.active_children())
+    write_table, interrupted = runs.write_table, []
+
+    def interrupt(*args):
+        write_table(*args)
+        interrupted.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_module.runs, "write_table", interrupt)
+    study = dataclasses.replace(TINY, seeds=tuple(range(50)))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(
+            study, create_classifier, folders, tmp_path / "runs", tmp_path / "a.csv", processes=2
+        )
+    assert len(interrupted) == 1
+    for worker in set(multiprocessing.active_children()) - before:
+        worker.join(30)
+        assert not worker.is_alive()
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) < 10
+
+
+def test_another_run_in_the_folder_is_refused(finished, folders, tmp_path):
+    root, _ = finished
+    longer = dataclasses.replace(TINY, recipe=dataclasses.replace(RECIPE, epochs=9))
+    with pytest.raises(ValueError, match=r"relu-seed0: holds a run with epochs=2, not 9"):
+        run_study(longer, create_classifier, folders, root / "runs", tmp_path / "new.csv")
+    shutil.copytree(folders, tmp_path / "data")
+    next((tmp_path / "data" / "train").rglob("*.JPEG")).unlink()
+    with pytest.raises(ValueError, match="train_images"):
+        run_study(TINY, create_classifier, tmp_path / "data", root / "runs", tmp_path / "new.csv")
+    assert not (tmp_path / "new.csv").exists()
+
+
+def test_a_record_is_not_overwritten_by_less(finished, folders, tmp_path):
+    root, _ = finished
+    record = tmp_path / "tiny.csv"
+    shutil.copy(root / "out" / "tiny.csv", record)
+    before = record.read_bytes()
+    with pytest.raises(ValueError, match="4 finished runs that would be lost"):
+        run_study(TINY, create_classifier, folders, tmp_path / "runs", record)
+    fewer = dataclasses.replace(TINY, seeds=(0,))
+    with pytest.raises(ValueError, match=r"2 finished runs .* 'Mish, ours' with seed 1"):
+        run_study(fewer, create_classifier, folders, root / "runs", record)
+    with pytest.raises(ValueError, match="nowhere"):
+        run_study(TINY, create_classifier, tmp_path / "nowhere", root / "runs", record)
+    with pytest.raises(ValueError, match="device"):
+        run_study(TINY, create_classifier, folders, root / "runs", record, devices=["cuda:99"])
+    assert record.read_bytes() == before
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no record of a study"):
+        run_study(TINY, create_classifier, folders, root / "runs", tmp_path / "other.csv")
+
+
+def test_tuning_does_not_read_the_validation_images(finished, folders, tmp_path, monkeypatch):
+    study = dataclasses.replace(TINY, arms=TINY.arms[1:], baseline="Mish, ours", tuning=True)
+    data = shutil.copytree(folders, tmp_path / "data")
+    for path in (data / "val").rglob("*.JPEG"):
+        path.write_bytes(b"no image")
+    table = run_study(study, create_classifier, data, tmp_path / "runs", tmp_path / "tiny.csv")
+    assert table.val_images.tolist() == [3, 3]  # the slice's
+    curves = pd.read_csv(curves_path(tmp_path / "tiny.csv"))
+    last = curves[curves.epoch == RECIPE.epochs]
+    assert last.held_out_top1_pct.tolist() == pytest.approx(table.top1_raw_pct.tolist(), abs=1e-3)
+
+
+def test_devices_are_dealt_out_to_the_processes(folders, tmp_path):
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    table = run_study(TINY, create_classifier, *places, processes=2, devices=["cpu", "cpu"])
+    assert set(table.status) == {"done"}
+
+
+def test_the_script(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "STUDIES", {"tiny": TINY})
+    places = ["--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path / "tiny.csv")]
+    command = ["tiny", "--data-dir", str(folders), *places]
+    assert ablate.main([*command, "--seeds", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "too few seeds" in shown
+    assert len(pd.read_csv(tmp_path / "tiny.csv")) == 3
+    assert ablate.main(command) == 0
+    assert len(pd.read_csv(tmp_path / "tiny.csv")) == 6
+    for wrong, status in (
+        (["--seeds", "0"], 2),
+        (["--seeds", "3"], 2),
+        (["--processes", "0"], 1),
+        (["--devices", "abacus"], 1),
+        (["--data-dir", "nowhere"], 1),
+    ):
+        assert ablate.main([*command, *wrong]) == status
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert wrong[1] in error
+    diverging = Arm("Hot", "cspdarknet19", recipe={"lr_per_1024": 1e30, "precision": "float32"})
+    study = dataclasses.replace(TINY, name="hot", arms=(*TINY.arms, diverging))
+    monkeypatch.setattr(ablate, "STUDIES", {"hot": study})
+    command = ["hot", "--data-dir", str(folders), *places[:3], str(tmp_path / "hot.csv")]
+    assert ablate.main(command) == 1
+    assert "Hot, seed 1: failed: the loss is not finite" in capsys.readouterr().err
 
 
 def test_the_slice_is_cut_from_training_alone(folders):
@@ -168,48 +289,6 @@ def test_the_slice_is_cut_from_training_alone(folders):
         hold_out(data, RECIPE, every=17)
 
 
-# ---- statistics ----------------------------------------------------------------------------------
-
-
-def table_of(values):
-    rows = [
-        {"status": "done", "value": value, "seed": seed, "top1_ema_pct": top1, "parameters": 1}
-        for value, column in values.items()
-        for seed, top1 in enumerate(column)
-    ]
-    return pd.DataFrame(rows).assign(gmacs=1.0, images_per_s=2.0, time_s=3.0)
-
-
-def test_intervals_are_those_of_the_paired_t_test():
-    values = {"a": [60.0, 62.0, 61.0, 59.5, 60.5], "b": [61.0, 63.5, 61.5, 61.0, 61.2]}
-    values["c"] = [60.5, 61.0, 61.5, 59.0, 60.4]
-    found = compare(table_of(values), "a")
-    for value in "bc":
-        test = stats.ttest_rel(values[value], values["a"])
-        expected = test.confidence_interval(0.95)
-        row = found.loc[value]
-        assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
-        assert row.n == 5
-        assert (row.verdict == "higher") == (test.pvalue < 0.05)
-    assert found.verdict.to_dict() == {"b": "higher", "c": "no difference seen"}
-
-
-def test_seeds_without_a_partner_are_left_out():
-    table = table_of({"a": [1.0, 2.0, 3.0], "b": [1.0, 0.0, 1.0], "c": [5.0]})
-    found = compare(table, "a")
-    assert found.n.to_dict() == {"b": 3, "c": 1}
-    assert found.verdict["c"] == "too few seeds"
-    equal = compare(table_of({"a": [1.0, 2.0], "b": [1.0, 2.0]}), "a")
-    assert equal.verdict["b"] == "no difference seen"
-
-
-def test_summary():
-    found = summarise(table_of({"z": [1.0, 3.0], "a": [2.0, 2.0]}))
-    assert list(found.index) == ["z", "a"]
-    assert found.loc["z", ["mean", "n"]].tolist() == [2.0, 2]
-    assert found.loc["z", "std"] == pytest.approx(2**0.5)
-
-
 # ---- declarations --------------------------------------------------------------------------------
 
 
@@ -218,6 +297,7 @@ def test_summary():
     [
         ({"baseline": "none"}, "baseline='none' is none of"),
         ({"arms": (TINY.arms[0], TINY.arms[0])}, "a value stands there twice"),
+        ({"arms": (TINY.arms[0], Arm("Relu!", "darknet19"))}, "share a folder"),
         ({"arms": (Arm("relu", "darknet19", recipe={"epochs": 0}),)}, "epochs=0 must be"),
     ],
 )
@@ -228,7 +308,7 @@ def test_wrong_studies_are_refused(change, words):
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
 def test_declared_studies_can_be_built(study):
-    assert len(study.seeds) >= 3
+    assert len(study.seeds) >= 3 or study.tuning
     for arm in study.arms:
         recipe = study.recipe_of(arm)
         with torch.device("meta"):

@@ -17,6 +17,7 @@ from utils.training import Trainer
 
 NUM_CLASSES = 10
 TURN_S = 0.3  # a turn repeats its call for about so long
+PEAK_ROUNDS = 3
 
 # Kind of call: its unit, and the factor from the seconds of one call to it, for a batch of n.
 TIMES: dict[str, tuple[str, Callable[[int], float]]] = {
@@ -66,7 +67,8 @@ def measure_networks(
 
     Returns:
         A row per network, quantity and round, with `network`, `quantity`, `unit`, `round` and
-        `value`; a quantity that does not vary has one row, of round 0.
+        `value`; parameters and multiply-accumulates have one row, of round 0. Peaks are of what a
+        call needs beyond weights, averaged weights and images.
     """
     rows = []
 
@@ -92,8 +94,8 @@ def measure_networks(
             add(name, kind, unit, [time_s * scale for time_s in times_s])
     for kind in ("inference", "training"):
         for name, make in networks.items():
-            peak = peak_memory(prepare, make, recipe, kind)
-            add(name, f"{kind} peak", "MiB", [peak / 2**20])
+            peaks = [peak_memory(prepare, make, recipe, kind) for _ in range(PEAK_ROUNDS)]
+            add(name, f"{kind} peak", "MiB", [peak / 2**20 for peak in peaks])
     return rows
 
 

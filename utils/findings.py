@@ -1,52 +1,102 @@
-"""What the recorded studies found: differences with their intervals, from results/ alone."""
+"""What studies found: means over seeds, differences with their intervals, accuracy beside cost."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 from utils.studies import STUDIES
-from utils.study import Study, compare, summarise
+from utils.study import Study
 
-# Columns of `cost_table` that stand beside an accuracy.
-SHOWN = ("parameters", "multiply-accumulates", "inference", "training", "training peak")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
+# ---- accuracy ------------------------------------------------------------------------------------
+
+
 def read_study(name: str, results: Path = RESULTS) -> pd.DataFrame:
-    """The record of a study: one row per run and test size."""
-    return pd.read_csv(results / f"study_{name}.csv")
+    """The record of a study, one row per run and test size; runs that failed are left out."""
+    return finished(pd.read_csv(results / f"study_{name}.csv"))
 
 
-def own_size(table: pd.DataFrame) -> pd.DataFrame:
+def finished(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of runs that did not fail. Integers are such again, which failed rows undo."""
+    done = table[table.status == "done"]
+    whole = ["epochs", "train_crop_px", "test_crop_px", "val_images", "parameters", "threads"]
+    return done.astype(dict.fromkeys(done.columns.intersection(whole), int))
+
+
+def at_own_size(table: pd.DataFrame) -> pd.DataFrame:
     """One row per run: that of the test size of its recipe, which comes first."""
-    return table.drop_duplicates(["value", "seed"])
+    return finished(table).drop_duplicates(["value", "seed"])
 
 
-def top1_column(study: Study) -> str:
-    """The column that the study compares."""
-    return f"top1_{study.weights}_pct"
+def summarise(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean, standard deviation and number of seeds of each value, and what its network costs.
+
+    Args:
+        table: of one study; each run counts once, at the test size of its recipe.
+        column: of the accuracy, such as `Study.top1_column`.
+
+    Returns:
+        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs`.
+    """
+    groups = at_own_size(table).groupby("value", sort=False)
+    summary = groups[column].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
+    return summary.join(groups[["parameters", "gmacs"]].first())
+
+
+def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
+    """Differences to the baseline, paired over seeds, with Student's 95 % interval.
+
+    Args:
+        table: of one study and one test size; runs that failed are left out.
+        baseline: the value that others are compared with.
+
+    Returns:
+        Indexed by value: `difference`, `low` and `high` (of the interval), `n` (pairs), `verdict`:
+        "higher", "lower", "no difference seen" where the interval holds zero, or "too few seeds".
+    """
+    done = finished(table)
+    by_seed = done.pivot(index="seed", columns="value", values=column)
+    differences = by_seed.sub(by_seed.get(baseline, float("nan")), axis=0)
+    order = [value for value in done.value.unique() if value != baseline]
+    found = differences[order].agg(["mean", "sem", "count"]).T
+    half = found["sem"] * stats.t.ppf(0.975, found["count"] - 1)
+    columns = {
+        "difference": found["mean"],
+        "low": found["mean"] - half,
+        "high": found["mean"] + half,
+    }
+    found = pd.DataFrame({**columns, "n": found["count"].astype(int)})
+    return found.assign(verdict=[_verdict(row) for row in found.itertuples()])
+
+
+def _verdict(row: Any) -> str:
+    if row.n < 2:
+        return "too few seeds"
+    return "higher" if row.low > 0 else "lower" if row.high < 0 else "no difference seen"
 
 
 def differences(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Differences of top-1 accuracy to the study's baseline, in points; see `utils.study.compare`.
+    """Differences of top-1 accuracy to the study's baseline, in points, as `compare` gives them.
 
-    A study of the recipe has one row more: the averaged weights (EMA) against the raw ones of the
-    same runs of the baseline, which is what leaving EMA out, or adding it, amounts to.
+    The study's readings are rows of their own: what averaged weights, or another test size, make of
+    the same runs of the baseline.
     """
-    table, column = own_size(table), top1_column(study)
-    if study.factor == "recipe":
-        others = {"ema": ("without EMA", "top1_raw_pct"), "raw": ("with EMA", "top1_ema_pct")}
-        value, other = others[study.weights]
-        baseline = table[table.value == study.baseline]
-        table = pd.concat([table, baseline.assign(value=value, **{column: baseline[other]})])
-    return compare(table, study.baseline, column)
+    rows, column = at_own_size(table), study.top1_column
+    parts = [rows]
+    for value, (weights, crop_px) in study.readings.items():
+        read = table[(table.value == study.baseline) & (table.test_crop_px == crop_px)]
+        parts.append(read.assign(value=value, **{column: read[f"top1_{weights}_pct"]}))
+    return compare(pd.concat(parts), study.baseline, column)
 
 
-def differences_within(table: pd.DataFrame, by: str, baseline: str) -> pd.DataFrame:
-    """Differences to the baseline among the rows of each value of column `by`, which is kept."""
-    groups = table.groupby(by, sort=True)
-    found = [compare(group, baseline).assign(**{by: value}) for value, group in groups]
-    return pd.concat(found).set_index(by, append=True).swaplevel()
+def differences_within(table: pd.DataFrame, by: str, baseline: str, column: str) -> pd.DataFrame:
+    """`compare` among the rows of each value of column `by`; indexed by both."""
+    groups = {key: compare(group, baseline, column) for key, group in table.groupby(by)}
+    return pd.concat(groups, names=[by])
 
 
 def by_length(table: pd.DataFrame) -> pd.DataFrame:
@@ -54,19 +104,42 @@ def by_length(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(value=table.value.str.split(",").str[0])
 
 
-def by_training_size(table: pd.DataFrame, values: tuple[str, str]) -> pd.DataFrame:
-    """The runs of two arms that differ in FixRes, the size that they were trained at as value.
+def negated(found: pd.DataFrame) -> pd.DataFrame:
+    """Differences the other way round: what the baseline has over each value."""
+    turned = {"higher": "lower", "lower": "higher"}
+    return found.assign(
+        difference=-found.difference,
+        low=-found.high,
+        high=-found.low,
+        verdict=found.verdict.replace(turned),
+    )
 
-    The baseline of a comparison is the one trained at the recipe's test size, "64 px".
-    """
-    table = table[table.value.isin(values)]
-    return table.assign(value=table.train_crop_px.astype(str) + " px")
+
+def trick_effects(results: Path = RESULTS) -> dict[str, pd.DataFrame]:
+    """What every trick brings: "added" to the bare recipe, and "in full", where it was left out."""
+    found = {
+        name: differences(STUDIES[name], read_study(name, results))
+        for name in ("recipe_add_one", "recipe_leave_one_out")
+    }
+    added = found["recipe_add_one"].rename(lambda value: value.removeprefix("with "))
+    left_out = found["recipe_leave_one_out"].rename(lambda value: value.removeprefix("without "))
+    return {"added": added, "in full": negated(left_out).loc[added.index]}
+
+
+# ---- cost ----------------------------------------------------------------------------------------
 
 
 def read_costs(crop_px: int, results: Path = RESULTS) -> pd.DataFrame:
-    """The record of scripts/benchmark.py --task networks at a size."""
-    (path,) = results.glob(f"networks_{crop_px}px_*.csv")
-    return pd.read_csv(path)
+    """The record of scripts/benchmark.py --task networks at a size.
+
+    Raises:
+        ValueError: there is none, or there are those of several machines.
+    """
+    paths = sorted(results.glob(f"networks_{crop_px}px_*.csv"))
+    if len(paths) != 1:
+        names = [path.name for path in paths]
+        raise ValueError(f"{results}: needs one networks_{crop_px}px_<machine>.csv, has {names}")
+    return pd.read_csv(paths[0])
 
 
 def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
@@ -84,6 +157,22 @@ def cost_ratios(costs: pd.DataFrame, quantity: str, baseline: str) -> pd.DataFra
     return ratios.agg(["median", "min", "max"]).T
 
 
+def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
+    """`cost_ratios` of each value of a study to its baseline, a block of columns per quantity."""
+    names = {arm.network: arm.value for arm in study.arms}
+    baseline = next(arm.network for arm in study.arms if arm.value == study.baseline)
+    quantities = ("latency", "inference", "training", "inference peak", "training peak")
+    blocks = {each: cost_ratios(costs, each, baseline).loc[list(names)] for each in quantities}
+    return pd.concat(blocks, axis=1).rename(names).rename_axis(study.factor)
+
+
+def with_costs(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """`summarise` of a study, with the medians of what its networks cost."""
+    summary = summarise(table, study.top1_column)
+    networks = at_own_size(table).groupby("value").network.first().loc[summary.index]
+    return summary.join(cost_table(costs).loc[networks].set_axis(summary.index))
+
+
 # ---- README's tables -----------------------------------------------------------------------------
 
 
@@ -94,9 +183,10 @@ def interval(row: pd.Series) -> str:
 
 def sentences(found: pd.DataFrame, baseline: str) -> list[str]:
     """A line per difference: what was compared, the interval, the seeds, the verdict."""
+    names = found.index.map(lambda key: ", ".join(map(str, key)) if isinstance(key, tuple) else key)
     return [
-        f"{value} against {baseline}: {interval(row)} points, n = {row.n}: {row.verdict}"
-        for value, row in found.iterrows()
+        f"{name} against {baseline}: {interval(row)} points, n = {row.n}: {row.verdict}"
+        for name, (_, row) in zip(names, found.iterrows(), strict=True)
     ]
 
 
@@ -109,44 +199,21 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
     """Every value of a study: accuracy, difference to the baseline, verdict and costs.
 
     Args:
-        costs: a record of `read_costs`; its medians stand beside the accuracy.
+        costs: a record of `read_costs` at full width, whose speed stands beside the accuracy.
     """
-    first = own_size(table)
-    summary = summarise(first, top1_column(study))
-    found = differences(study, table)
-    texts = found.apply(interval, axis=1).reindex(summary.index, fill_value="baseline")
+    summary = with_costs(study, table, costs)
+    found = differences(study, table).reindex(summary.index)
+    found["text"] = found.dropna().apply(interval, axis=1)
+    size = f"at width {costs.width.iloc[0]:g}, {costs.crop_px.iloc[0]} px"
     columns = {
         "top-1 (%)": summary.apply(mean_std, axis=1),
-        "difference [95 % interval]": texts,
-        "verdict": found.verdict.reindex(summary.index, fill_value=""),
+        "difference [95 % interval]": found.text.fillna("baseline"),
+        "verdict": found.verdict.fillna(""),
         "n": summary.n,
     }
-    networks = first.groupby("value", sort=False).network.first()
-    medians = cost_table(costs[costs.quantity.isin(SHOWN)]).loc[networks].round(1)
-    medians = medians.set_axis(networks.index)
-    return pd.DataFrame(columns).join(medians).rename_axis(study.factor).reset_index()
-
-
-def trick_effects(results: Path = RESULTS) -> dict[str, pd.DataFrame]:
-    """What every trick brings: "added" to the bare recipe, and "in full", where it was left out."""
-    found = {
-        name: differences(STUDIES[name], read_study(name, results))
-        for name in ("recipe_add_one", "recipe_leave_one_out")
-    }
-    added = found["recipe_add_one"].rename(lambda value: value.removeprefix("with "))
-    left_out = found["recipe_leave_one_out"].rename(lambda value: value.removeprefix("without "))
-    return {"added": added, "in full": negated(left_out)}
-
-
-def negated(found: pd.DataFrame) -> pd.DataFrame:
-    """Differences the other way round: what an arm has over the value that it is compared with."""
-    turned = {"higher": "lower", "lower": "higher"}
-    return found.assign(
-        difference=-found.difference,
-        low=-found.high,
-        high=-found.low,
-        verdict=found.verdict.replace(turned),
-    )
+    for quantity in ("inference", "training"):
+        columns[f"{quantity} {size} (ms/image)"] = summary[f"{quantity} (ms/image)"].round(1)
+    return pd.DataFrame(columns).rename_axis(study.factor).reset_index()
 
 
 def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
@@ -156,17 +223,17 @@ def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
     columns = {}
     for name, title in titles.items():
         columns[f"{title} [95 % interval]"] = effects[name].apply(interval, axis=1)
-        columns[f"verdict {title}"] = effects[name].verdict
-    columns["n"] = effects["added"].n
+        columns[f"n, {name}"] = effects[name].n
+        columns[f"verdict, {name}"] = effects[name].verdict
     return pd.DataFrame(columns).rename_axis("trick").reset_index()
 
 
 def length_table(results: Path = RESULTS) -> pd.DataFrame:
     """The full recipe against the small one at each length."""
-    table = by_length(read_study("length", results))
-    summary = table.groupby(["epochs", "value"]).top1_ema_pct.agg(["mean", "std"])
+    table, column = by_length(read_study("length", results)), STUDIES["length"].top1_column
+    summary = table.groupby(["epochs", "value"])[column].agg(["mean", "std"])
     rows = []
-    for (epochs, _), found in differences_within(table, "epochs", "small").iterrows():
+    for (epochs, _), found in differences_within(table, "epochs", "small", column).iterrows():
         row = {"epochs": epochs}
         for name in ("small", "full"):
             row[f"{name}, top-1 (%)"] = mean_std(summary.loc[epochs, name])

@@ -156,18 +156,19 @@ def peak_memory(prepare: Callable[..., Callable[[], object]], *args: Any) -> int
 
     A process of its own makes the call, since memory once freed stays with a process and would
     hide what a second call needs. What Linux counts includes the scratch memory of the kernels,
-    which a count of tensors misses.
+    which a count of tensors misses. Repeat it: allocators make it vary by some per cent.
 
     Args:
-        prepare: run there with `args`, returns the call; what it keeps is not counted. A function
-            of a module, as are all that it is given.
+        prepare: run there with `args`, returns the call; what it keeps, such as a network's
+            weights, is not counted. A function of a module, as are all that it is given.
 
     Raises:
         OSError: not on Linux.
     """
     if not Path("/proc/self/clear_refs").exists():
         raise OSError("peak memory is read from Linux's /proc/self/status, which is not here")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # one that has imported what is needed
+    context.set_forkserver_preload([prepare.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_growth, torch.get_num_threads(), prepare, args).result()
 

@@ -68,7 +68,7 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
     """
     path = run_dir / "config.json"
     if (run_dir / "last.pt").exists():
-        _refuse_other_run(run_dir, _read_config(path), json.loads(json.dumps(config)))
+        refuse_other_run(run_dir, _read_config(path), json.loads(json.dumps(config)))
         return
     # Without a checkpoint nothing of an earlier start is worth keeping.
     ours = (path.name, path.name + ".partial", "last.pt.partial")
@@ -143,7 +143,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    """RunError that names the first entry in which a run's config and what is asked differ."""
     for key in ["recipe", *sorted(there.keys() | asked.keys())]:  # what follows from it, later
         old, new = there.get(key), asked.get(key)
         if key in PROVENANCE or old == new:
@@ -153,7 +154,7 @@ def _refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any
             old, new = old.get(key), new.get(key)
         raise RunError(
             f"{run_dir}: holds a run with {key}={old!r}, not {new!r}; "
-            "repeat its command or choose another --output-dir"
+            "repeat its command, or choose another folder"
         )
 
 

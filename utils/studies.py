@@ -8,7 +8,7 @@ of 2 x 2 pixels any other size shifts the grid on which the strided convolutions
 from dataclasses import replace
 from typing import Any
 
-from utils.recipe import RECIPES
+from utils.recipe import RECIPES, Recipe
 from utils.study import Arm, Study
 
 BACKBONE = "cspdarknet19"  # of the studies of the recipe
@@ -25,7 +25,8 @@ _SIZES = {
 SHORT = replace(RECIPES["small"], **_SIZES)
 THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)
 
-# Each trick on and off. FixRes trains at a smaller size than it tests at.
+# Each trick on and off. Two more need no training of their own: averaged weights (EMA) and FixRes
+# (arXiv:1906.06423), which tests at a larger size than it trains at.
 TRICKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TrivialAugment": ({"trivial_augment": True}, {"trivial_augment": False}),
     "RandomErasing": ({"random_erasing": 0.1}, {"random_erasing": 0.0}),
@@ -33,11 +34,23 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "MixUp": ({"mixup_alpha": 0.2}, {"mixup_alpha": 0.0}),
     "label smoothing": ({"label_smoothing": 0.1}, {"label_smoothing": 0.0}),
     "warm-up": ({"warmup_epochs": 1.0}, {"warmup_epochs": 0.0}),
-    "FixRes": ({"train_crop_px": 48}, {"train_crop_px": 64}),
     "no decay on norm": ({"norm_weight_decay": 0.0}, {"norm_weight_decay": 2e-5}),
 }
 FULL = {name: value for on, _ in TRICKS.values() for name, value in on.items()}
 BARE = {name: value for _, off in TRICKS.values() for name, value in off.items()}
+TRAIN_PX, LARGER_PX = SHORT.train_crop_px, 96
+
+
+def _learning_rate() -> Study:
+    """The peak rate of Darknet-53 with and without the split, chosen on the held-out slice."""
+    arms = [
+        Arm(f"{backbone}, {rate:g}", backbone, options, {"lr_per_1024": rate})
+        for backbone, options in (("cspdarknet53", {"split": "separate"}), ("darknet53", {}))
+        for rate in (2.0, 1.0, 0.5)
+    ]
+    return Study(
+        "learning_rate", "learning rate", arms[0].value, SHORT, tuple(arms), (0,), tuning=True
+    )
 
 
 def _csp_split() -> Study:
@@ -60,22 +73,54 @@ def _vovnet() -> Study:
 
 
 def _leave_one_out() -> Study:
-    arms = [_trained("full", FULL)]
-    arms += [_trained(f"without {name}", {**FULL, **off}) for name, (_, off) in TRICKS.items()]
-    return Study("recipe_leave_one_out", "recipe", "full", SHORT, tuple(arms), THREE)
+    arms = [Arm("full", BACKBONE, recipe=FULL, test_sizes_px=(TRAIN_PX,))]
+    arms += [
+        Arm(f"without {name}", BACKBONE, recipe={**FULL, **off})
+        for name, (_, off) in TRICKS.items()
+    ]
+    return Study(
+        "recipe_leave_one_out",
+        "recipe",
+        "full",
+        tested_at(LARGER_PX),
+        tuple(arms),
+        THREE,
+        readings={"without EMA": ("raw", LARGER_PX), "without FixRes": ("ema", TRAIN_PX)},
+    )
 
 
 def _add_one() -> Study:
-    arms = [_trained("bare", BARE)]
-    arms += [_trained(f"with {name}", {**BARE, **on}) for name, (on, _) in TRICKS.items()]
-    # Raw weights: EMA is one of the tricks, and comes with every run.
-    return Study("recipe_add_one", "recipe", "bare", SHORT, tuple(arms), THREE, weights="raw")
+    arms = [Arm("bare", BACKBONE, recipe=BARE, test_sizes_px=(LARGER_PX,))]
+    arms += [
+        Arm(f"with {name}", BACKBONE, recipe={**BARE, **on}) for name, (on, _) in TRICKS.items()
+    ]
+    return Study(
+        "recipe_add_one",
+        "recipe",
+        "bare",
+        SHORT,
+        tuple(arms),
+        THREE,
+        weights="raw",
+        readings={"with EMA": ("ema", TRAIN_PX), "with FixRes": ("raw", LARGER_PX)},
+    )
 
 
-def _trained(value: str, recipe: dict[str, Any]) -> Arm:
-    """An arm of a study of the recipe; those that FixRes tells apart are tested at four sizes."""
-    sizes_px = (32, 96, 128) if value in ("full", "bare") or "FixRes" in value else ()
-    return Arm(value, BACKBONE, recipe=recipe, test_sizes_px=sizes_px)
+def tested_at(crop_px: int) -> Recipe:
+    """SHORT with another test size, in the same proportion."""
+    resize_px = round(crop_px * SHORT.eval_resize_px / SHORT.eval_crop_px)
+    return replace(SHORT, eval_crop_px=crop_px, eval_resize_px=resize_px)
+
+
+def _fixres() -> Study:
+    values = {px: f"trained at {px} px" for px in (LARGER_PX, TRAIN_PX)}
+    sizes_px = (64, 128, 160)
+    arms = tuple(
+        Arm(value, BACKBONE, recipe={"train_crop_px": px}, test_sizes_px=sizes_px)
+        for px, value in values.items()
+    )
+    name = "fixres"
+    return Study(name, "training size", values[LARGER_PX], tested_at(LARGER_PX), arms, THREE)
 
 
 def _length() -> Study:
@@ -98,5 +143,13 @@ def networks() -> dict[str, Arm]:
 
 STUDIES = {
     study.name: study
-    for study in (_csp_split(), _vovnet(), _leave_one_out(), _add_one(), _length())
+    for study in (
+        _learning_rate(),
+        _csp_split(),
+        _vovnet(),
+        _leave_one_out(),
+        _add_one(),
+        _fixres(),
+        _length(),
+    )
 }

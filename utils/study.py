@@ -1,29 +1,39 @@
 """Studies: one factor varied over seeds, each run in a folder of its own, one row per run.
 
 A study is declared in a table (`utils.studies`). `run_study` trains what is missing and writes two
-tidy CSV files, results and curves; `summarise` and `compare` say what came out, with an interval
-around every difference.
+tidy CSV files, results and curves; `utils.findings` says what came out.
 
 No run looks at the validation set while it trains: its curves are those of a slice cut from the
-training images, the same slice for every run. The validation images are read once, at its end.
+training images, the same slice for every run. The validation images are read once, at its end; by
+a study that tunes, not at all.
 """
 
 import json
 import multiprocessing
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from scipy import stats
 from torch import nn
 
 from utils import runs, training
-from utils.data import EvalBatches, hold_out, make_loader, open_folders, open_val, readable
+from utils.data import (
+    EvalBatches,
+    ImageFiles,
+    hold_out,
+    make_loader,
+    open_folders,
+    open_val,
+    readable,
+)
 from utils.distributed import pick_device
 from utils.evaluation import evaluate
 from utils.measure import count_macs, count_parameters
@@ -33,7 +43,8 @@ from utils.recipe import Recipe
 # From (name of a backbone, number of classes, **options of the backbone) to a classifier.
 MakeModel = Callable[..., nn.Module]
 
-HELD_OUT = 10  # every tenth training image of a class, in the order of names, draws the curves
+HOLD_OUT_EVERY = 10  # each tenth training image of a class, in the order of names
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,9 @@ class Study:
         baseline: the value that others are compared with.
         recipe: of every run, but for what an arm changes.
         weights: whose accuracy is compared, the averaged ones ("ema") or the last ("raw").
+        readings: comparisons of the baseline's runs with themselves, tested otherwise: a name to
+            the weights and the side of the test crop in pixels.
+        tuning: test on the held-out slice; the validation images are not read.
     """
 
     name: str
@@ -77,11 +91,17 @@ class Study:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     weights: Literal["ema", "raw"] = "ema"
+    readings: Mapping[str, tuple[Literal["ema", "raw"], int]] = field(default_factory=dict)
+    tuning: bool = False
 
     def __post_init__(self) -> None:
         values = [arm.value for arm in self.arms]
         if len(set(values)) < len(values):
             raise ValueError(f"study {self.name}: a value stands there twice: {values}")
+        if len({_slug(value) for value in values}) < len(values):
+            raise ValueError(
+                f"study {self.name}: two values would share a folder of runs: {values}"
+            )
         if self.baseline not in values:
             raise ValueError(f"study {self.name}: baseline={self.baseline!r} is none of {values}")
         for arm in self.arms:  # a wrong recipe shows before anything is trained
@@ -90,6 +110,11 @@ class Study:
     def runs(self) -> list[tuple[Arm, int]]:
         """Every value with every seed, seeds outermost: a study cut short is still balanced."""
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
+
+    @property
+    def top1_column(self) -> str:
+        """The column of results that the study compares."""
+        return f"top1_{self.weights}_pct"
 
     def recipe_of(self, arm: Arm) -> Recipe:
         """What an arm's runs are trained with."""
@@ -110,7 +135,7 @@ def run_study(
 
     A finished run is a folder with a `result.json`; it is not trained again. An unfinished one goes
     on from its last whole epoch. A run that fails is a row that says so, and is tried again when
-    the study is run again.
+    the study is run again. Interrupted, it stops at once and leaves all of that to go on with.
 
     Args:
         make_model: makes an arm's classifier; with several processes a function of a module.
@@ -119,39 +144,68 @@ def run_study(
         output: the CSV, one row per run and test size; `curves_path(output)` gets a row per run
             and epoch.
         processes: runs at a time; they share the CPU's threads evenly.
-        devices: such as ("cuda:0", "cuda:1"), taken in turn by the processes.
+        devices: such as ("cuda:0", "cuda:1"), dealt out to the processes in turn.
 
     Returns:
         The table of results.
+
+    Raises:
+        ValueError: wrong arguments; a folder of a run holds another one; `output` holds finished
+            runs that are neither in `runs_dir` nor part of what would be written.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
-    threads = max(1, torch.get_num_threads() // processes)
-    jobs, rows, curves = [], {}, {}
-    for k, (arm, seed) in enumerate(study.runs()):
-        run_dir = Path(runs_dir) / study.name / f"{_slug(arm.value)}-seed{seed}"
-        device = devices[k % len(devices)] if devices else None
-        job = _Job(study, arm, seed, make_model, data_dir, run_dir, threads, device)
-        rows[job.key], curves[job.key] = _read_result(job), _read_curve(job)
-        if not rows[job.key]:
-            jobs.append(job)
+    for device in devices:
+        pick_device(device)
+    data = hold_out(open_folders(data_dir, study.recipe), study.recipe, HOLD_OUT_EVERY)
+    facts = {"classes": data.classes, "train_images": len(data.train)}
+    jobs = [
+        _Job(study, arm, seed, make_model, data_dir, Path(runs_dir) / study.name)
+        for arm, seed in study.runs()
+    ]
+    rows = {job.key: _read_result(job, facts) for job in jobs}
+    _keep_record(output, {key for key, found in rows.items() if found})
+    missing = [job for job in jobs if not rows[job.key]]
 
-    def write() -> list[dict[str, Any]]:
+    def write() -> list[Row]:
         """Both tables, in the order of the study's runs."""
-        table = [row for found in rows.values() for row in found]
+        table = [row for job in jobs for row in rows[job.key]]
         runs.write_table(output, table)
-        lines = [row for key, found in curves.items() if rows[key] for row in found]
-        if lines:  # none where every run failed
-            runs.write_table(curves_path(output), lines)
+        done = [job for job in jobs if rows[job.key] and rows[job.key][0]["status"] == "done"]
+        runs.write_table(curves_path(output), [row for job in done for row in _read_curve(job)])
         return table
 
-    done = len(rows) - len(jobs)
-    with progress_bar(total=len(rows), initial=done, unit=" runs", desc=study.name) as bar:
-        for job, finished in _each(jobs, processes):
-            rows[job.key], curves[job.key] = finished, _read_curve(job)
+    done = len(jobs) - len(missing)
+    options = {"unit": " runs", "desc": study.name, "smoothing": 0}
+    with (
+        progress_bar(total=len(jobs), initial=done, **options) as bar,
+        closing(
+            _each(missing, processes, devices)
+        ) as ending,  # whatever happens, its processes end
+    ):
+        for job, finished in ending:
+            rows[job.key] = finished
             write()
             bar.update()
     return pd.DataFrame(write())
+
+
+def _keep_record(output: str | Path, found: set[tuple[str, int]]) -> None:
+    """ValueError if `output` holds finished runs besides those found: they would be lost."""
+    try:
+        table = pd.read_csv(output)
+    except (OSError, ValueError):
+        return
+    if not {"status", "value", "seed"} <= set(table):
+        raise ValueError(f"{output}: is no record of a study; give another output")
+    there = table[table.status == "done"]
+    lost = sorted(set(zip(there.value, there.seed, strict=True)) - found)
+    if lost:
+        value, seed = lost[0]
+        raise ValueError(
+            f"{output}: holds {len(lost)} finished runs that would be lost, such as {value!r} with "
+            f"seed {seed}: not asked for, or without a folder; give another output or remove it"
+        )
 
 
 def curves_path(output: str | Path) -> Path:
@@ -169,16 +223,27 @@ class _Job:
     seed: int
     make_model: MakeModel
     data_dir: str | Path
-    run_dir: Path
-    threads: int
-    device: str | None
+    parent: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.parent / f"{_slug(self.arm.value)}-seed{self.seed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.study.recipe_of(self.arm)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the backbone."""
+        return {**self.arm.options, **self.recipe.backbone_options}
 
     @property
     def key(self) -> tuple[str, int]:
         return self.arm.value, self.seed
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Row:
         """The columns that tell the runs of all studies apart."""
         return {
             "study": self.study.name,
@@ -189,88 +254,126 @@ class _Job:
         }
 
 
-def _each(jobs: list[_Job], processes: int) -> Iterator[tuple[_Job, list[dict[str, Any]]]]:
+def _each(
+    jobs: list[_Job], processes: int, devices: Sequence[str]
+) -> Iterator[tuple[_Job, list[Row]]]:
     """Each job with its rows as it ends; in this process if there is to be one alone."""
     if processes == 1:
+        _ready(torch.get_num_threads(), iter(devices))
         yield from ((job, _run(job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not live
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    shared = context.SimpleQueue()
+    for k in range(processes * bool(devices)):
+        shared.put(devices[k % len(devices)])
+    ready = (max(1, torch.get_num_threads() // processes), shared if devices else None)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, context, _ready_worker, ready)
+    try:
         futures = {pool.submit(_run, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                yield job, future.result()
+            except BrokenProcessPool:
+                yield job, _failed(job, "a process was killed, perhaps for want of memory")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # its run goes on from its last whole epoch next time
 
 
-def _run(job: _Job) -> list[dict[str, Any]]:
+_DEVICE: str | None = None  # of the runs of this process
+
+
+def _ready(threads: int, devices: Iterator[str]) -> None:
+    global _DEVICE
+    torch.set_num_threads(threads)
+    _DEVICE = next(devices, None)
+
+
+def _ready_worker(threads: int, shared: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which ends its workers
+    _ready(threads, iter([shared.get()] if shared else []))
+
+
+def _run(job: _Job) -> list[Row]:
     """Trains one run, or goes on with it, and returns its rows: a failure is a row as well."""
-    torch.set_num_threads(job.threads)
     try:
         rows = list(_train(job))
-    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [{**job.facts, "status": f"failed: {reason}"}]
+    except Exception as error:  # whatever it is, the other runs of the study go on
+        clear = isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError))
+        return _failed(job, (clear and str(error).strip()) or repr(error))
     runs.write_json(job.run_dir / "result.json", rows)
-    return _read_result(job)
+    return [{**job.facts, **row} for row in rows]
 
 
-def _train(job: _Job) -> Iterator[dict[str, Any]]:
+def _failed(job: _Job, reason: str) -> list[Row]:
+    return [{**job.facts, "status": f"failed: {reason.splitlines()[0]}"}]
+
+
+def _train(job: _Job) -> Iterator[Row]:
     """One row per test size of a run that is trained to its end."""
-    arm, recipe = job.arm, job.study.recipe_of(job.arm)
+    recipe = job.recipe
     data = open_folders(job.data_dir, recipe, job.seed)
+    held_out = hold_out(data, recipe, HOLD_OUT_EVERY)
     torch.manual_seed(job.seed)
-    options = {**arm.options, **recipe.backbone_options}
-    model = job.make_model(arm.backbone, len(data.classes), **options)
+    model = job.make_model(job.arm.backbone, len(data.classes), **job.options)
     trainer = training.fit(
         model,
-        hold_out(data, recipe, HELD_OUT),
+        held_out,
         recipe,
         job.run_dir,
         config={
             "study": job.study.name,
-            "value": arm.value,
-            "backbone": arm.backbone,
-            "options": options,
+            "value": job.arm.value,
+            "backbone": job.arm.backbone,
+            "options": job.options,
             "command": runs.command_line(),
             "data_dir": str(job.data_dir),
         },
         seed=job.seed,
-        device=pick_device(job.device),
+        device=pick_device(_DEVICE),
         quiet=True,
     )
     config = json.loads((job.run_dir / "config.json").read_text())
-    speed = pd.DataFrame(trainer.speed)
-    for crop_px in (recipe.eval_crop_px, *arm.test_sizes_px):
-        val = open_val(job.data_dir, data.classes, recipe, crop_px)
-        loader = make_loader(val, EvalBatches(len(val), 64), 0, trainer.device.type == "cuda")
-        result = evaluate(
-            {"raw": trainer.model, "ema": trainer.ema.module},
-            readable(loader, False, {}),
-            trainer.eval_preprocess,
-            trainer.dtype,
-        )
-        yield {
-            "status": "done",
-            "epochs": recipe.epochs,
-            "train_crop_px": recipe.train_crop_px,
-            "test_crop_px": crop_px,
-            "top1_raw_pct": round(result["raw"]["top1_pct"], 3),
-            "top1_ema_pct": round(result["ema"]["top1_pct"], 3),
-            "final_loss": round(trainer.metrics[-1]["train_loss"], 4),
-            "val_images": result["raw"]["images"],
-            "parameters": count_parameters(model),
-            "gmacs": round(count_macs(model, crop_px, crop_px) / 1e9, 4),
-            "images_per_s": round(speed.train_images_per_s.median(), 1),
-            "time_s": round(speed.train_time_s.sum() + speed.eval_time_s.sum()),
-            "autocast": config["autocast"],
-            "threads": config["hardware"]["threads"],
-            "hardware": config["hardware"]["gpu"] or config["hardware"]["cpu"],
-            "torch": config["versions"]["torch"],
-            "commit": config["commit"],
-            "command": config["command"],
-        }
+    for crop_px in (recipe.eval_crop_px, *job.arm.test_sizes_px):
+        images = open_val(job.data_dir, data.classes, recipe, crop_px)
+        if job.study.tuning:
+            images = held_out.val
+        yield _row(trainer, images, crop_px, config)
+
+
+def _row(trainer: training.Trainer, images: ImageFiles, crop_px: int, config: Row) -> Row:
+    """What a trained run is worth at one test size, what it costs, and how it was made."""
+    recipe, speed = trainer.recipe, pd.DataFrame(trainer.speed)
+    loader = make_loader(images, EvalBatches(len(images), 64), 0, trainer.device.type == "cuda")
+    result = evaluate(
+        {"raw": trainer.model, "ema": trainer.ema.module},
+        readable(loader, False, {}),
+        trainer.eval_preprocess,
+        trainer.dtype,
+    )
+    return {
+        "status": "done",
+        "epochs": recipe.epochs,
+        "train_crop_px": recipe.train_crop_px,
+        "test_crop_px": crop_px,
+        "top1_raw_pct": round(result["raw"]["top1_pct"], 3),
+        "top1_ema_pct": round(result["ema"]["top1_pct"], 3),
+        "final_loss": round(trainer.metrics[-1]["train_loss"], 4),
+        "val_images": result["raw"]["images"],
+        "parameters": count_parameters(trainer.model),
+        "gmacs": round(count_macs(trainer.model, crop_px, crop_px) / 1e9, 4),
+        "images_per_s": round(speed.train_images_per_s.median(), 1),
+        "time_s": round(speed.train_time_s.sum() + speed.eval_time_s.sum()),
+        "autocast": config["autocast"],
+        "threads": config["hardware"]["threads"],
+        "hardware": config["hardware"]["gpu"] or config["hardware"]["cpu"],
+        "torch": config["versions"]["torch"],
+        "commit": config["commit"],
+        "command": config["command"],
+    }
 
 
 def _slug(value: str) -> str:
@@ -278,72 +381,28 @@ def _slug(value: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
 
 
-def _read_result(job: _Job) -> list[dict[str, Any]]:
-    """The rows of a finished run; none of any other."""
+def _read_result(job: _Job, facts: Mapping[str, Any]) -> list[Row]:
+    """The rows of a finished run; none of any other.
+
+    Args:
+        facts: further entries that the run's config.json must hold.
+
+    Raises:
+        RunError: the folder holds another run.
+    """
     try:
         rows = json.loads((job.run_dir / "result.json").read_text())
+        config = json.loads((job.run_dir / "config.json").read_text())
     except (OSError, ValueError):
         return []
+    asked = {"backbone": job.arm.backbone, "options": job.options, "seed": job.seed, **facts}
+    asked["recipe"] = asdict(job.recipe)
+    runs.refuse_other_run(job.run_dir, {key: config.get(key) for key in asked}, asked)
     return [{**job.facts, **row} for row in rows]
 
 
-def _read_curve(job: _Job) -> list[dict[str, Any]]:
+def _read_curve(job: _Job) -> list[Row]:
     """A row per epoch of a run; what it calls val is the slice cut from the training images."""
-    try:
-        table = pd.read_csv(job.run_dir / "metrics.csv").round(4)
-    except (OSError, ValueError):
-        return []
-    table = table.drop(columns=["step", "first_lr"])
+    table = pd.read_csv(job.run_dir / "metrics.csv").round(4).drop(columns=["step", "first_lr"])
     table.columns = table.columns.str.replace("val_", "held_out_")
     return [{**job.facts, **row} for row in table.to_dict("records")]
-
-
-# ---- what came out -------------------------------------------------------------------------------
-
-
-def summarise(table: pd.DataFrame, column: str = "top1_ema_pct") -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of each value, with its costs.
-
-    Args:
-        table: of one study and one test size; runs that failed are left out.
-
-    Returns:
-        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs`, and
-        the medians of `images_per_s` and `time_s`.
-    """
-    groups = table[table.status == "done"].groupby("value", sort=False)
-    summary = groups[column].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
-    costs = groups[["parameters", "gmacs"]].first()
-    return summary.join(costs).join(groups[["images_per_s", "time_s"]].median())
-
-
-def compare(
-    table: pd.DataFrame, baseline: str, column: str = "top1_ema_pct", confidence: float = 0.95
-) -> pd.DataFrame:
-    """Differences to the baseline, paired over seeds, with Student's t interval.
-
-    Args:
-        table: as in `summarise`.
-        baseline: the value that others are compared with.
-
-    Returns:
-        Indexed by value: `difference`, `low` and `high` (of the interval), `n` (pairs), `verdict`:
-        "higher", "lower", "no difference seen" where the interval holds zero, or "too few seeds".
-    """
-    done = table[table.status == "done"]
-    by_seed = done.pivot(index="seed", columns="value", values=column)
-    rows = {}
-    for value in done.value.unique():
-        if value == baseline:
-            continue
-        pairs = by_seed[[baseline, value]].dropna()
-        difference = pairs[value] - pairs[baseline]
-        row = {"difference": difference.mean(), "low": float("nan"), "high": float("nan")}
-        verdict = "too few seeds"
-        if len(pairs) > 1:
-            spread = stats.sem(difference)
-            half = stats.t.ppf((1 + confidence) / 2, len(pairs) - 1) * spread
-            row |= {"low": row["difference"] - half, "high": row["difference"] + half}
-            verdict = "higher" if row["low"] > 0 else "lower" if row["high"] < 0 else None
-        rows[value] = {**row, "n": len(pairs), "verdict": verdict or "no difference seen"}
-    return pd.DataFrame.from_dict(rows, orient="index")
