@@ -2,6 +2,9 @@
 
     python scripts/ablate.py csp_split --data-dir data/imagenette2-224sq --processes 2
 
+Without `--output` the record is the repository's results/study_<name>.csv, which holds the runs of
+one machine: give another for your own.
+
 Interrupted, the same command goes on; finished runs are not repeated. A run that failed is a row
 that says so, and is tried again by the same command.
 """
@@ -22,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("study", choices=STUDIES, help="a name of utils.studies.STUDIES")
+    add("study", choices=STUDIES, help="declared in utils/studies.py")
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
     add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
     add("--output", type=Path, help="the CSV (default: the repository's results/study_<study>.csv)")

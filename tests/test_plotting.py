@@ -72,3 +72,10 @@ def test_trade_offs_have_a_point_per_row_and_cost():
     assert places.tolist() == [[3, 50], [4, 60]]
     (grouped,) = plotting.plot_trade_offs(table, {"cost": "cost (ms)"}, "y", by="family").axes
     assert len(grouped.containers) == 1
+    published = table.drop(columns="std")
+    (plain,) = plotting.plot_trade_offs(published, {"cost": "cost"}, "y", scale="log").axes
+    assert plain.get_xscale() == "log"
+    assert not plain.collections  # no bars where no spread is known
+    many = pd.concat([table] * 5, ignore_index=True)
+    with pytest.raises(ValueError, match="10 groups to draw; at most 8"):
+        plotting.plot_trade_offs(many, {"cost": "cost"}, "y")

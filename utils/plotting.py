@@ -1,7 +1,8 @@
 """Figures from records: rows in, matplotlib figures out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -71,7 +72,7 @@ def plot_bands(
     for axes, (column, label) in zip(
         figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
     ):
-        for (value, rows), style in zip(table.groupby(by, sort=False), LINES, strict=False):
+        for (value, rows), style in _styled(table.groupby(by, sort=False)):
             over_seeds = rows.groupby(x)[column]
             mean = over_seeds.mean()
             axes.plot(mean.index, mean, label=value, markersize=4, **style)
@@ -108,15 +109,21 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
 
 
 def plot_trade_offs(
-    table: pd.DataFrame, panels: Mapping[str, str], y_label: str, by: str | None = None
+    table: pd.DataFrame,
+    panels: Mapping[str, str],
+    y_label: str,
+    by: str | None = None,
+    scale: Literal["linear", "log"] = "linear",
 ) -> Figure:
-    """Accuracy against costs, a panel per cost, a point per row with its standard deviation.
+    """Accuracy against costs, a panel per cost, a point per row.
 
     Args:
-        table: columns `mean` and `std` of the accuracy and those of `panels`.
+        table: columns `mean` of the accuracy, `std` where its standard deviation is known, and
+            those of `panels`.
         panels: column of a cost to the label of its axis.
         by: column that groups points under one colour and name, at most eight of them; without it
             the index names each point.
+        scale: of the costs; a linear one begins at zero.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (column, label) in zip(
@@ -124,18 +131,28 @@ def plot_trade_offs(
         panels.items(),
         strict=True,
     ):
-        groups = table.groupby(by or table.index, sort=False)
-        for (name, points), style in zip(groups, LINES, strict=False):
-            look = {**style, "ls": "", "ms": 6, "capsize": 3}
-            axes.errorbar(points[column], points["mean"], points["std"], label=name, **look)
-        axes.set(xlabel=label, xlim=(0, 1.1 * table[column].max()))
-        axes.xaxis.get_major_locator().set_params(nbins=5)
+        for (name, points), style in _styled(table.groupby(by or table.index, sort=False)):
+            look = {**style, "ls": "", "ms": 6, "capsize": 3 if "std" in points else 0}
+            axes.errorbar(points[column], points["mean"], points.get("std"), label=name, **look)
+        axes.set(xlabel=label, xscale=scale)
+        if scale == "linear":
+            axes.set_xlim(0, 1.1 * table[column].max())
+            axes.xaxis.get_major_locator().set_params(nbins=5)
+        else:
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(y_label)
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
     )
     return figure
+
+
+def _styled(groups: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each group with a colour, a marker and a line of its own."""
+    if len(groups) > len(LINES):
+        raise ValueError(f"{len(groups)} groups to draw; at most {len(LINES)} can be told apart")
+    return zip(groups, LINES, strict=False)
 
 
 def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Figure:

@@ -176,15 +176,11 @@ def run_study(
         return table
 
     done = len(jobs) - len(missing)
+    ending = closing(_each(missing, processes, devices))  # its processes, whatever happens
     options = {"unit": " runs", "desc": study.name, "smoothing": 0}
-    with (
-        progress_bar(total=len(jobs), initial=done, **options) as bar,
-        closing(
-            _each(missing, processes, devices)
-        ) as ending,  # whatever happens, its processes end
-    ):
-        for job, finished in ending:
-            rows[job.key] = finished
+    with ending as ended, progress_bar(total=len(jobs), initial=done, **options) as bar:
+        for job, found in ended:
+            rows[job.key] = found
             write()
             bar.update()
     return pd.DataFrame(write())
