@@ -273,10 +273,12 @@ def _each(
                 yield job, future.result()
             except BrokenProcessPool:
                 yield job, _failed(job, "a process was killed, perhaps for want of memory")
-    finally:
+        pool.shutdown()
+    except BaseException:  # Ctrl-C above all
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()  # its run goes on from its last whole epoch next time
+        raise
 
 
 _DEVICE: str | None = None  # of the runs of this process
