@@ -16,12 +16,12 @@ STUDY = Study("made_up", "recipe", "bare", RECIPES["quick"], ARMS, (0, 1, 2), we
 
 
 def record(top1=TOP1, **columns):
-    """A row per value and seed, as a study writes it; the averaged weights are 2, 2, 5 ahead."""
+    """A row per value and seed, as a study writes it; averaged weights are 2, 2, 5, 0, 0 ahead."""
     rows = [
         {
             "status": "done", "value": value, "seed": seed, "network": f"net {value}",
             "test_crop_px": 64, "top1_raw_pct": top1_pct,
-            "top1_ema_pct": top1_pct + (2, 2, 5)[seed],
+            "top1_ema_pct": top1_pct + (2, 2, 5, 0, 0)[seed],
             "parameters": 10, "gmacs": 1.0, "images_per_s": 5.0, "time_s": 60,
         }
         for value, values in top1.items()
@@ -135,19 +135,10 @@ def test_tables_of_the_recipe_and_of_lengths(tmp_path):
     assert table["full - small [95 % interval]"].str.split().str[0].tolist() == ["-9.2", "+1.8"]
 
 
-def table_of(values):
-    rows = [
-        {"status": "done", "value": value, "seed": seed, "top1_ema_pct": top1, "parameters": 1}
-        for value, column in values.items()
-        for seed, top1 in enumerate(column)
-    ]
-    return pd.DataFrame(rows).assign(gmacs=1.0, images_per_s=2.0, time_s=3.0)
-
-
 def test_intervals_are_those_of_the_paired_t_test():
     values = {"a": [60.0, 62.0, 61.0, 59.5, 60.5], "b": [61.0, 63.5, 61.5, 61.0, 61.2]}
     values["c"] = [60.5, 61.0, 61.5, 59.0, 60.4]
-    found = findings.compare(table_of(values), "a", "top1_ema_pct")
+    found = findings.compare(record(values), "a", "top1_raw_pct")
     for value in "bc":
         test = stats.ttest_rel(values[value], values["a"])
         expected = test.confidence_interval(0.95)
@@ -159,17 +150,17 @@ def test_intervals_are_those_of_the_paired_t_test():
 
 
 def test_seeds_without_a_partner_are_left_out():
-    table = table_of({"a": [1.0, 2.0, 3.0], "b": [1.0, 0.0, 1.0], "c": [5.0]})
-    found = findings.compare(table, "a", "top1_ema_pct")
+    table = record({"a": [1.0, 2.0, 3.0], "b": [1.0, 0.0, 1.0], "c": [5.0]})
+    found = findings.compare(table, "a", "top1_raw_pct")
     assert found.n.to_dict() == {"b": 3, "c": 1}
     assert found.verdict["c"] == "too few seeds"
-    same = table_of({"a": [1.0, 2.0], "b": [1.0, 2.0]})
-    equal = findings.compare(same, "a", "top1_ema_pct")
+    same = record({"a": [1.0, 2.0], "b": [1.0, 2.0]})
+    equal = findings.compare(same, "a", "top1_raw_pct")
     assert equal.verdict["b"] == "no difference seen"
 
 
 def test_summary():
-    found = findings.summarise(table_of({"z": [1.0, 3.0], "a": [2.0, 2.0]}), "top1_ema_pct")
+    found = findings.summarise(record({"z": [1.0, 3.0], "a": [2.0, 2.0]}), "top1_raw_pct")
     assert list(found.index) == ["z", "a"]
     assert found.loc["z", ["mean", "n"]].tolist() == [2.0, 2]
     assert found.loc["z", "std"] == pytest.approx(2**0.5)

@@ -1,6 +1,5 @@
 """What networks cost on this machine: latency, throughput, a training step, peak memory."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,12 +18,7 @@ NUM_CLASSES = 10
 TURN_S = 0.3  # a turn repeats its call for about so long
 PEAK_ROUNDS = 3
 
-# Kind of call: its unit, and the factor from the seconds of one call to it, for a batch of n.
-TIMES: dict[str, tuple[str, Callable[[int], float]]] = {
-    "latency": ("ms", lambda n: 1e3),
-    "inference": ("ms/image", lambda n: 1e3 / n),
-    "training": ("ms/image", lambda n: 1e3 / n),
-}
+UNITS = {"latency": "ms", "inference": "ms/image", "training": "ms/image"}  # of each kind of call
 
 
 def prepare(make: Callable[[], nn.Module], recipe: Recipe, kind: str) -> Callable[[], object]:
@@ -44,7 +38,7 @@ def prepare(make: Callable[[], nn.Module], recipe: Recipe, kind: str) -> Callabl
     if kind == "training":
         trainer.model.train()
         return lambda: trainer.train_step(batch).item()
-    net = copy.deepcopy(trainer.model).eval()
+    net = trainer.model.eval()
     images, _ = trainer.eval_preprocess(batch)
     images = images[:1] if kind == "latency" else images
 
@@ -77,10 +71,11 @@ def measure_networks(
         rows.extend({**facts, "round": k, "value": round(v, 4)} for k, v in enumerate(values))
 
     for name, make in networks.items():
-        add(name, "parameters", "million", [count_parameters(make()) / 1e6])
-        side = recipe.train_crop_px
-        add(name, "multiply-accumulates", "GMACs", [count_macs(make(), side, side) / 1e9])
-    for kind, (unit, factor) in TIMES.items():
+        net, side = make(), recipe.train_crop_px
+        add(name, "parameters", "million", [count_parameters(net) / 1e6])
+        add(name, "multiply-accumulates", "GMACs", [count_macs(net, side, side) / 1e9])
+    for kind, unit in UNITS.items():
+        images = 1 if kind == "latency" else recipe.batch_size
         calls, repeats = {}, {}
         for name, make in networks.items():
             call = prepare(make, recipe, kind)
@@ -90,7 +85,7 @@ def measure_networks(
             repeats[name] = math.ceil(TURN_S / (time.perf_counter() - start_s))
             calls[name] = _repeated(call, repeats[name])
         for name, times_s in time_by_turns(calls, rounds).items():
-            scale = factor(recipe.batch_size) / repeats[name]
+            scale = 1e3 / (images * repeats[name])
             add(name, kind, unit, [time_s * scale for time_s in times_s])
     for kind in ("inference", "training"):
         for name, make in networks.items():

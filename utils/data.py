@@ -262,7 +262,7 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNe
     """
     classes = check_layout(data_dir)
     train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
-    val = open_val(data_dir, classes, recipe, recipe.eval_crop_px)
+    val = open_val(data_dir, classes, recipe)
     return ImageNetFolders(train, val, classes)
 
 
@@ -291,11 +291,8 @@ def hold_out(data: ImageNetFolders, recipe: Recipe, every: int) -> ImageNetFolde
     return ImageNetFolders(train, val, data.classes)
 
 
-def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe, crop_px: int) -> ImageFiles:
+def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles:
     """The validation images of `data_dir`, whose classes must be `classes`.
-
-    Args:
-        crop_px: side of the centre crop; images are resized in the recipe's proportion.
 
     Raises:
         LayoutError: as `open_folders`, or other classes.
@@ -307,8 +304,8 @@ def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe, crop_px: 
             f"{data_dir}: {len(found)} classes, not the {len(classes)} of the checkpoint; {odd[0]} "
             "is in only one of the two"
         )
-    resize_px = round(crop_px * recipe.eval_resize_px / recipe.eval_crop_px)
-    return ImageFiles(Path(data_dir) / "val", classes, eval_transform(resize_px, crop_px))
+    transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    return ImageFiles(Path(data_dir) / "val", classes, transform)
 
 
 class Preprocess:

@@ -115,7 +115,7 @@ def evaluate_checkpoint(
     crop_px = recipe.eval_crop_px if size_px is None else size_px
     if crop_px < 1:
         raise ValueError(f"size={crop_px} must be at least 1 pixel")
-    val = open_val(data_dir, config["classes"], recipe, crop_px)
+    val = open_val(data_dir, config["classes"], recipe.tested_at(crop_px))
     device = device or distributed.pick_device()
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     try:

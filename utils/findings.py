@@ -60,9 +60,9 @@ def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
     """
     done = finished(table)
     by_seed = done.pivot(index="seed", columns="value", values=column)
-    differences = by_seed.sub(by_seed.get(baseline, float("nan")), axis=0)
+    over_baseline = by_seed.sub(by_seed.get(baseline, float("nan")), axis=0)
     order = [value for value in done.value.unique() if value != baseline]
-    found = differences[order].agg(["mean", "sem", "count"]).T
+    found = over_baseline[order].agg(["mean", "sem", "count"]).T
     half = found["sem"] * stats.t.ppf(0.975, found["count"] - 1)
     columns = {
         "difference": found["mean"],

@@ -122,11 +122,8 @@ def compare_throughput(
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    sides = (ours, peer)
-    timed, settle = (
-        dict(zip(("ours", "peer"), (partial(train, count) for train in sides), strict=True))
-        for count in (steps, settle_steps)
-    )
+    timed = {"ours": partial(ours, steps), "peer": partial(peer, steps)}
+    settle = {"ours": partial(ours, settle_steps), "peer": partial(peer, settle_steps)}
     times_s = time_by_turns(timed, rounds, settle=settle, clock=clock)
     speeds = ([steps * batch_size / time_s for time_s in side] for side in times_s.values())
     return Throughputs(*speeds)

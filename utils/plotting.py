@@ -89,7 +89,7 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     """Differences with their intervals, a panel per table: what lies off zero is filled.
 
     Args:
-        found: a title to a result of `utils.study.compare`; the panels share their rows and axis.
+        found: a title to a result of `utils.findings.compare`; the panels share rows and axis.
     """
     names = list(next(iter(found.values())).index)
     figure = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
@@ -97,10 +97,10 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     for axes, (title, table) in zip(panels, found.items(), strict=True):
         axes.axvline(0, color="black", lw=0.8)
         for y, row in enumerate(table.loc[names].itertuples()):
-            seen = row.verdict in ("higher", "lower")
             colour = EFFECTS.get(row.verdict, "#7F7F7F")
             axes.plot([row.low, row.high], [y, y], color=colour, lw=2)
-            axes.plot(row.difference, y, "o", color=colour, mfc=colour if seen else "white")
+            fill = EFFECTS.get(row.verdict, "white")
+            axes.plot(row.difference, y, "o", color=colour, mfc=fill)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel=x_label, title=title)
         axes.grid(alpha=0.3, axis="x")

@@ -79,6 +79,11 @@ class Recipe:
         """What the recipe asks of a backbone; nothing at width 1, which not every family takes."""
         return {} if self.width == 1 else {"width": self.width}
 
+    def tested_at(self, crop_px: int) -> "Recipe":
+        """The recipe with another test size; images are resized in the same proportion."""
+        resize_px = round(crop_px * self.eval_resize_px / self.eval_crop_px)
+        return dataclasses.replace(self, eval_crop_px=crop_px, eval_resize_px=resize_px)
+
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:
     if get_origin(field.type) is Literal:

@@ -8,7 +8,7 @@ of 2 x 2 pixels any other size shifts the grid on which the strided convolutions
 from dataclasses import replace
 from typing import Any
 
-from utils.recipe import RECIPES, Recipe
+from utils.recipe import RECIPES
 from utils.study import Arm, Study
 
 BACKBONE = "cspdarknet19"  # of the studies of the recipe
@@ -82,7 +82,7 @@ def _leave_one_out() -> Study:
         "recipe_leave_one_out",
         "recipe",
         "full",
-        tested_at(LARGER_PX),
+        SHORT.tested_at(LARGER_PX),
         tuple(arms),
         THREE,
         readings={"without EMA": ("raw", LARGER_PX), "without FixRes": ("ema", TRAIN_PX)},
@@ -106,12 +106,6 @@ def _add_one() -> Study:
     )
 
 
-def tested_at(crop_px: int) -> Recipe:
-    """SHORT with another test size, in the same proportion."""
-    resize_px = round(crop_px * SHORT.eval_resize_px / SHORT.eval_crop_px)
-    return replace(SHORT, eval_crop_px=crop_px, eval_resize_px=resize_px)
-
-
 def _fixres() -> Study:
     values = {px: f"trained at {px} px" for px in (LARGER_PX, TRAIN_PX)}
     sizes_px = (64, 128, 160)
@@ -120,7 +114,7 @@ def _fixres() -> Study:
         for px, value in values.items()
     )
     name = "fixres"
-    return Study(name, "training size", values[LARGER_PX], tested_at(LARGER_PX), arms, THREE)
+    return Study(name, "training size", values[LARGER_PX], SHORT.tested_at(LARGER_PX), arms, THREE)
 
 
 def _length() -> Study:

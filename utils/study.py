@@ -255,14 +255,14 @@ def _each(
 ) -> Iterator[tuple[_Job, list[Row]]]:
     """Each job with its rows as it ends; in this process if there is to be one alone."""
     if processes == 1:
-        _ready(torch.get_num_threads(), iter(devices))
+        _ready(torch.get_num_threads(), _device_of(0, devices))
         yield from ((job, _run(job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not live
     shared = context.SimpleQueue()
-    for k in range(processes * bool(devices)):
-        shared.put(devices[k % len(devices)])
-    ready = (max(1, torch.get_num_threads() // processes), shared if devices else None)
+    for k in range(processes):
+        shared.put(_device_of(k, devices))
+    ready = (max(1, torch.get_num_threads() // processes), shared)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, _ready_worker, ready)
     try:
@@ -284,15 +284,19 @@ def _each(
 _DEVICE: str | None = None  # of the runs of this process
 
 
-def _ready(threads: int, devices: Iterator[str]) -> None:
+def _device_of(process: int, devices: Sequence[str]) -> str | None:
+    return devices[process % len(devices)] if devices else None
+
+
+def _ready(threads: int, device: str | None) -> None:
     global _DEVICE
     torch.set_num_threads(threads)
-    _DEVICE = next(devices, None)
+    _DEVICE = device
 
 
 def _ready_worker(threads: int, shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which ends its workers
-    _ready(threads, iter([shared.get()] if shared else []))
+    _ready(threads, shared.get())
 
 
 def _run(job: _Job) -> list[Row]:
@@ -336,9 +340,9 @@ def _train(job: _Job) -> Iterator[Row]:
     )
     config = json.loads((job.run_dir / "config.json").read_text())
     for crop_px in (recipe.eval_crop_px, *job.arm.test_sizes_px):
-        images = open_val(job.data_dir, data.classes, recipe, crop_px)
-        if job.study.tuning:
-            images = held_out.val
+        images = held_out.val
+        if not job.study.tuning:
+            images = open_val(job.data_dir, data.classes, recipe.tested_at(crop_px))
         yield _row(trainer, images, crop_px, config)
 
 
