@@ -1,8 +1,9 @@
 """The studies of notebooks 04 to 06, a table each: what varies, over which values and seeds.
 
 Sizes are chosen so that a study of real photographs takes two cores about an hour: Imagenette at 64
-pixels, a quarter of the width, eight epochs (three to twelve in the study of lengths). Test crops are multiples of 32 pixels: with final maps
-of 2 x 2 pixels any other size shifts the grid on which the strided convolutions sample.
+pixels, a quarter of the width, eight epochs (three to twelve in the study of lengths). Test crops
+are multiples of 32 pixels: with final maps of 2 x 2 pixels any other size shifts the grid on which
+the strided convolutions sample.
 """
 
 from dataclasses import replace
