@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
     add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
     add("--output", type=Path, help="the CSV (default: the repository's results/study_<study>.csv)")
-    add("--processes", type=int, default=1, help="runs at a time (default: 1)")
+    add("--processes", type=int, help="runs at a time (default: one, or one per device)")
     add("--seeds", type=int, help="the first so many of the study's (default: all of them)")
     add("--devices", default="", help="of the runs, taken in turn, such as cuda:0,cuda:1")
     return parser.parse_args(argv)
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: --seeds {args.seeds}: 1 to {len(study.seeds)}", file=sys.stderr)
             return 2
         study = replace(study, seeds=study.seeds[: args.seeds])
+    devices = [device for device in args.devices.split(",") if device]
+    processes = max(1, len(devices)) if args.processes is None else args.processes
     output = args.output or findings.RESULTS / f"study_{study.name}.csv"
     try:
         table = run_study(
@@ -51,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
             args.data_dir,
             args.runs_dir,
             output,
-            processes=args.processes,
-            devices=[device for device in args.devices.split(",") if device],
+            processes=processes,
+            devices=devices,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,6 +26,9 @@ def updated(readme: str) -> str:
     blocks = {
         "models": tables.model_table(facts),
         "comparison": tables.markdown(compared.drop(columns="what was tried")),
+        "recipe": tables.markdown(findings.recipe_table()),
+        "fixres": tables.markdown(findings.fixres_table()),
+        "length": tables.markdown(findings.length_table()),
     }
     for name in ("csp_split", "vovnet"):
         found = findings.study_table(STUDIES[name], findings.read_study(name), full_size)

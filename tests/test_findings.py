@@ -39,7 +39,8 @@ def costs():
     ]
     columns = ["network", "quantity", "unit", "round", "value"]
     training = pd.DataFrame(rows, columns=columns)
-    whole = pd.concat([training, training.assign(quantity="inference")])
+    quantities = ("latency", "inference", "training", "inference peak", "training peak")
+    whole = pd.concat([training.assign(quantity=quantity) for quantity in quantities])
     return whole.assign(width=1.0, crop_px=224)
 
 
@@ -99,7 +100,7 @@ def test_study_table_puts_the_interval_beside_the_verdict():
     table = findings.study_table(STUDY, record(), costs()).set_index("recipe")
     assert table["top-1 (%)"]["with x"] == "56.0 ± 1.0"
     assert table["difference [95 % interval]"]["with x"] == "+5.0 [+2.5, +7.5]"
-    assert table["training at width 1, 224 px (ms/image)"]["with x"] == 17.5
+    assert table["training time over the baseline's"]["with x"] == "1.00 (0.50 to 1.50)"
     assert table.loc["bare", ["difference [95 % interval]", "verdict"]].tolist() == ["baseline", ""]
     sentence = findings.sentences(findings.differences(STUDY, record()), "bare")[0]
     assert sentence == "with x against bare: +5.0 [+2.5, +7.5] points, n = 3: higher"
@@ -132,7 +133,31 @@ def test_tables_of_the_recipe_and_of_lengths(tmp_path):
     lengths.to_csv(tmp_path / "study_length.csv")
     table = findings.length_table(tmp_path).set_index("epochs")
     assert table["small, top-1 (%)"][4] == "33.3 ± 1.5"  # 32, 33 and 35 of averaged weights
-    assert table["full - small [95 % interval]"].str.split().str[0].tolist() == ["-9.2", "+1.8"]
+    assert table["difference [95 % interval]"].str.split().str[0].tolist() == ["-9.2", "+1.8"]
+
+
+def test_table_of_fixres(tmp_path):
+    parts = [
+        record({"trained at 96 px": [60, 61, 62], "trained at 64 px": below}, test_crop_px=px)
+        for px, below in ((96, [59, 58, 60]), (64, [64, 66, 65]))
+    ]
+    pd.concat(parts).to_csv(tmp_path / "study_fixres.csv")
+    table = findings.fixres_table(tmp_path).set_index("test crop (px)")
+    assert table["trained at 64 px, top-1 (%)"][96] == "62.0 ± 2.6"  # 61, 60 and 65 averaged
+    assert table["difference [95 % interval]"].str.split().str[0].to_dict() == {
+        64: "+4.0",
+        96: "-2.0",
+    }
+
+
+def test_gains_tell_whether_a_difference_grows():
+    low = record({"small": [1, 2, 3], "full": [0, 1, 2.1]}, epochs=4)
+    high = record({"small": [1, 2, 3], "full": [5, 6, 7.5]}, epochs=8)
+    gains = findings.gains(pd.concat([low, high]), "epochs", "small", "full", "top1_raw_pct")
+    found = findings.compare(gains, 4, "gain").loc[8]
+    test = stats.ttest_rel([4, 4, 4.5], [-1, -1, -0.9]).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((test.low, test.high))
+    assert found.verdict == "higher"
 
 
 def test_intervals_are_those_of_the_paired_t_test():

@@ -76,6 +76,6 @@ def test_trade_offs_have_a_point_per_row_and_cost():
     (plain,) = plotting.plot_trade_offs(published, {"cost": "cost"}, "y", scale="log").axes
     assert plain.get_xscale() == "log"
     assert not plain.collections  # no bars where no spread is known
-    many = pd.concat([table] * 5, ignore_index=True)
-    with pytest.raises(ValueError, match="10 groups to draw; at most 8"):
+    many = pd.concat([table] * 6, ignore_index=True)
+    with pytest.raises(ValueError, match="12 groups to draw; at most 10"):
         plotting.plot_trade_offs(many, {"cost": "cost"}, "y")

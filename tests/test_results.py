@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from torchvision import models
 
 import backbones
+from backbones.classifier import create_classifier
+from utils.measure import count_parameters
 from utils.studies import STUDIES
 from utils.study import curves_path
 
@@ -53,21 +56,12 @@ def test_readmes_tables_are_generated():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-RECORDED = [
-    study for study in STUDIES.values() if (ROOT / "results" / f"study_{study.name}.csv").exists()
-]
-
-
-def test_there_are_studies():
-    assert {study.name for study in RECORDED} >= {"learning_rate", "csp_split", "vovnet"}
-
-
-@pytest.mark.parametrize("study", RECORDED, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 def test_studies_are_recorded_whole(study):
     """Every value with the same seeds, at least three, at its test sizes, and every epoch of it."""
     path = ROOT / "results" / f"study_{study.name}.csv"
     table = pd.read_csv(path)
-    seeds = study.seeds[: table.seed.nunique()]
+    seeds = list(study.seeds[: table.seed.nunique()])
     assert study.tuning or len(seeds) >= 3
     sizes = [
         (arm.value, seed, px)
@@ -81,7 +75,27 @@ def test_studies_are_recorded_whole(study):
     curves = pd.read_csv(curves_path(path))
     counts = curves.groupby(["value", "seed"]).epoch.agg(["size", "max"])
     for arm in study.arms:
-        assert (counts.loc[arm.value] == study.recipe_of(arm).epochs).all(axis=None)
+        recipe = study.recipe_of(arm)
+        of_arm = counts.loc[arm.value]
+        assert of_arm.index.tolist() == seeds
+        assert (of_arm == recipe.epochs).all(axis=None)
+        with torch.device("meta"):
+            net = create_classifier(arm.backbone, 10, **arm.options, **recipe.backbone_options)
+        declared = {
+            "network": arm.network,
+            "epochs": recipe.epochs,
+            "train_crop_px": recipe.train_crop_px,
+            "parameters": count_parameters(net),  # which hold it to the width
+        }
+        rows = table.loc[table.value == arm.value, list(declared)]
+        assert rows.drop_duplicates().to_dict("records") == [declared]
+
+
+def test_peaks_of_memory_are_measured_more_than_once():
+    for path in (ROOT / "results").glob("networks_*.csv"):
+        table = pd.read_csv(path)
+        peaks = table[table.quantity.str.endswith("peak")]
+        assert (peaks.groupby(["network", "quantity"]).size() >= 3).all()
 
 
 def test_published_numbers_of_torchvision_are_those_of_its_weights():

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -102,6 +103,7 @@ def test_a_deleted_run_is_made_again_alone_with_the_same_numbers(
 ):
     root, table = finished
     shutil.copytree(root / "runs", tmp_path / "runs")
+    shutil.copy(root / "out" / "tiny.csv", tmp_path)
     shutil.rmtree(tmp_path / "runs" / "tiny" / "relu-seed1")
     trained, fit = [], study_module.training.fit
 
@@ -118,8 +120,8 @@ def test_a_deleted_run_is_made_again_alone_with_the_same_numbers(
 def test_two_processes_give_the_same(finished, folders, tmp_path):
     _, table = finished
     torch.set_num_threads(2)  # shared by the two
-    output = tmp_path / "tiny.csv"
-    again = run_study(TINY, create_classifier, folders, tmp_path / "runs", output, processes=2)
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    again = run_study(TINY, create_classifier, *places, processes=2, devices=["cpu", "cpu"])
     pd.testing.assert_frame_equal(without_time(again), without_time(table), check_dtype=False)
 
 
@@ -157,18 +159,31 @@ def test_a_run_that_fails_is_a_row_that_says_so(finished, folders, tmp_path):
     assert hot.verdict.to_dict() == {"relu": "too few seeds"}
 
 
-def test_a_killed_process_is_a_failed_run_and_not_the_end(finished, folders, tmp_path):
+def test_a_killed_process_is_a_failed_run_and_not_the_end(finished, folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("KILLED", str(tmp_path))
     _, table = finished
     places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
-    broken = run_study(TINY, killed, *places, processes=2)
-    assert broken.status.str.contains("failed: a process was killed").all()
-    assert len(broken) == 4
-    again = run_study(TINY, create_classifier, *places, processes=2)
+    broken = run_study(TINY, killed_at_mish, *places, processes=2)
+    relu = broken.value == "relu"
+    assert broken.status[~relu].str.contains("failed: a process was killed").all()
+    assert set(broken.status[relu]) == {"done"}  # though the second was in a pool that broke
+    assert len((tmp_path / "kills").read_text()) >= 3
+    assert len(broken) == len(table) == 2 * 2 + 2
+    again = run_study(TINY, create_classifier, *places)
     pd.testing.assert_frame_equal(without_time(again), without_time(table), check_dtype=False)
 
 
-def killed(*args, **options):
-    os.kill(os.getpid(), signal.SIGKILL)
+def killed_at_mish(*args, act="relu", **options):
+    """Killed once a run with ReLU is done, killed again once the second is, and whenever tried."""
+    if act == "mish":
+        folder = Path(os.environ["KILLED"])
+        kills = (folder / "kills").read_text() if (folder / "kills").exists() else ""
+        while len(list(folder.glob("runs/tiny/relu-*/result.json"))) < min(len(kills) + 1, 2):
+            time.sleep(0.1)
+        time.sleep(1)  # while the result reaches the study
+        (folder / "kills").write_text(kills + "x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return create_classifier(*args, act=act, **options)
 
 
 def test_an_interrupt_ends_the_processes_of_a_study(folders, tmp_path, monkeypatch):
@@ -233,9 +248,30 @@ def test_a_record_is_not_overwritten_by_less(finished, folders, tmp_path):
     with pytest.raises(ValueError, match="device"):
         run_study(TINY, create_classifier, folders, root / "runs", record, devices=["cuda:99"])
     assert record.read_bytes() == before
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="no record of a study"):
-        run_study(TINY, create_classifier, folders, root / "runs", tmp_path / "other.csv")
+    for other in (b"a,b\n1,2\n", b"", b"\xff\xfe\x00", b"# Title\n\na, b, c\n"):
+        (tmp_path / "other.csv").write_bytes(other)
+        with pytest.raises(ValueError, match=r"other.csv: is no record of a study"):
+            run_study(TINY, create_classifier, folders, root / "runs", tmp_path / "other.csv")
+
+
+def test_a_finished_run_is_tested_anew_where_it_was_tested_otherwise(
+    finished, folders, tmp_path, monkeypatch
+):
+    root, table = finished
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    before = (tmp_path / "runs" / "tiny" / "mish-ours-seed0" / "metrics.csv").read_bytes()
+    larger = dataclasses.replace(TINY.arms[1], test_sizes_px=(64,))
+    study = dataclasses.replace(TINY, arms=(TINY.arms[0], larger), seeds=(0,))
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    again = run_study(study, create_classifier, *places)
+    assert again.test_crop_px.tolist() == [32, 64, 32, 64]
+    first = table[table.seed == 0]
+    assert again.top1_raw_pct[:3].tolist() == first.top1_raw_pct.tolist()
+    assert (tmp_path / "runs" / "tiny" / "mish-ours-seed0" / "metrics.csv").read_bytes() == before
+    tuned = run_study(
+        dataclasses.replace(study, tuning=True), create_classifier, *places[:2], tmp_path / "b.csv"
+    )
+    assert set(tuned.val_images) == {3}
 
 
 def test_tuning_does_not_read_the_validation_images(finished, folders, tmp_path, monkeypatch):
@@ -248,12 +284,6 @@ def test_tuning_does_not_read_the_validation_images(finished, folders, tmp_path,
     curves = pd.read_csv(curves_path(tmp_path / "tiny.csv"))
     last = curves[curves.epoch == RECIPE.epochs]
     assert last.held_out_top1_pct.tolist() == pytest.approx(table.top1_raw_pct.tolist(), abs=1e-3)
-
-
-def test_devices_are_dealt_out_to_the_processes(folders, tmp_path):
-    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
-    table = run_study(TINY, create_classifier, *places, processes=2, devices=["cpu", "cpu"])
-    assert set(table.status) == {"done"}
 
 
 def test_the_script(folders, tmp_path, monkeypatch, capsys):

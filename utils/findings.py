@@ -104,6 +104,17 @@ def by_length(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(value=table.value.str.split(",").str[0])
 
 
+def gains(table: pd.DataFrame, by: str, baseline: str, other: str, column: str) -> pd.DataFrame:
+    """What `other` has over `baseline`, as a study of `by`, so that `compare` tells if it grows.
+
+    Returns:
+        A row per value of `by`, which is the new `value`, and seed; the difference is `gain`.
+    """
+    pairs = table.pivot(index=[by, "seed"], columns="value", values=column)
+    gain = (pairs[other] - pairs[baseline]).rename("gain").reset_index()
+    return gain.assign(value=gain[by], status="done")
+
+
 def negated(found: pd.DataFrame) -> pd.DataFrame:
     """Differences the other way round: what the baseline has over each value."""
     turned = {"higher": "lower", "lower": "higher"}
@@ -196,15 +207,15 @@ def mean_std(row: pd.Series) -> str:
 
 
 def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Every value of a study: accuracy, difference to the baseline, verdict and costs.
+    """Every value of a study: accuracy, difference to the baseline, verdict and times.
 
     Args:
-        costs: a record of `read_costs` at full width, whose speed stands beside the accuracy.
+        costs: a record of `read_costs` at full width. Times are those of a round over the
+            baseline's of the same round: the median, and from least to most.
     """
-    summary = with_costs(study, table, costs)
+    summary, ratios = summarise(table, study.top1_column), ratio_table(study, costs)
     found = differences(study, table).reindex(summary.index)
     found["text"] = found.dropna().apply(interval, axis=1)
-    size = f"at width {costs.width.iloc[0]:g}, {costs.crop_px.iloc[0]} px"
     columns = {
         "top-1 (%)": summary.apply(mean_std, axis=1),
         "difference [95 % interval]": found.text.fillna("baseline"),
@@ -212,8 +223,14 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
         "n": summary.n,
     }
     for quantity in ("inference", "training"):
-        columns[f"{quantity} {size} (ms/image)"] = summary[f"{quantity} (ms/image)"].round(1)
+        found = ratios[quantity].loc[summary.index]
+        texts = found.apply(_spread, axis=1).where(summary.index != study.baseline, "1")
+        columns[f"{quantity} time over the baseline's"] = texts
     return pd.DataFrame(columns).rename_axis(study.factor).reset_index()
+
+
+def _spread(ratio: pd.Series) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
 def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
@@ -230,13 +247,29 @@ def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
 
 def length_table(results: Path = RESULTS) -> pd.DataFrame:
     """The full recipe against the small one at each length."""
-    table, column = by_length(read_study("length", results)), STUDIES["length"].top1_column
-    summary = table.groupby(["epochs", "value"])[column].agg(["mean", "std"])
+    table = by_length(read_study("length", results))
+    return pairs_table(table, "epochs", "small", "full", STUDIES["length"].top1_column)
+
+
+def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Training at the smaller size against training at the larger one, at each test size."""
+    study = STUDIES["fixres"]
+    (smaller,) = (arm.value for arm in study.arms if arm.value != study.baseline)
+    table = read_study("fixres", results)
+    found = pairs_table(table, "test_crop_px", study.baseline, smaller, study.top1_column)
+    return found.rename(columns={"test_crop_px": "test crop (px)"})
+
+
+def pairs_table(
+    table: pd.DataFrame, by: str, baseline: str, other: str, column: str
+) -> pd.DataFrame:
+    """Two values of a study beside each other, and their difference, for each value of `by`."""
+    summary = table.groupby([by, "value"])[column].agg(["mean", "std"])
     rows = []
-    for (epochs, _), found in differences_within(table, "epochs", "small", column).iterrows():
-        row = {"epochs": epochs}
-        for name in ("small", "full"):
-            row[f"{name}, top-1 (%)"] = mean_std(summary.loc[epochs, name])
-        row |= {"full - small [95 % interval]": interval(found), "verdict on full": found.verdict}
-        rows.append({**row, "n": found.n})
+    for (key, _), found in differences_within(table, by, baseline, column).iterrows():
+        row = {by: key}
+        for name in (baseline, other):
+            row[f"{name}, top-1 (%)"] = mean_std(summary.loc[(key, name)])
+        row["difference [95 % interval]"] = interval(found)
+        rows.append({**row, "verdict": found.verdict, "n": found.n})
     return pd.DataFrame(rows)

@@ -26,6 +26,8 @@ LINES = [
         ("#56B4E9", "P", (0, (3, 1, 1, 1))),
         ("#E69F00", "X", (0, (1, 1))),
         ("#7F7F7F", "*", (0, (4, 2, 1, 2))),
+        ("#0072B2", "<", (0, (2, 2))),
+        ("#D55E00", ">", (0, (6, 1, 1, 1))),
     )
 ]
 EFFECTS = {"higher": "#0072B2", "lower": "#D55E00"}  # any other verdict is grey
@@ -66,7 +68,7 @@ def plot_bands(
     Args:
         table: a row per `by`, seed and `x`.
         panels: column to the label of its axis.
-        by: what the lines tell apart; at most eight values, in the order of the table.
+        by: what the lines tell apart; at most ten values, in the order of the table.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (column, label) in zip(
@@ -81,7 +83,12 @@ def plot_bands(
         axes.set(xlabel=x_label, ylabel=label)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend(frameon=False)
+    look = {"frameon": False, "title": "mean, least to most of the seeds"}
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 5:  # would hide the lines
+        figure.legend(handles, labels, loc="outside right upper", **look)
+    else:
+        figure.axes[0].legend(**look)
     return figure
 
 
@@ -121,7 +128,7 @@ def plot_trade_offs(
         table: columns `mean` of the accuracy, `std` where its standard deviation is known, and
             those of `panels`.
         panels: column of a cost to the label of its axis.
-        by: column that groups points under one colour and name, at most eight of them; without it
+        by: column that groups points under one colour and name, at most ten of them; without it
             the index names each point.
         scale: of the costs; a linear one begins at zero.
     """
@@ -143,7 +150,10 @@ def plot_trade_offs(
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(y_label)
     figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside right upper",
+        frameon=False,
+        title="± standard deviation" if "std" in table else None,
     )
     return figure
 

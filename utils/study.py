@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -150,8 +150,9 @@ def run_study(
         The table of results.
 
     Raises:
-        ValueError: wrong arguments; a folder of a run holds another one; `output` holds finished
-            runs that are neither in `runs_dir` nor part of what would be written.
+        ValueError: wrong arguments; a folder of a run holds another one; `output` is no record, or
+            holds finished runs that are not asked for, or whose folders are not in `runs_dir` (a
+            run deleted there is made again, as long as any other is left).
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
@@ -164,7 +165,7 @@ def run_study(
         for arm, seed in study.runs()
     ]
     rows = {job.key: _read_result(job, facts) for job in jobs}
-    _keep_record(output, {key for key, found in rows.items() if found})
+    _keep_record(output, set(rows) if any(rows.values()) else set())
     missing = [job for job in jobs if not rows[job.key]]
 
     def write() -> list[Row]:
@@ -186,16 +187,18 @@ def run_study(
     return pd.DataFrame(write())
 
 
-def _keep_record(output: str | Path, found: set[tuple[str, int]]) -> None:
-    """ValueError if `output` holds finished runs besides those found: they would be lost."""
+def _keep_record(output: str | Path, kept: set[tuple[str, int]]) -> None:
+    """ValueError if `output` holds finished runs besides those that are kept or made again."""
     try:
         table = pd.read_csv(output)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return
+    except ValueError:  # of pandas' parser and of bytes that are no text
+        table = pd.DataFrame()
     if not {"status", "value", "seed"} <= set(table):
         raise ValueError(f"{output}: is no record of a study; give another output")
     there = table[table.status == "done"]
-    lost = sorted(set(zip(there.value, there.seed, strict=True)) - found)
+    lost = sorted(set(zip(there.value, there.seed, strict=True)) - kept)
     if lost:
         value, seed = lost[0]
         raise ValueError(
@@ -253,11 +256,28 @@ class _Job:
 def _each(
     jobs: list[_Job], processes: int, devices: Sequence[str]
 ) -> Iterator[tuple[_Job, list[Row]]]:
-    """Each job with its rows as it ends; in this process if there is to be one alone."""
+    """Each job with its rows as it ends; in this process if there is to be one alone.
+
+    Where a process is killed, all that its pool had not finished is begun again in a new one, until
+    nothing is finished any more.
+    """
     if processes == 1:
         _ready(torch.get_num_threads(), _device_of(0, devices))
         yield from ((job, _run(job)) for job in jobs)
         return
+    while jobs:
+        unfinished = yield from _each_of_pool(jobs, processes, devices)
+        if len(unfinished) == len(jobs):
+            reason = "a process was killed, perhaps for want of memory; not finished"
+            yield from ((job, _failed(job, reason)) for job in jobs)
+            return
+        jobs = unfinished
+
+
+def _each_of_pool(
+    jobs: list[_Job], processes: int, devices: Sequence[str]
+) -> Generator[tuple[_Job, list[Row]], None, list[_Job]]:
+    """As `_each`, in processes of their own; returns what was not finished when one was killed."""
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not live
     shared = context.SimpleQueue()
     for k in range(processes):
@@ -265,20 +285,21 @@ def _each(
     ready = (max(1, torch.get_num_threads() // processes), shared)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, _ready_worker, ready)
+    broken = set()
     try:
         futures = {pool.submit(_run, job): job for job in jobs}
         for future in as_completed(futures):
-            job = futures[future]
-            try:
-                yield job, future.result()
-            except BrokenProcessPool:
-                yield job, _failed(job, "a process was killed, perhaps for want of memory")
+            if isinstance(future.exception(), BrokenProcessPool):
+                broken.add(future)
+            else:
+                yield futures[future], future.result()
         pool.shutdown()
     except BaseException:  # Ctrl-C above all
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()  # its run goes on from its last whole epoch next time
         raise
+    return [job for future, job in futures.items() if future in broken]
 
 
 _DEVICE: str | None = None  # of the runs of this process
@@ -400,6 +421,10 @@ def _read_result(job: _Job, facts: Mapping[str, Any]) -> list[Row]:
     asked = {"backbone": job.arm.backbone, "options": job.options, "seed": job.seed, **facts}
     asked["recipe"] = asdict(job.recipe)
     runs.refuse_other_run(job.run_dir, {key: config.get(key) for key in asked}, asked)
+    sizes_px = [job.recipe.eval_crop_px, *job.arm.test_sizes_px]
+    on_slice = rows[0]["val_images"] == config["val_images"]
+    if [row["test_crop_px"] for row in rows] != sizes_px or on_slice != job.study.tuning:
+        return []  # its checkpoint is tested anew
     return [{**job.facts, **row} for row in rows]
 
 
