@@ -11,7 +11,7 @@ from utils.recipe import RECIPES
 from utils.study import Arm, Study
 
 TOP1 = {"bare": [50.0, 52.0, 51.0], "with x": [55.0, 56.0, 57.0], "with y": [50.5, 51.0, 51.2]}
-ARMS = tuple(Arm(value, "cspdarknet19") for value in TOP1)
+ARMS = tuple(Arm(value, f"net {value}") for value in TOP1)
 STUDY = Study("made_up", "recipe", "bare", RECIPES["quick"], ARMS, (0, 1, 2), weights="raw")
 
 
