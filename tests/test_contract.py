@@ -25,7 +25,8 @@ PORTS = [
     if name.startswith(("resnet", "resnext", "wide_resnet", "mobilenet", "efficientnet"))
 ]
 BLOCKS = 2  # every kind of block and of junction is there
-# Names whose small networks differ; what takes seconds is shown on these alone.
+# Names whose small networks differ in more than depth and width; what takes seconds is shown on
+# these alone.
 KINDS = [
     *("cspdarknet19", "cspdarknet53", "darknet19", "darknet53", "efficientnet_b0"),
     *("efficientnet_b5", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"),
@@ -53,7 +54,7 @@ def _seed():
 def small(name, **options):
     """The same code with few channels and at most `BLOCKS` blocks per stage.
 
-    torchvision's ResNets have one width, and its MobileNets one depth too.
+    torchvision's ResNets and EfficientNets have one width, and its MobileNets one depth too.
     """
     network, config = backbones._MODELS[name]
     with pytest.MonkeyPatch.context() as patch:
@@ -76,8 +77,8 @@ def shallow_resnet(original, block, layers, *args, **options):
 
 
 def shallow_efficientnet(original, arch, **options):
-    """As wide as EfficientNet-B0, which has up to four blocks per stage; the others are larger."""
-    return original(arch, **{**options, "width_mult": 1.0, "depth_mult": BLOCKS / 4})
+    """EfficientNet-B0 has up to four blocks per stage, the others `depth_mult` times as many."""
+    return original(arch, **{**options, "depth_mult": BLOCKS / 4})
 
 
 def without_chance(net):
@@ -103,10 +104,14 @@ def test_parameters_are_those_counted_elsewhere(fact):
 
 
 def test_kinds_stand_for_every_name():
-    """The others repeat one of them once blocks are few and EfficientNets as wide as B0."""
+    """The others have the modules of one of them, once blocks are few, with other channels."""
+    facts = ("kernel_size", "stride", "padding", "eps", "p")
+    modules = {}
     with torch.device("meta"):
-        texts = {name: repr(small(name)) for name in NAMES}
-    assert len({texts[kind] for kind in KINDS}) == len(KINDS) == len(set(texts.values()))
+        for name in NAMES:
+            every = small(name).modules()
+            modules[name] = tuple((type(m), *(getattr(m, f, None) for f in facts)) for m in every)
+    assert {modules[kind] for kind in KINDS} == set(modules.values())
 
 
 def test_every_name_has_its_facts():
