@@ -262,9 +262,7 @@ def test_a_record_is_not_overwritten_by_less(finished, folders, tmp_path):
             run_study(TINY, create_classifier, folders, root / "runs", tmp_path / "other.csv")
 
 
-def test_a_finished_run_is_tested_anew_where_it_was_tested_otherwise(
-    finished, folders, tmp_path, monkeypatch
-):
+def test_a_finished_run_is_tested_anew_where_it_was_tested_otherwise(finished, folders, tmp_path):
     root, table = finished
     shutil.copytree(root / "runs", tmp_path / "runs")
     before = (tmp_path / "runs" / "tiny" / "mish-ours-seed0" / "metrics.csv").read_bytes()
@@ -282,7 +280,7 @@ def test_a_finished_run_is_tested_anew_where_it_was_tested_otherwise(
     assert set(tuned.val_images) == {3}
 
 
-def test_tuning_does_not_read_the_validation_images(finished, folders, tmp_path, monkeypatch):
+def test_tuning_does_not_read_the_validation_images(folders, tmp_path):
     study = dataclasses.replace(TINY, arms=TINY.arms[1:], baseline="Mish, ours", tuning=True)
     data = shutil.copytree(folders, tmp_path / "data")
     for path in (data / "val").rglob("*.JPEG"):

@@ -223,9 +223,9 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
         "n": summary.n,
     }
     for quantity in ("inference", "training"):
-        found = ratios[quantity].loc[summary.index]
-        texts = found.apply(_spread, axis=1).where(summary.index != study.baseline, "1")
-        columns[f"{quantity} time over the baseline's"] = texts
+        spreads = ratios[quantity].loc[summary.index].apply(_spread, axis=1)
+        spreads = spreads.where(spreads.index != study.baseline, "1")
+        columns[f"{quantity} time over the baseline's"] = spreads
     return pd.DataFrame(columns).rename_axis(study.factor).reset_index()
 
 

@@ -238,6 +238,11 @@ class _Job:
         return {**self.arm.options, **self.recipe.backbone_options}
 
     @property
+    def sizes_px(self) -> list[int]:
+        """Sides of the test crop, the recipe's first: a row each."""
+        return [self.recipe.eval_crop_px, *self.arm.test_sizes_px]
+
+    @property
     def key(self) -> tuple[str, int]:
         return self.arm.value, self.seed
 
@@ -360,7 +365,7 @@ def _train(job: _Job) -> Iterator[Row]:
         quiet=True,
     )
     config = json.loads((job.run_dir / "config.json").read_text())
-    for crop_px in (recipe.eval_crop_px, *job.arm.test_sizes_px):
+    for crop_px in job.sizes_px:
         images = held_out.val
         if not job.study.tuning:
             images = open_val(job.data_dir, data.classes, recipe.tested_at(crop_px))
@@ -421,9 +426,8 @@ def _read_result(job: _Job, facts: Mapping[str, Any]) -> list[Row]:
     asked = {"backbone": job.arm.backbone, "options": job.options, "seed": job.seed, **facts}
     asked["recipe"] = asdict(job.recipe)
     runs.refuse_other_run(job.run_dir, {key: config.get(key) for key in asked}, asked)
-    sizes_px = [job.recipe.eval_crop_px, *job.arm.test_sizes_px]
     on_slice = rows[0]["val_images"] == config["val_images"]
-    if [row["test_crop_px"] for row in rows] != sizes_px or on_slice != job.study.tuning:
+    if [row["test_crop_px"] for row in rows] != job.sizes_px or on_slice != job.study.tuning:
         return []  # its checkpoint is tested anew
     return [{**job.facts, **row} for row in rows]
 
