@@ -232,11 +232,12 @@ def convert_split(net: nn.Module, split: Literal["separate", "slice"]) -> nn.Mod
     net = copy.deepcopy(net)
     for stage in net.modules():
         if isinstance(stage, CSPStage) and stage.split != split:
-            _convert_stage(stage, split)
+            convert_stage(stage, split)
     return net
 
 
-def _convert_stage(stage: CSPStage, split: str) -> None:
+def convert_stage(stage: CSPStage, split: Literal["separate", "slice"]) -> None:
+    """`convert_split` of one stage, in place."""
     if stage.split == "partial":
         raise ValueError('stages with split="partial" compute another function; cannot convert')
     if split == "slice":

@@ -62,8 +62,12 @@ class EffectiveSqueezeExcite(nn.Module):
         self.fc = nn.Conv2d(channels, channels, 1)
         self.gate = nn.Hardsigmoid(inplace=True)
 
+    def gates(self, x: Tensor) -> Tensor:
+        """What each channel is scaled by, 0 to 1: `[N, C, 1, 1]`."""
+        return self.gate(self.fc(x.mean((-2, -1), keepdim=True)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.fc(x.mean((-2, -1), keepdim=True)))
+        return x * self.gates(x)
 
 
 def scale_channels(channels: int, width: float) -> int:

@@ -1,0 +1,262 @@
+"""A trained backbone or classifier made fast for inference.
+
+What `optimize` changes, and why it is faster:
+
+- BatchNorm is folded into the convolution before it, which saves a pass over every map.
+- The two 1x1 convolutions that split a CSP stage become one (`backbones.darknet`).
+- Weights and maps are channels_last, the layout that oneDNN's and cuDNN's fastest kernels take.
+- On a CPU, activations and ResNet's additions run inside the convolution's kernel, which is handed
+  weights in its own order: PyTorch's plain convolution orders them again at every call. These are
+  the operators of oneDNN that `torch.compile` uses.
+- Sums and gates that autograd would need unchanged are written in place.
+
+What is left of the time beside the convolutions is, in the main, the system's: a map of more than
+32 MiB is fresh memory at every call, which Linux maps page by page. `keep_freed_memory` ends that.
+"""
+
+import copy
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import resnet
+
+from backbones import darknet, vovnet
+from backbones.base import Backbone
+from backbones.classifier import Classifier
+from backbones.torchvision_ports import TorchvisionPort
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+# Activations that oneDNN computes with a convolution: its name and numbers for each.
+FUSED: dict[type[nn.Module], Callable[[nn.Module], tuple[str, list[float], str]]] = {
+    nn.ReLU: lambda act: ("relu", [], ""),
+    nn.ReLU6: lambda act: ("hardtanh", [0.0, 6.0], ""),
+    nn.LeakyReLU: lambda act: ("leaky_relu", [act.negative_slope], ""),
+    nn.SiLU: lambda act: ("swish", [], ""),
+    nn.Hardswish: lambda act: ("hardswish", [], ""),
+    nn.GELU: lambda act: ("gelu", [], act.approximate),
+}
+
+
+def optimize(
+    net: nn.Module, dtype: torch.dtype = torch.float32, compile: bool = False
+) -> "Optimized":
+    """A copy of `net` that gives the same maps or logits, faster; `net` stays as it is.
+
+    The copy is for inference alone: it stays in eval mode, gives no gradients, and its state dict is
+    not one of `net`'s. It takes images of any floating point type and gives maps of `dtype`. With
+    float32 they differ from `net`'s by rounding, by at most 1e-4 of each map's largest value; with
+    bfloat16, which has 8 significant bits, by at most 8 % of it (tests/test_deploy.py holds both
+    over all names). It can be exported, compiled, pickled and moved to a GPU.
+
+    Args:
+        net: a `Backbone` or `Classifier`, on any device.
+        dtype: `torch.float32` or `torch.bfloat16`, of weights and maps. bfloat16 is fast where the
+            processor computes it (AVX-512 BF16, AMX, GPUs from Ampere on) and slow elsewhere.
+        compile: whether to run `torch.compile` with frozen weights, at the first call with images
+            of a new size. Needs a C++ compiler on a CPU.
+
+    Raises:
+        ValueError: `net` is another module, or `dtype` another type.
+    """
+    if not isinstance(net, (Backbone, Classifier)):
+        raise ValueError(f"net is a {type(net).__name__}; expected a Backbone or a Classifier")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}")
+    net = copy.deepcopy(net).eval().requires_grad_(False).float()
+    for module in list(net.modules()):
+        if isinstance(module, darknet.CSPStage) and module.split == "separate":
+            darknet.convert_stage(module, "slice")
+    _fold_norms(net)
+    net = net.to(dtype=dtype, memory_format=torch.channels_last)
+    if torch.backends.mkldnn.is_available():
+        _fuse_activations(net)
+        _fuse_sums(net)
+    return Optimized(net, dtype, compile)
+
+
+class Optimized(nn.Module):
+    """What `optimize` returns: `net` behind a cast of its images. Has `net`'s other attributes."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype, compile: bool) -> None:
+        super().__init__()
+        self.net, self.dtype = net, dtype
+        if compile:
+            # Freezing makes constants of the weights, and packs them for the kernels.
+            self.net = torch.compile(net, options={"freezing": True})
+        self.eval()
+
+    def forward(self, images: Tensor) -> list[Tensor] | Tensor:
+        """`net`'s maps, or its logits, in `dtype`; see `Backbone.forward` for what it raises."""
+        with torch.no_grad():
+            if isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4:
+                images = images.to(self.dtype, memory_format=torch.channels_last)
+            return self.net(images)
+
+    def train(self, mode: bool = True) -> "Optimized":
+        """Stays in eval mode: there is no BatchNorm left to train."""
+        return super().train(False)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("net"), name)
+
+
+class FusedConv(nn.Module):
+    """A convolution and the activation after it, in one kernel of oneDNN where that can be.
+
+    Args:
+        conv: what it computes; zero padding.
+        act: what comes after it, or None; one of `FUSED` for one kernel.
+
+    Shape:
+        `conv`'s. `added` has the shape of the output.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.act = conv, act
+        self.post = ("none", [], "") if act is None else FUSED[type(act)](act)
+        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self._packed: tuple[tuple, Tensor] | None = None
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """The convolution of `x`, plus `added` if given, activated."""
+        if torch.compiler.is_compiling() or not x.is_cpu or not x.numel():
+            y = self.conv(x)
+            y = y if added is None else y + added
+            return y if self.act is None else self.act(y)
+        weight, bias = self._packed_for(x), self.conv.bias
+        if added is None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, weight, bias, *self.geometry, *self.post
+            )
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, added, weight, bias, *self.geometry, "add", 1.0, *self.post
+        )
+
+    def _packed_for(self, x: Tensor) -> Tensor:
+        """The weights in the order that suits images of this shape; the last one is kept."""
+        weight = self.conv.weight
+        version = 0 if weight.is_inference() else weight._version  # moves when weights are loaded
+        key = (x.shape, weight.data_ptr(), version)
+        packed = self._packed
+        if packed is None or packed[0] != key:
+            ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, x.shape)
+            packed = self._packed = (key, ordered)
+        return packed[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_packed": None}  # the kernel's order is of this machine
+
+
+class _Block(darknet.Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x)).add_(x)
+
+
+class _OSABlock(vovnet.OSABlock):
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for conv in self.convs:
+            maps.append(conv(maps[-1]))
+        y = self.out_conv(torch.cat(maps, dim=1))
+        if self.ese is not None:
+            y = y.mul_(self.ese.gates(y))
+        return y.add_(x) if self.residual else y
+
+
+class _BasicBlock(resnet.BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv2(self.conv1(x), shortcut)
+
+
+class _Bottleneck(resnet.Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv3(self.conv2(self.conv1(x)), shortcut)
+
+
+IN_PLACE = {darknet.Block: _Block, vovnet.OSABlock: _OSABlock}
+RESIDUAL = {resnet.BasicBlock: _BasicBlock, resnet.Bottleneck: _Bottleneck}
+
+
+def _fold_norms(module: nn.Module) -> None:
+    """Folds each BatchNorm into the convolution registered right before it, which it follows.
+
+    That holds in the modules of the families and in torchvision's.
+    """
+    before, conv = "", None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
+            setattr(module, before, fuse_conv_bn_eval(conv, child))
+            setattr(module, name, nn.Identity())
+        else:
+            _fold_norms(child)
+        before, conv = name, child
+
+
+def _fuse_activations(net: nn.Module) -> None:
+    """Puts every convolution into a `FusedConv`, with the activation that runs next, if any."""
+    for run in list(_runs(net)):
+        for i, path in enumerate(run):
+            conv = net.get_submodule(path)
+            if not isinstance(conv, nn.Conv2d):
+                continue
+            after = [p for p in run[i + 1 :] if type(net.get_submodule(p)) is not nn.Identity]
+            act = net.get_submodule(after[0]) if after else None
+            if type(act) in FUSED:
+                net.set_submodule(after[0], nn.Identity())
+            net.set_submodule(path, FusedConv(conv, act if type(act) in FUSED else None))
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d) and not isinstance(parent, FusedConv):
+                setattr(parent, name, FusedConv(child))
+
+
+def _runs(net: nn.Module) -> Iterator[list[str]]:
+    """Names of modules that run one right after another."""
+    for path, module in net.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, nn.Sequential):
+            yield [f"{prefix}{name}" for name, _ in module.named_children()]
+        elif isinstance(module, TorchvisionPort):
+            yield from ([prefix + p for p in part] for part in module.paths)
+
+
+def _fuse_sums(net: nn.Module) -> None:
+    """Has residual blocks and gates write in place, ResNet's inside the last convolution."""
+    for module in net.modules():
+        if type(module) in IN_PLACE:
+            module.__class__ = IN_PLACE[type(module)]
+        elif type(module) in RESIDUAL:
+            module.__class__ = RESIDUAL[type(module)]
+            for name, child in module.named_children():
+                if isinstance(child, FusedConv):
+                    setattr(module, name, FusedConv(child.conv, nn.ReLU()))
+
+
+def keep_freed_memory() -> bool:
+    """Has this process keep the memory that it frees, for what it allocates next.
+
+    By default glibc gives large blocks back to the system, and gets each of them again as pages of
+    zeros, one page fault per 4 KiB. On CPUs that took from a tenth to a third of the time of a
+    forward pass, whatever the network or library (results/benchmark_*.csv has both). The price: the
+    process stays as large as it ever was. Call it once, before or after anything else.
+
+    Returns:
+        Whether it was done: on Linux with glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    never_trim = mallopt(-1, -1)  # M_TRIM_THRESHOLD of malloc.h
+    never_map = mallopt(-4, 0)  # M_MMAP_MAX
+    return bool(never_trim and never_map)

@@ -1,0 +1,219 @@
+"""Optimized networks against the ones they were made of, over all names."""
+
+import copy
+import io
+import pickle
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import backbones
+from backbones import deploy
+from backbones.classifier import create_classifier
+from backbones.deploy import FusedConv, optimize
+from backbones.layers import ACTIVATIONS
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 8e-2}  # of each map's largest value
+
+
+def trained(net):
+    """The same network with statistics and weights of BatchNorm that do something."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight.data, 0.8, 1.2),
+                (module.bias.data, -0.1, 0.1),
+                (module.running_mean, -0.1, 0.1),
+                (module.running_var, 0.8, 1.2),
+            ):
+                tensor.uniform_(low, high, generator=generator)
+    return net.eval()
+
+
+def make(name, **options):
+    torch.manual_seed(0)
+    if "width" in backbones._keywords(backbones._MODELS[name][0]):
+        options = {"width": 0.25, **options}
+    return trained(backbones.create(name, **options))
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def error(found, expected):
+    """Largest difference over the largest value, of the worst map."""
+    pairs = list(zip(found, expected, strict=True))
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+@torch.no_grad()
+def outputs(net, x):
+    found = net(x)
+    return found if isinstance(found, list) else [found]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", backbones.list_models())
+def test_gives_the_same_maps(name, dtype):
+    net = make(name)
+    state = copy.deepcopy(net.state_dict())
+    fast = optimize(net, dtype)
+    for shape in ((2, 3, 64, 96), (1, 3, 37, 64)):  # the second asks for other packed weights
+        x = images(*shape)
+        maps = fast(x)
+        assert [m.dtype for m in maps] == [dtype] * len(maps)
+        assert error(maps, outputs(net, x)) < TOLERANCES[dtype]
+    assert (fast.channels, fast.strides) == (net.channels, net.strides)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
+    for key, tensor in net.state_dict().items():  # the original is as it was
+        assert torch.equal(tensor, state[key])
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_every_activation(act):
+    net, x = make("cspdarknet19", act=act), images(2, 3, 64, 64)
+    assert error(optimize(net)(x), outputs(net, x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cspdarknet53", {"split": "slice"}),
+        ("cspdarknet53", {"split": "partial"}),
+        ("cspdarknet53", {"layout": "darknet", "act": "leaky_relu"}),
+        ("vovnet39", {"ese": "last", "stem_stride": 4}),
+        ("vovnet39", {"residual": False, "ese": False}),
+        ("mobilenet_v2", {"tap": "block"}),
+        ("resnet18", {"out_indices": (0, 2), "in_channels": 1}),
+    ],
+)
+def test_every_option(name, options):
+    net = make(name, **options)
+    x = images(2, net.in_channels, 64, 96)
+    assert error(optimize(net)(x), outputs(net, x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cspdarknet19", "resnet18", "mobilenet_v3_small"])
+def test_classifiers(name):
+    torch.manual_seed(0)
+    net, x = trained(create_classifier(name, 7)), images(2, 3, 64, 64)
+    assert error(outputs(optimize(net), x), outputs(net, x)) < 1e-5
+
+
+def test_what_is_merged():
+    """A CSP stage's two split convolutions are one; ResNet's sums and activations are fused."""
+    net = optimize(make("cspdarknet53"))
+    separate = sum(isinstance(m, nn.Conv2d) for m in make("cspdarknet53").modules())
+    assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) == separate - 5
+    assert not any(isinstance(m, nn.ReLU) for p, m in net.named_modules() if ".act" not in p)
+    convs = [m for m in optimize(make("resnet50")).modules() if isinstance(m, FusedConv)]
+    assert sum(conv.act is not None for conv in convs) == 1 + 3 * 16  # not the four shortcuts
+
+
+def test_is_for_inference_alone():
+    fast = optimize(make("cspdarknet19"))
+    assert not fast.train().training
+    assert not any(m.training for m in fast.modules())
+    x = images(1, 3, 64, 64).requires_grad_()
+    assert not any(m.requires_grad for m in fast(x))
+
+
+def test_images_of_any_floating_point_type_and_no_others():
+    fast, x = optimize(make("cspdarknet19")), images(1, 3, 64, 64)
+    assert error(fast(x.double()), fast(x)) < 1e-6
+    with pytest.raises(ValueError, match=r"torch.uint8; expected a floating point type"):
+        fast(x.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"\[1, 4, 64, 64\]; expected \[N, 3, H, W\]"):
+        fast(images(1, 4, 64, 64))
+    with pytest.raises(ValueError, match=r"\[3, 64, 64\]"):
+        fast(images(3, 64, 64))
+    assert [len(m) for m in fast(images(0, 3, 64, 64))] == [0] * 5
+
+
+def test_new_weights_are_packed_anew():
+    """Loading into an optimized network moves no memory, so its address tells nothing."""
+    x = images(1, 3, 64, 64)
+    fast, other = optimize(make("cspdarknet19")), make("cspdarknet19")
+    for module in other.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(1.1)
+    fast(x)
+    fast.load_state_dict(optimize(other).state_dict())
+    assert error(fast(x), outputs(other, x)) < 1e-5
+
+
+def test_copies_and_pickles():
+    fast, x = optimize(make("vovnet19_slim")), images(1, 3, 64, 64)
+    expected = fast(x)
+    assert error(copy.deepcopy(fast)(x), expected) == 0
+    assert error(pickle.loads(pickle.dumps(fast))(x), expected) == 0
+    buffer = io.BytesIO()
+    torch.save(fast, buffer)
+    buffer.seek(0)
+    assert error(torch.load(buffer, weights_only=False)(x), expected) == 0
+
+
+@pytest.mark.parametrize("name", ["cspdarknet19", "vovnet39", "resnet18"])
+def test_exports(name):
+    net = make(name)
+    fast = optimize(net)
+    sizes = {0: torch.export.Dim("n", min=1, max=8)}
+    sizes |= {d: 32 * torch.export.Dim(k, min=2, max=8) for d, k in ((2, "h"), (3, "w"))}
+    program = torch.export.export(fast, (images(2, 3, 64, 64),), dynamic_shapes=(sizes,))
+    x = images(3, 3, 96, 128)
+    assert error(program.module()(x), outputs(net, x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
+def test_compiles(dtype):
+    net, x = make("cspdarknet19"), images(2, 3, 64, 64)
+    fast = optimize(net, dtype, compile=True)
+    assert error(fast(x), outputs(net, x)) < TOLERANCES[dtype]
+    assert fast.strides == net.strides
+
+
+def test_networks_of_other_precision_are_taken():
+    net, x = make("resnet18"), images(1, 3, 64, 64)
+    assert error(optimize(copy.deepcopy(net).double())(x), outputs(net, x)) < 1e-4
+
+
+def test_refuses_other_modules_and_types():
+    with pytest.raises(ValueError, match="net is a Conv2d; expected a Backbone or a Classifier"):
+        optimize(nn.Conv2d(3, 3, 1))
+    with pytest.raises(ValueError, match=r"dtype=torch.float16 must be one of \(torch.float32"):
+        optimize(make("resnet18"), torch.float16)
+
+
+def page_faults(keep):
+    """Of the later ones of eight allocations of 64 MiB, in a process of its own."""
+    code = (
+        "import resource, torch\n"
+        "from backbones.deploy import keep_freed_memory\n"
+        f"print({keep} and keep_freed_memory())\n"
+        "for i in range(8):\n"
+        "    if i == 2: start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(16 << 20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    assert kept == str(keep)
+    return int(faults)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(deploy.ctypes.CDLL(None), "mallopt"),
+    reason="glibc alone is told to keep memory",
+)
+def test_freed_memory_is_kept():
+    """64 MiB are 16,384 pages of 4 KiB; six times that many are mapped anew, or none."""
+    pages = 6 * (64 << 20) // resource.getpagesize()
+    assert page_faults(keep=False) > 0.9 * pages
+    assert page_faults(keep=True) < 0.01 * pages
