@@ -47,11 +47,11 @@ def optimize(
 ) -> "Optimized":
     """A copy of `net` that gives the same maps or logits, faster; `net` stays as it is.
 
-    The copy is for inference alone: it stays in eval mode, gives no gradients, and its state dict is
-    not one of `net`'s. It takes images of any floating point type and gives maps of `dtype`. With
-    float32 they differ from `net`'s by rounding, by at most 1e-4 of each map's largest value; with
-    bfloat16, which has 8 significant bits, by at most 8 % of it (tests/test_deploy.py holds both
-    over all names). It can be exported, compiled, pickled and moved to a GPU.
+    The copy is for inference alone: it stays in eval mode, gives no gradients, and its state dict
+    is not one of `net`'s. It takes images of any floating point type and gives maps of `dtype`.
+    With float32 they differ from `net`'s by rounding, by at most 1e-4 of each map's largest value;
+    with bfloat16, which has 8 significant bits, by at most 8 % of it (tests/test_deploy.py holds
+    both over all names). It can be exported, compiled, pickled and moved to a GPU.
 
     Args:
         net: a `Backbone` or `Classifier`, on any device.

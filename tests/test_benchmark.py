@@ -15,7 +15,8 @@ import backbones
 from backbones.classifier import Classifier
 from scripts import benchmark
 from utils import costs
-from utils.data import Batch, Preprocess, train_transform
+from utils.data import Batch, Preprocess
+from utils.images import train_transform
 from utils.measure import by_steps, compare_throughput, peak_memory, time_by_turns
 from utils.peers import TorchvisionTrainer, torchvision_loader, torchvision_transform
 from utils.recipe import RECIPES

@@ -1,4 +1,4 @@
-"""Decoding, class folders, samplers and the random state of samples."""
+"""Class folders, samplers, batches and the random state of samples."""
 
 import shutil
 
@@ -13,58 +13,6 @@ from utils.data import Batch, CorruptImageError, EvalBatches, Key, Preprocess, T
 from utils.recipe import RECIPES, Recipe
 
 TINY = Recipe(batch_size=8, train_crop_px=24, eval_resize_px=28, eval_crop_px=24)
-
-
-def picture(mode="RGB", size_px=(37, 29)):
-    rng = np.random.default_rng(1)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-    return coarse.resize(size_px, Image.Resampling.BICUBIC).convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "format"),
-    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")],
-)
-def test_decode_takes_what_imagenet_holds(tmp_path, mode, format):
-    path = tmp_path / "image.JPEG"  # a PNG under this name too
-    picture(mode).save(path, format)
-    image = data.decode(path)
-    assert (image.mode, image.size) == ("RGB", (37, 29))
-    difference = np.asarray(image, int) - np.asarray(picture(mode).convert("RGB"), int)
-    assert abs(difference).mean() < (12 if format == "JPEG" else 1)
-
-
-def test_decode_takes_broken_exif_and_does_not_rotate(tmp_path, recwarn):
-    path = tmp_path / "image.JPEG"
-    picture().save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff\x00\x01")
-    assert data.decode(path).size == (37, 29)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    picture().save(path, exif=exif)
-    assert data.decode(path).size == (37, 29)
-    assert not recwarn.list
-
-
-def break_file(path, how):
-    content = path.read_bytes()
-    broken = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no image\n"}
-    path.write_bytes(broken[how])
-
-
-@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
-def test_decode_names_the_broken_file(tmp_path, how):
-    path = tmp_path / "image.JPEG"
-    picture(size_px=(300, 200)).save(path)
-    break_file(path, how)
-    with pytest.raises(CorruptImageError, match=r"image\.JPEG: not a readable image") as error:
-        data.decode(path)
-    assert "\n" not in str(error.value)
-
-
-def test_decode_of_photographs(photographs):
-    paths = sorted(photographs.glob("*/*/*.JPEG"))
-    assert len(paths) == 160
-    assert {data.decode(path).size for path in paths} == {(224, 224)}
 
 
 def test_open_folders_finds_every_image_and_its_label(folders):
@@ -173,15 +121,6 @@ def test_unreadable_images_are_set_apart():
     assert len(data.collate([error]).labels) == 0
 
 
-def test_erasing_leaves_the_mean_colour():
-    recipe = Recipe(trivial_augment=False, random_erasing=1.0, train_crop_px=32)
-    with data.seeded(0):
-        image = data.train_transform(recipe)(Image.new("RGB", (40, 40), (255, 0, 0)))
-    colours, counts = image.flatten(1).unique(dim=1, return_counts=True)
-    assert colours.T.tolist() == [[124, 116, 104], [255, 0, 0]]
-    assert 0.02 <= counts[0] / counts.sum() <= 0.4
-
-
 def test_evaluation_input_is_torchvisions_reference(photographs):
     """Resize, centre crop, to [0, 1], normalise, by the classic transforms."""
     recipe = RECIPES["imagenet"]
@@ -198,7 +137,9 @@ def test_evaluation_input_is_torchvisions_reference(photographs):
         ]
     )
     expected = reference(Image.open(val.path(50)).convert("RGB"))
-    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+    one_level = 1.01 / 255 / 0.224  # the resized uint8 may be rounded the other way
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=one_level)
+    assert (found[0] - expected).abs().mean() < 0.01 * one_level
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 

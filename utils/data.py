@@ -7,7 +7,6 @@ and mixes them on the device.
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,40 +18,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from utils.distributed import rank, world_size
 from utils.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
+from utils.images import (
+    MEAN_RGB,
+    STD_RGB,
+    CorruptImageError,
+    eval_transform,
+    open_image,
+    train_transform,
+)
 from utils.recipe import Recipe
-
-# Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).
-MEAN_RGB = (123.675, 116.28, 103.53)
-STD_RGB = (58.395, 57.12, 57.375)
 
 # First word of every seed, so that no two uses of (seed, ...) draw the same numbers.
 SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
-
-
-class CorruptImageError(ValueError):
-    """A file that is no readable image; the message holds its path."""
-
-
-def decode(path: str | Path) -> Image.Image:
-    """The image in a file as RGB, whatever the file's name says it is.
-
-    Takes grayscale, palette and CMYK images, PNG under a .JPEG name and broken EXIF, all of which
-    ImageNet holds. The EXIF orientation is not applied, as nobody does on ImageNet.
-
-    Raises:
-        CorruptImageError: the file is missing, truncated or no image.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine
-            with Image.open(path) as image:
-                return image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise more than OSError on broken files
-        raise CorruptImageError(f"{path}: not a readable image ({error})") from error
 
 
 def stream_seed(*words: int) -> int:
@@ -79,7 +60,10 @@ class Key(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """uint8 `images` `[N, 3, H, W]`, `labels` `[N]`, and the errors of the images left out."""
+    """uint8 `images` `[N, 3, H, W]`, `labels` `[N]`, and the errors of the images left out.
+
+    A loader's images are channels_last.
+    """
 
     images: Tensor
     labels: Tensor
@@ -91,7 +75,8 @@ class ImageFiles(Dataset):
 
     Args:
         classes: names of the class folders; their order numbers the labels.
-        transform: from an RGB image to a uint8 tensor `[3, H, W]`; may use PyTorch's generator.
+        transform: from an image, not yet decoded, to a uint8 tensor `[3, H, W]`; may use PyTorch's
+            generator.
         seed: of the transform's random numbers.
 
     Raises:
@@ -125,12 +110,14 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | CorruptImageError:
         try:
-            image = decode(self.path(key.index))
+            with (
+                open_image(self.path(key.index)) as image,
+                seeded(SAMPLE_STREAM, self.seed, *key),
+            ):
+                return self.transform(image), int(self.labels[key.index])
         except CorruptImageError as error:
             # Returned, not raised: through a worker it would lose its one clear line.
             return CorruptImageError(str(error))
-        with seeded(SAMPLE_STREAM, self.seed, *key):
-            return self.transform(image), int(self.labels[key.index])
 
 
 def _image_names(folder: Path) -> list[str]:
@@ -143,7 +130,10 @@ def collate(samples: list[tuple[Tensor, int] | CorruptImageError]) -> Batch:
     """Stacks the readable samples; `images` is empty if none is."""
     corrupt = [s for s in samples if isinstance(s, CorruptImageError)]
     good = [s for s in samples if not isinstance(s, CorruptImageError)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 0, 0)
+    if not good:
+        return Batch(torch.empty(0, 3, 0, 0), torch.empty(0, dtype=torch.long), corrupt)
+    # Stacked as they lie, pixel by pixel, and so channels_last.
+    images = torch.stack([image.permute(1, 2, 0) for image, _ in good]).permute(0, 3, 1, 2)
     return Batch(images, torch.tensor([label for _, label in good]), corrupt)
 
 
@@ -222,26 +212,6 @@ def make_loader(
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else every epoch would draw from the global one
     )
-
-
-def train_transform(recipe: Recipe) -> v2.Compose:
-    """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from RGB to uint8."""
-    steps = [
-        v2.RandomResizedCrop(recipe.train_crop_px, scale=(recipe.min_crop_area, 1.0)),
-        v2.RandomHorizontalFlip(),
-    ]
-    if recipe.trivial_augment:
-        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
-    steps.append(v2.PILToTensor())
-    if recipe.random_erasing:
-        # The mean colour is zero once normalised, which is what the reference erases to.
-        steps.append(v2.RandomErasing(recipe.random_erasing, value=[round(c) for c in MEAN_RGB]))
-    return v2.Compose(steps)
-
-
-def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
-    """Shorter side to `resize_px`, then the centre crop, from RGB to uint8."""
-    return v2.Compose([v2.Resize(resize_px), v2.CenterCrop(crop_px), v2.PILToTensor()])
 
 
 @dataclass(frozen=True)
@@ -323,8 +293,8 @@ class Preprocess:
         cutmix_alpha: float = 0.0,
         mixup_alpha: float = 0.0,
     ) -> None:
-        self.mean = torch.tensor(MEAN_RGB, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(STD_RGB, device=device).view(1, 3, 1, 1)
+        self.mean = torch.tensor(MEAN_RGB, device=device)
+        self.std = torch.tensor(STD_RGB, device=device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.device = device
         mixes = [(v2.CutMix, cutmix_alpha), (v2.MixUp, mixup_alpha)]
@@ -338,8 +308,15 @@ class Preprocess:
         is random comes from PyTorch's CPU generator.
         """
         images = batch.images.to(self.device, non_blocking=True)
-        images = images.float().sub_(self.mean).div_(self.std)
+        images = self._normalise(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         labels = batch.labels.to(self.device, non_blocking=True)
         if self.mix:
             images, labels = self.mix(images, labels)
         return images.contiguous(memory_format=self.memory_format), labels
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """uint8 to float, `[N, H, W, 3]`."""
+        width = images.shape[2]
+        # Rows of all channels: CPUs are slow at a subtraction whose innermost axis has length 3.
+        rows = images.float(memory_format=torch.contiguous_format).flatten(2)
+        return rows.sub_(self.mean.repeat(width)).div_(self.std.repeat(width)).unflatten(2, (-1, 3))

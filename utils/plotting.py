@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from utils.data import MEAN_RGB, STD_RGB
+from utils.images import MEAN_RGB, STD_RGB
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 RAW, EMA, TRAIN = "#0072B2", "#D55E00", "#009E73"

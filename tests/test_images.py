@@ -1,0 +1,207 @@
+"""Decoding, crops and augmentation against Pillow's and torchvision's own."""
+
+import collections
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, v2
+
+from utils import images
+from utils.data import seeded
+from utils.images import CorruptImageError
+from utils.recipe import Recipe
+
+
+def picture(mode="RGB", size_px=(37, 29)):
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return coarse.resize(size_px, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")],
+)
+def test_decode_takes_what_imagenet_holds(tmp_path, mode, format):
+    path = tmp_path / "image.JPEG"  # a PNG under this name too
+    picture(mode).save(path, format)
+    image = images.decode(path)
+    assert (image.mode, image.size) == ("RGB", (37, 29))
+    difference = np.asarray(image, int) - np.asarray(picture(mode).convert("RGB"), int)
+    assert abs(difference).mean() < (12 if format == "JPEG" else 1)
+
+
+def test_decode_takes_broken_exif_and_does_not_rotate(tmp_path, recwarn):
+    path = tmp_path / "image.JPEG"
+    picture().save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff\x00\x01")
+    assert images.decode(path).size == (37, 29)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    picture().save(path, exif=exif)
+    assert images.decode(path).size == (37, 29)
+    assert not recwarn.list
+
+
+def break_file(path, how):
+    content = path.read_bytes()
+    broken = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no image\n"}
+    path.write_bytes(broken[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_decode_names_the_broken_file(tmp_path, how):
+    path = tmp_path / "image.JPEG"
+    picture(size_px=(300, 200)).save(path)
+    break_file(path, how)
+    with pytest.raises(CorruptImageError, match=r"image\.JPEG: not a readable image") as error:
+        images.decode(path)
+    assert "\n" not in str(error.value)
+
+
+def test_decode_of_photographs(photographs):
+    paths = sorted(photographs.glob("*/*/*.JPEG"))
+    assert len(paths) == 160
+    assert {images.decode(path).size for path in paths} == {(224, 224)}
+
+
+def test_decoded_photographs_are_pillows(photographs):
+    """To the bit: both decoders are libjpeg-turbo's, with the same settings."""
+    for path in sorted(photographs.glob("*/*/*.JPEG"))[::4]:
+        expected = np.asarray(Image.open(path).convert("RGB"))
+        assert np.array_equal(np.asarray(images.decode(path)), expected)
+
+
+def photograph(photographs, size_px, index=0):
+    """One of the photographs enlarged, as a JPEG file of `size_px` that is not yet decoded."""
+    path = sorted(photographs.glob("*/*/*.JPEG"))[index]
+    buffer = io.BytesIO()
+    Image.open(path).convert("RGB").resize(size_px, Image.Resampling.BICUBIC).save(
+        buffer, "JPEG", quality=90
+    )
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize("size_px", [(500, 375), (301, 417), (64, 50)])
+def test_crops_are_those_of_random_resized_crop(photographs, size_px):
+    """Same seed, same crop; Pillow's filter and PyTorch's round half a level apart at times."""
+    ours, theirs = images.RandomCrop(176, 0.08), transforms.RandomResizedCrop(176)
+    for seed in range(20):
+        image = photograph(photographs, size_px, seed)
+        torch.manual_seed(seed)
+        found = np.asarray(images.to_pillow(ours(image)), int)
+        torch.manual_seed(seed)
+        difference = abs(found - np.asarray(theirs(image.convert("RGB")), int))
+        assert difference.max() <= 1
+        assert difference.mean() < 0.25
+
+
+@pytest.mark.parametrize(("crop_px", "scale"), [(64, 4), (64, 6), (48, 16)])
+def test_large_crops_are_decoded_small(photographs, crop_px, scale):
+    """As the docstring says: about two levels of 255 off on average, and few far off."""
+    means = []
+    for index in range(0, 40, 4):
+        side = crop_px * scale
+        image = photograph(photographs, (side + 40, side + 31), index)
+        box = (17, 23, side, side + 8)
+        exact = (
+            image.copy()
+            .crop((23, 17, 31 + side, 17 + side))
+            .resize((crop_px, crop_px), Image.Resampling.BILINEAR)
+        )
+        image = photograph(photographs, (side + 40, side + 31), index)
+        enough_px = tuple(-(-s * 2 * crop_px // side) for s in image.size)
+        assert images.pixels(image, enough_px).shape[1] <= -(-image.height // 2)
+        found = images.resized_crop(image, box, crop_px)
+        assert found.shape == (3, crop_px, crop_px)
+        difference = abs(np.asarray(images.to_pillow(found), int) - np.asarray(exact, int))
+        means.append(difference.mean())
+        assert means[-1] < 4
+        assert np.percentile(difference, 99) < 32
+    assert np.mean(means) < 2.5
+
+
+def test_enough_pixels_are_kept(photographs):
+    """Whatever the crop, what is decoded of it has at least the pixels of the result."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        width, height = rng.integers(20, 700, 2)
+        image = photograph(photographs, (int(width), int(height)))
+        crop_px = int(rng.integers(8, 200))
+        torch.manual_seed(int(rng.integers(1000)))
+        found = images.RandomCrop(crop_px, 0.08)(image)
+        assert (found.shape, found.dtype) == ((3, crop_px, crop_px), torch.uint8)
+
+
+STRENGTHS = (0.0, 1 / 30, 0.5, 1.0)
+# Largest mean difference to torchvision's in Pillow, in levels of 255: OpenCV's warps round
+# coordinates to 1/32 of a pixel, and blend with black at the border, where Pillow stops short.
+MEAN_DIFFERENCE = dict.fromkeys(images.OPERATIONS, 0) | {
+    "ShearX": 1.0, "ShearY": 1.0, "Rotate": 1.0, "Sharpness": 0.6, "Brightness": 0.02,
+}  # fmt: skip
+
+
+def level(magnitudes, strength):
+    """In float64: torchvision's float32 makes 15.999999 pixels of half of 32."""
+    if magnitudes.is_floating_point():
+        return float(magnitudes[0] + strength * (magnitudes[-1] - magnitudes[0]).double())
+    return int(magnitudes[round(strength * (images.MAGNITUDES - 1))])
+
+
+@pytest.mark.parametrize("name", images.OPERATIONS)
+def test_operations_are_torchvisions(photographs, name):
+    """At the same strength, on photographs, with torchvision's own ranges."""
+    reference = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+    ranges, signed = reference._AUGMENTATION_SPACE[name]
+    magnitudes = ranges(images.MAGNITUDES, 176, 160)
+    assert (name in images.SIGNED) == signed
+    for index, strength in enumerate(STRENGTHS):
+        rgb = images.pixels(photograph(photographs, (176, 160), 7 * index))
+        for sign in (1, -1) if signed else (1,):
+            magnitude = 0.0 if magnitudes is None else sign * level(magnitudes, strength)
+            expected = reference._apply_image_or_video_transform(
+                images.to_pillow(rgb), name, magnitude, InterpolationMode.BILINEAR, {}
+            )
+            found = images.to_pillow(images.augment(rgb, name, sign * strength))
+            difference = abs(np.asarray(found, int) - np.asarray(expected, int))
+            assert difference.mean() <= MEAN_DIFFERENCE[name], (strength, sign)
+
+
+def test_operations_and_strengths_are_drawn_evenly(monkeypatch):
+    drawn = collections.Counter()
+    monkeypatch.setattr(images, "augment", lambda rgb, *drawing: drawn.update([drawing]))
+    torch.manual_seed(0)
+    count = 14 * 31 * 100
+    for _ in range(count):
+        images.TrivialAugment()(None)
+    reference = v2.TrivialAugmentWide._AUGMENTATION_SPACE
+    assert {name for name, _ in drawn} == set(reference)
+    for name, (_, signed) in reference.items():
+        each = {strength: n for (other, strength), n in drawn.items() if other == name}
+        assert sum(each.values()) == pytest.approx(count / 14, rel=0.1)
+        assert len(each) == (61 if signed else 31)  # no strength has no sign
+        levels = collections.Counter()
+        for strength, n in each.items():
+            levels[round(abs(strength) * 30)] += n
+        assert all(n == pytest.approx(100, rel=0.5) for n in levels.values())
+        negative = sum(n for strength, n in each.items() if strength < 0)
+        assert not signed or negative == pytest.approx(count / 14 / 2 * 30 / 31, rel=0.1)
+
+
+def test_strength_survives_a_grey_image():
+    """Colour operations see three equal channels."""
+    rgb = torch.full((3, 20, 24), 90, dtype=torch.uint8)
+    for name in images.OPERATIONS:
+        assert images.augment(rgb, name, 0.5).shape == (3, 20, 24)
+
+
+def test_erasing_leaves_the_mean_colour():
+    recipe = Recipe(trivial_augment=False, random_erasing=1.0, train_crop_px=32)
+    with seeded(0):
+        image = images.train_transform(recipe)(Image.new("RGB", (40, 40), (255, 0, 0)))
+    colours, counts = image.flatten(1).unique(dim=1, return_counts=True)
+    assert colours.T.tolist() == [[124, 116, 104], [255, 0, 0]]
+    assert 0.02 <= counts[0] / counts.sum() <= 0.4

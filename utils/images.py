@@ -1,0 +1,261 @@
+"""One image from its file to the pixels that a network sees: decoding, crops, augmentation.
+
+Fast where torchvision's own transforms are slow, and the same in what they give: crops are drawn
+from the size in the header, a JPEG file is decoded no finer than its crop needs, and pixels stay
+uint8, each laid out beside the next (channels_last).
+"""
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision import transforms
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from utils.recipe import Recipe
+
+# Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).
+MEAN_RGB = (123.675, 116.28, 103.53)
+STD_RGB = (58.395, 57.12, 57.375)
+
+cv2.setNumThreads(0)  # the loader's processes share the cores out
+
+
+class CorruptImageError(ValueError):
+    """A file that is no readable image; the message holds its path."""
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image in a file, its header read and its pixels not yet decoded.
+
+    Raises:
+        CorruptImageError: the file is missing or no image.
+    """
+    with _one_clear_line(path):
+        image = Image.open(io.BytesIO(Path(path).read_bytes()))
+        image.filename = str(path)
+        return image
+
+
+def pixels(image: Image.Image, enough_px: tuple[int, int] | None = None) -> Tensor:
+    """The pixels of an image as RGB, uint8 `[3, H, W]`, laid out pixel by pixel (channels_last).
+
+    Takes grayscale, palette and CMYK images, PNG under a .JPEG name and broken EXIF, all of which
+    ImageNet holds. The EXIF orientation is not applied, as nobody does on ImageNet.
+
+    Args:
+        image: from `open_image`, or any of Pillow's.
+        enough_px: width and height that will do: a JPEG file may come at half of its size or less,
+            and not below these. None for its own size.
+
+    Raises:
+        CorruptImageError: the file is truncated or broken.
+    """
+    content = image.fp if isinstance(getattr(image, "fp", None), io.BytesIO) else None
+    if content and image.format == "JPEG" and image.mode in ("RGB", "L"):
+        # libjpeg-turbo, as in Pillow, with less around it. What it has a doubt about, truncated
+        # files among them, is left to Pillow's judgement.
+        width_px, height_px = enough_px or image.size
+        with contextlib.suppress(ValueError):
+            rgb = simplejpeg.decode_jpeg(
+                content.getbuffer(), "RGB", min_width=width_px, min_height=height_px, min_factor=2
+            )
+            return torch.from_numpy(rgb).permute(2, 0, 1)
+    with _one_clear_line(getattr(image, "filename", "image")):
+        return from_pillow(image.convert("RGB"))
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The image in a file as RGB, whatever the file's name says it is; see `pixels`.
+
+    Raises:
+        CorruptImageError: the file is missing, truncated or no image.
+    """
+    with open_image(path) as image:
+        return to_pillow(pixels(image))
+
+
+def to_pillow(rgb: Tensor) -> Image.Image:
+    """The Pillow image of uint8 `[3, H, W]`."""
+    return Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_pillow(image: Image.Image) -> Tensor:
+    """uint8 `[3, H, W]` of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@contextmanager
+def _one_clear_line(path: str | Path) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine
+            yield
+    except UnidentifiedImageError as error:  # its own message holds an address in memory
+        raise CorruptImageError(f"{path}: not a readable image (of no known format)") from error
+    except Exception as error:  # Pillow's readers raise more than OSError on broken files
+        raise CorruptImageError(f"{path}: not a readable image ({error})") from error
+
+
+class RandomCrop:
+    """RandomResizedCrop of an image that is decoded only now, and only as finely as need be.
+
+    Crops are drawn by torchvision's own RandomResizedCrop, from the size in the file's header.
+
+    Args:
+        crop_px: side of the square result.
+        min_area: smallest crop, share of the image's area.
+
+    Shape:
+        an image to uint8 `[3, crop_px, crop_px]`.
+    """
+
+    def __init__(self, crop_px: int, min_area: float) -> None:
+        self.crop_px, self.scale = crop_px, [min_area, 1.0]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        box = transforms.RandomResizedCrop.get_params(image, self.scale, ratio=[3 / 4, 4 / 3])
+        return resized_crop(image, box, self.crop_px)
+
+
+def resized_crop(image: Image.Image, box: tuple[int, int, int, int], crop_px: int) -> Tensor:
+    """The pixels in `box`, resized to a square: bilinear with antialiasing.
+
+    Pillow's values to one level of 255, while the crop is less than four times as large as the
+    result. Of a larger one a JPEG file is decoded at 1/2, 3/8, 1/4 or 1/8 of its size, no smaller
+    than twice the result; values are off by about two levels on average (tests/test_images.py).
+
+    Args:
+        image: not yet decoded, or it is taken at its own size.
+        box: top, left, height and width of the crop.
+
+    Returns:
+        uint8 `[3, crop_px, crop_px]`.
+    """
+    top, left, height, width = box
+    shrink = max(1.0, min(height, width) / (2 * crop_px))
+    rgb = pixels(image, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    if rgb.shape[1:] == (image.height, image.width):
+        return resize(rgb[:, top : top + height, left : left + width], (crop_px, crop_px))
+    ys, xs = rgb.shape[1] / image.height, rgb.shape[2] / image.width
+    scaled = (left * xs, top * ys, (left + width) * xs, (top + height) * ys)
+    # Pillow takes a box between pixels.
+    return from_pillow(
+        to_pillow(rgb).resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=scaled)
+    )
+
+
+def resize(rgb: Tensor, size_px: tuple[int, int]) -> Tensor:
+    """uint8 `[3, H, W]` to `size_px` (height, width), bilinear with antialiasing, in uint8."""
+    batch = rgb[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(batch, size_px, mode="bilinear", antialias=True)[0]
+
+
+MAGNITUDES = 31  # TrivialAugment's levels, from none to the largest
+
+# Inverse maps (a, b, c, d, e, f) of the "wide" space's warps (arXiv:2103.10158, table 7), by
+# strength m in -1 to 1 and size: output (x, y) shows input (a x + b y + c, d x + e y + f).
+WARPS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
+    "ShearX": lambda m, w, h: (1, 0.99 * m, 0, 0, 1, 0),
+    "ShearY": lambda m, w, h: (1, 0, 0, 0.99 * m, 1, 0),
+    "TranslateX": lambda m, w, h: (1, 0, -int(32 * m), 0, 1, 0),
+    "TranslateY": lambda m, w, h: (1, 0, 0, 0, 1, -int(32 * m)),
+    "Rotate": lambda m, w, h: _rotation(math.radians(135 * m), w / 2, h / 2),
+}
+# What changes colours, by strength m: in -1 to 1 for the first three, else in 0 to 1.
+COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "Brightness": lambda image, m: functional.adjust_brightness(image, 1 + 0.99 * m),
+    "Color": lambda image, m: functional.adjust_saturation(image, 1 + 0.99 * m),
+    "Contrast": lambda image, m: functional.adjust_contrast(image, 1 + 0.99 * m),
+    "Posterize": lambda image, m: functional.posterize(image, 8 - round(6 * m)),
+    "Solarize": lambda image, m: functional.solarize(image, 255 * (1 - m)),
+    "AutoContrast": lambda image, m: functional.autocontrast(image),
+    "Equalize": lambda image, m: functional.equalize(image),
+}
+SIGNED = {*WARPS, "Brightness", "Color", "Contrast", "Sharpness"}
+OPERATIONS = ("Identity", *WARPS, "Sharpness", *COLOURS)
+
+
+class TrivialAugment:
+    """TrivialAugmentWide (arXiv:2103.10158): one operation at random, at a random strength.
+
+    The operations, their ranges and odds are those of torchvision's TrivialAugmentWide with a
+    bilinear filter. Warps and sharpening run in OpenCV, five to ten times as fast as in Pillow and
+    off by its fixed-point rounding (tests/test_images.py); the others are torchvision's.
+
+    Shape:
+        uint8 `[3, H, W]` to the same.
+    """
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        name = OPERATIONS[int(torch.randint(len(OPERATIONS), ()))]
+        strength = int(torch.randint(MAGNITUDES, ())) / (MAGNITUDES - 1)
+        if name in SIGNED and torch.rand(()) < 0.5:
+            strength = -strength
+        return augment(rgb, name, strength)
+
+
+def augment(rgb: Tensor, name: str, strength: float) -> Tensor:
+    """One of `OPERATIONS`, at a strength of 0 to 1, or of -1 to 1 where it is in `SIGNED`."""
+    if name == "Identity":
+        return rgb
+    if name in COLOURS:
+        return from_pillow(COLOURS[name](to_pillow(rgb), strength))
+    array = rgb.permute(1, 2, 0).contiguous().numpy()
+    height, width = array.shape[:2]
+    if name == "Sharpness":
+        array = _sharpen(array, 1 + 0.99 * strength)
+    else:
+        array = _warp(array, WARPS[name](strength, width, height))
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _rotation(angle: float, x: float, y: float) -> tuple[float, ...]:
+    """Counter-clockwise about (x, y); the inverse map, with y pointing down."""
+    c, s = math.cos(angle), math.sin(angle)
+    return (c, -s, x - c * x + s * y, s, c, y - s * x - c * y)
+
+
+def _warp(array: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
+    a, b, c, d, e, f = matrix
+    # Pixels lie at half coordinates in the map, at whole ones in OpenCV.
+    centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]], dtype=np.float64)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(array, centred, array.shape[1::-1], flags=flags)
+
+
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # Pillow's
+
+
+def _sharpen(array: np.ndarray, factor: float) -> np.ndarray:
+    smooth = array.copy()  # Pillow leaves the border as it is
+    smooth[1:-1, 1:-1] = cv2.filter2D(array, -1, SMOOTH)[1:-1, 1:-1]
+    return cv2.addWeighted(smooth, 1 - factor, array, factor, 0)
+
+
+def train_transform(recipe: Recipe) -> v2.Compose:
+    """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from an image to uint8."""
+    steps = [RandomCrop(recipe.train_crop_px, recipe.min_crop_area), v2.RandomHorizontalFlip()]
+    if recipe.trivial_augment:
+        steps.append(TrivialAugment())
+    if recipe.random_erasing:
+        # The mean colour is zero once normalised, which is what the reference erases to.
+        steps.append(v2.RandomErasing(recipe.random_erasing, value=[round(c) for c in MEAN_RGB]))
+    return v2.Compose(steps)
+
+
+def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
+    """Shorter side to `resize_px`, then the centre crop, from an image to uint8."""
+    return v2.Compose([pixels, v2.Resize(resize_px), v2.CenterCrop(crop_px)])
