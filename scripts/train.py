@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from backbones.classifier import create_classifier
+from backbones.deploy import keep_freed_memory
 from utils import distributed, plotting, recipe, runs, training
 from utils.data import open_folders
 
@@ -38,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=default_workers(), help="decoding processes (%(default)s)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
+    add("--compile", action="store_true", help="torch.compile: slow to start, for long runs")
     add("--tensorboard", action="store_true", help="also log for TensorBoard")
     recipe.add_arguments(parser, chosen)
     return parser.parse_args(argv)
@@ -71,6 +73,7 @@ def train(args: argparse.Namespace) -> None:
             workers=args.workers,
             device=device,
             skip_corrupt=args.skip_corrupt,
+            compile=args.compile,
             tensorboard=args.tensorboard,
         )
         if distributed.rank() == 0:
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output_dir is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"
+    keep_freed_memory()  # every step allocates the same
     try:
         train(args)
     except (ValueError, ArithmeticError, OSError) as error:

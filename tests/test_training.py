@@ -50,6 +50,19 @@ def make_batch(count=8, seed=0, num_classes=3, size_px=32):
     return Batch(images, torch.from_numpy(rng.integers(0, num_classes, count)), [])
 
 
+def test_compiled_steps_are_the_same_steps():
+    recipe = dataclasses.replace(TINY, precision="float32", warmup_epochs=0.0)
+    trainers = [Trainer(make_model(), recipe, 10, 3, compile=compile) for compile in (False, True)]
+    for trainer in trainers:
+        trainer.net.train()
+    for seed in range(2):  # the second sees updated weights
+        losses = [trainer.train_step(make_batch(seed=seed)).item() for trainer in trainers]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    plain, compiled = (trainer.state_dict() for trainer in trainers)
+    assert list(compiled["model"]) == list(plain["model"])
+    trainers[0].load_state_dict(compiled)
+
+
 def test_schedule_as_written_out():
     """Five steps up to the peak, then half a cosine over ten."""
     up = [0.2, 0.4, 0.6, 0.8, 1.0]

@@ -25,7 +25,7 @@ import torch
 import torchvision
 
 # What may differ between two starts of one run: where and by whom it is run, not what it computes.
-PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir")
+PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
 
 CHECKPOINT_KEYS = {
     *("config", "model", "ema", "optimizer", "schedule"),
