@@ -1,32 +1,44 @@
-"""Measures this project against others, side by side on this machine.
+"""Measures this project against what else there is, side by side on this machine.
 
-    python scripts/benchmark.py --data-dir data/sample/ILSVRC/Data/CLS-LOC --train-crop-px 64
-    taskset -c 0,1 python scripts/benchmark.py --data-dir ... --output results/benchmark_2cores.csv
+    python scripts/benchmark.py --data-dir data/sample/ILSVRC/Data/CLS-LOC
+    taskset -c 0,1 python scripts/benchmark.py --task inference --backbones vovnet39 --compile
+    python scripts/benchmark.py --task epoch --data-dir imagenette2 --timm-script timm/train.py ...
     python scripts/benchmark.py --task networks --train-crop-px 224 --batch-size 8 --width 1
 
-`--task train`: images per second of scripts/train.py's loop and of the steps of torchvision's
-reference script, from JPEG files to updated weights, by turns in one process on the CPU. Both train
-the same network from the same weights, on the same files, at the same sizes and augmentations.
+All sides run by turns in one run; a ratio says how many times better ours is, within each round.
 
-`--task networks`: latency, inference, training step and peak memory of every network that the
-studies of scripts/ablate.py train, by turns in one process, on random pixels.
+    inference  feature maps, ours by deploy.optimize, timm's and torchvision's; with --compile also
+               compiled, and ONNX Runtime; and peak memory
+    step       a classifier's training step, and its peak memory, against torchvision's and timm's
+    input      images/s of one core from JPEG files of ImageNet's size, against torchvision's preset
+    loop       input and step together, against torchvision's
+    listing    folders of a thousand to a million files: start, memory, images/s
+    import     import backbones, over importing torch and torchvision
+    epoch      scripts/train.py as a whole against torchvision's and timm's scripts, given as files
+    networks   costs of every network of the studies of scripts/ablate.py, a table of its own
 """
 
 import argparse
-import copy
 import dataclasses
+import re
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
+import backbones
 from backbones.classifier import create_classifier
-from utils import costs, evaluation, measure, peers, recipe, runs, studies, training
-from utils.data import TrainBatches, make_loader, open_folders
+from backbones.deploy import keep_freed_memory, optimize
+from utils import contest, costs, evaluation, peers, recipe, runs, studies
+from utils.data import ImageNetFolders, open_folders
+from utils.distributed import pick_device
 
-PEER = "torchvision references/classification (float32, NCHW)"
+KEY = ["task", "what", "setting", "ours", "peer", "freed_memory"]  # one row each
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,22 +46,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--task", default="train", choices=TASKS, help="what to measure (default: train)")
-    add("--recipe", default="small", choices=recipe.RECIPES, help="preset (default: small)")
+    default = ["inference", "step", "input", "loop", "listing", "import"]
+    add("--task", dest="tasks", nargs="+", default=default, choices=TASKS, help="what to measure, "
+        f"see above (default: {' '.join(default)})")  # fmt: skip
+    add("--data-dir", type=Path, help="folder with train/ and val/; only inference, step, import "
+        "and networks do without")  # fmt: skip
+    add("--backbones", nargs="+", default=["cspdarknet53", "resnet50"], help="names of "
+        "backbones.list_models() that timm has too (default: cspdarknet53 resnet50)")  # fmt: skip
+    add("--compile", action="store_true", help="also under torch.compile: minutes for each")
+    add("--keep-freed-memory", action="store_true", help="deploy.keep_freed_memory() for all sides")
+    add("--recipe", default="imagenet", choices=recipe.RECIPES, help="preset (default: imagenet)")
     add("--train-crop-px", type=int, help="side of the crops, pixels (default: the preset's)")
-    add("--batch-size", type=int, default=32, help="images per step (default: 32)")
-    add("--width", type=float, help="factor on the channels (default: the preset's)")
-    add("--rounds", type=int, default=5, help="turns of each side (default: 5)")
-    add("--threads", type=int, default=2, help="of the training process (default: 2)")
-    add("--output", type=Path, help="CSV file to write the result to (default: none)")
-    add = parser.add_argument_group("of --task train").add_argument
-    add("--data-dir", type=Path, help="folder with train/ and val/")
-    add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
-    add("--steps", type=int, default=12, help="timed steps per round and side (default: 12)")
-    add("--workers", type=int, default=1, help="decoding processes of each side (default: 1)")
+    add("--batch-size", type=int, default=16, help="images per training step (default: 16)")
+    add("--batch-sizes", type=int, nargs="+", default=[8, 1], help="of inference (default: 8 1)")
+    add("--image-px", type=int, default=224, help="side of inference's images (default: 224)")
+    add("--width", type=float, help="factor on the channels of networks (default: the preset's)")
+    add("--rounds", type=int, default=7, help="turns of each side (default: 7)")
+    add("--steps", type=int, default=8, help="steps per turn, of input and loop (default: 8)")
+    add("--workers", type=int, default=1, help="decoding processes, of loop, epoch (default: 1)")
+    add("--files", type=int, nargs="+", default=[1000, 100_000], help="how many to list")
+    add("--threads", type=int, default=2, help="of each side (default: 2)")
+    add("--device", default="cpu", help="of inference and step (default: cpu)")
+    add("--torchvision-script", type=Path, help="references/classification/train.py, for epoch")
+    add("--timm-script", type=Path, help="train.py of pytorch-image-models, for epoch")
+    add("--output", type=Path, help="CSV file in which rows are added or replaced (default: "
+        "results/benchmark_<hardware>.csv; for networks: none)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.task == "train" and args.data_dir is None:
-        parser.error("--task train needs --data-dir, a folder with train/ and val/")
+    for task in args.tasks:
+        if task in NEED_DATA and args.data_dir is None:
+            parser.error(f"{task} needs --data-dir, a folder with train/ and val/")
+    if "networks" in args.tasks and len(args.tasks) > 1:
+        parser.error("networks has a table of its own; run it alone")
     return args
 
 
@@ -60,89 +87,169 @@ def chosen_recipe(args: argparse.Namespace) -> recipe.Recipe:
     return dataclasses.replace(recipe.RECIPES[args.recipe], **given)
 
 
-def machine(chosen: recipe.Recipe) -> dict[str, object]:
+def machine(args: argparse.Namespace) -> dict[str, object]:
     """The columns that say what a row was measured on, and how."""
     described = runs.describe_machine()
-    dtype = evaluation.autocast_dtype(torch.device("cpu"), chosen.precision)
+    hardware = described["hardware"]
     return {
-        "autocast": str(dtype or torch.float32).removeprefix("torch."),
+        "threads": args.threads,
         "torch": described["versions"]["torch"],
-        "hardware": described["hardware"]["cpu"],
+        "hardware": hardware["gpu"] if args.device.startswith("cuda") else hardware["cpu"],
         "commit": described["commit"],
         "command": runs.command_line(),
     }
 
 
-def benchmark_training(args: argparse.Namespace) -> pd.DataFrame:
-    """Prints the rounds; one row with all that it was measured on."""
-    chosen = chosen_recipe(args)
-    data = open_folders(args.data_dir, chosen)
-    batches = TrainBatches(len(data.train), chosen.batch_size, seed=0)
-    torch.manual_seed(0)
-    model = create_classifier(args.backbone, len(data.classes), **chosen.backbone_options)
-    theirs = peers.TorchvisionTrainer(copy.deepcopy(model), chosen)
-    ours = training.Trainer(model, chosen, len(batches), len(data.classes))
-    our_loader = make_loader(data.train, batches, args.workers)
-    their_loader = peers.torchvision_loader(data.train.folder, chosen, args.workers)
-    found = measure.compare_throughput(
-        measure.by_steps(partial(training.train_one_epoch, ours), our_loader),
-        measure.by_steps(theirs.train_one_epoch, their_loader),
-        chosen.batch_size,
-        steps=args.steps,
-        rounds=args.rounds,
-        settle_steps=2 * args.workers + 1,  # a loader prefetches two batches per worker
-    )
-    row = {
-        "task": args.task,
-        "backbone": args.backbone,
-        "crop_px": chosen.train_crop_px,
-        "batch_size": chosen.batch_size,
-        "workers": args.workers,
-        "threads": args.threads,
-        "peer": PEER,
-        **found.summary(),
-        "rounds": args.rounds,
-        "steps": args.steps,
-        **machine(chosen),
+def ours_with(options: dict, name: str, num_classes: int) -> nn.Module:
+    return create_classifier(name, num_classes, **options)
+
+
+def optimized(name: str, dtype: torch.dtype, compile: bool) -> nn.Module:
+    return optimize(backbones.create(name, **peers.SHARED[name].options), dtype, compile)
+
+
+def inference(args: argparse.Namespace) -> list[contest.Row]:
+    rows, device = [], pick_device(args.device)
+    for name in args.backbones:
+        for batch_size in args.batch_sizes:
+            rows += show(
+                contest.inference(
+                    name, optimized, batch_size, args.image_px, args.rounds, args.compile, device
+                )
+            )
+        if device.type == "cpu":
+            rows += show(
+                contest.inference_peaks(name, optimized, args.batch_sizes[0], args.image_px)
+            )
+    return rows
+
+
+def step(args: argparse.Namespace) -> list[contest.Row]:
+    rows, device = [], pick_device(args.device)
+    for name in args.backbones:
+        make = partial(ours_with, peers.SHARED[name].options)
+        chosen = chosen_recipe(args)
+        rows += show(contest.step(name, make, chosen, args.rounds, args.compile, device))
+        if device.type == "cpu":
+            rows += show(contest.step_peaks(name, make, chosen))
+    return rows
+
+
+def open_data(args: argparse.Namespace) -> ImageNetFolders:
+    return open_folders(args.data_dir, chosen_recipe(args))
+
+
+def input_speed(args: argparse.Namespace) -> list[contest.Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        contest.draw_imagenet_sized(open_data(args).train, Path(folder), 10 * args.batch_size)
+        return show(contest.input_speed(Path(folder), chosen_recipe(args), args.rounds, args.steps))
+
+
+def loop(args: argparse.Namespace) -> list[contest.Row]:
+    rows, data, chosen = [], open_data(args), chosen_recipe(args)
+    for name in args.backbones:
+        torch.manual_seed(0)
+        model = create_classifier(name, len(data.classes))
+        rows += show(contest.loop(name, model, data, chosen, args.rounds, args.steps, args.workers))
+    return rows
+
+
+def listing(args: argparse.Namespace) -> list[contest.Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_data(args).train
+        return show(contest.listing(source, Path(folder), args.files, chosen_recipe(args)))
+
+
+def imports(args: argparse.Namespace) -> list[contest.Row]:
+    return show(contest.imports(args.rounds))
+
+
+def epoch(args: argparse.Namespace) -> list[contest.Row]:
+    scripts = {
+        "torchvision train.py": (args.torchvision_script, peers.torchvision_command),
+        "timm train.py": (args.timm_script, peers.timm_command),
     }
-    report(found, row)
-    return pd.DataFrame([row])
+    given = {side: (path, make) for side, (path, make) in scripts.items() if path}
+    if not given:
+        raise ValueError("epoch needs --torchvision-script or --timm-script, a training script")
+    crop_px, rows = chosen_recipe(args).train_crop_px, []
+    # One size for training and test, which timm's script has alone.
+    chosen = chosen_recipe(args).tested_at(crop_px)
+    chosen = dataclasses.replace(chosen, epochs=1, warmup_epochs=0.0)
+    for name in args.backbones:
+        with tempfile.TemporaryDirectory() as folder:
+            rest = (name, args.data_dir, chosen, args.workers)
+            commands = {"scripts/train.py": our_command(*rest, Path(folder) / "ours")}
+            for side, (path, make) in given.items():
+                output_dir = Path(folder) / side
+                output_dir.mkdir()
+                commands[side] = make(path.resolve(), *rest, output_dir)
+            logs = Path("runs") / "benchmark"
+            logs.mkdir(parents=True, exist_ok=True)
+            rows += show(contest.epochs(name, commands, chosen, args.rounds, logs))
+    return rows
 
 
-def report(found: measure.Throughputs, row: dict[str, object]) -> None:
-    print("round  ours images/s  peer images/s  ratio")
-    rounds = zip(found.ours_images_per_s, found.peer_images_per_s, found.ratios, strict=True)
-    for k, (ours, peer, ratio) in enumerate(rounds, start=1):
-        print(f"{k:5d}  {ours:13.1f}  {peer:13.1f}  {ratio:5.2f}")
-    print(
-        "median {ours_images_per_s:13.1f}  {peer_images_per_s:13.1f}  {ratio_median:5.2f}  "
-        "({ratio_min:.2f} to {ratio_max:.2f})\n"
-        "ours: scripts/train.py's loop, {autocast}; peer: {peer}\n"
-        "{backbone}, crop {crop_px} px, batch {batch_size}, {workers} workers and {threads} "
-        "threads each, {rounds} rounds of {steps} steps\n"
-        "{hardware}, torch {torch}".format(**row)
-    )
+def our_command(
+    name: str, folder: Path, chosen: recipe.Recipe, workers: int, output_dir: Path
+) -> list[str]:
+    fields = ("epochs", "warmup_epochs", "batch_size", "train_crop_px", "eval_resize_px")
+    values = {field: getattr(chosen, field) for field in (*fields, "eval_crop_px")}
+    values |= {"data_dir": folder, "backbone": name, "workers": workers, "output_dir": output_dir}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+    return [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe=imagenet", *flags]
 
 
-def benchmark_networks(args: argparse.Namespace) -> pd.DataFrame:
+def networks(args: argparse.Namespace) -> pd.DataFrame:
     """Prints the medians; a row per network, quantity and round."""
     chosen = chosen_recipe(args)
-    networks = {
+    made = {
         name: partial(
             create_classifier, arm.backbone, costs.NUM_CLASSES, width=chosen.width, **arm.options
         )
         for name, arm in studies.networks().items()
     }
-    rows = costs.measure_networks(networks, chosen, args.rounds)
-    sizes = {"width": chosen.width, "crop_px": chosen.train_crop_px}
-    sizes |= {"batch_size": chosen.batch_size, "threads": args.threads}
-    table = pd.DataFrame(rows).assign(**sizes, **machine(chosen))
+    dtype = evaluation.autocast_dtype(torch.device("cpu"), chosen.precision)
+    table = pd.DataFrame(costs.measure_networks(made, chosen, args.rounds)).assign(
+        width=chosen.width,
+        crop_px=chosen.train_crop_px,
+        batch_size=chosen.batch_size,
+        autocast=str(dtype or torch.float32).removeprefix("torch."),
+        **machine(args),
+    )
     medians = table.pivot_table("value", "network", ["quantity", "unit"], "median", sort=False)
     print(medians.round(2).to_string())
     return table
 
 
-TASKS = {"train": benchmark_training, "networks": benchmark_networks}
+TASKS = {
+    **{"inference": inference, "step": step, "input": input_speed, "loop": loop},
+    **{"listing": listing, "import": imports, "epoch": epoch, "networks": networks},
+}
+NEED_DATA = ("input", "loop", "listing", "epoch")
+
+
+def show(rows: list[contest.Row]) -> list[contest.Row]:
+    for row in rows:
+        text = "{task}: {what}, {setting}: {ours} {ours_value:.4g} {unit}".format(**row)
+        if "peer" in row:
+            text += ", {peer} {peer_value:.4g}: {ratio_median:.2f} times".format(**row)
+        if "ratio_min" in row:
+            text += " ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)
+        print(text, flush=True)
+    return rows
+
+
+def save(path: Path, table: pd.DataFrame) -> None:
+    """Adds rows to a table, in the place of those of the same `KEY`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        old = pd.read_csv(path)
+        new = set(table[KEY].fillna("").itertuples(index=False, name=None))
+        keys = old[KEY].fillna("").itertuples(index=False, name=None)
+        table = pd.concat([old[[key not in new for key in keys]], table])
+    runs.write_table(path, table.to_dict("records"))
+    print(f"written: {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,15 +257,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.threads < 1:
             raise ValueError(f"threads={args.threads} must be at least 1")
-        torch.set_num_threads(args.threads)
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-        table = TASKS[args.task](args)
+        if unknown := sorted(set(args.backbones) - set(peers.SHARED)):
+            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(peers.SHARED)}")
+        kept = args.keep_freed_memory and keep_freed_memory()
+        facts = machine(args)
+        for task in args.tasks:
+            torch.set_num_threads(args.threads)
+            found = TASKS[task](args)
+            if task == "networks":
+                if args.output:
+                    args.output.parent.mkdir(parents=True, exist_ok=True)
+                    found.to_csv(args.output, index=False)
+                continue
+            table = pd.DataFrame(found).assign(freed_memory="kept" if kept else "returned", **facts)
+            name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")
+            save(args.output or Path("results") / f"benchmark_{name}.csv", table)
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.output:
-        table.to_csv(args.output, index=False)
     return 0
 
 

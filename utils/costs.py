@@ -1,7 +1,5 @@
 """What networks cost on this machine: latency, throughput, a training step, peak memory."""
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,12 +8,11 @@ from torch import nn
 
 from utils.data import Batch
 from utils.evaluation import autocast
-from utils.measure import count_macs, count_parameters, peak_memory, time_by_turns
+from utils.measure import count_macs, count_parameters, peak_memory, seconds_per_call
 from utils.recipe import Recipe
 from utils.training import Trainer
 
 NUM_CLASSES = 10
-TURN_S = 0.3  # a turn repeats its call for about so long
 PEAK_ROUNDS = 3
 
 UNITS = {"latency": "ms", "inference": "ms/image", "training": "ms/image"}  # of each kind of call
@@ -76,27 +73,11 @@ def measure_networks(
         add(name, "multiply-accumulates", "GMACs", [count_macs(net, side, side) / 1e9])
     for kind, unit in UNITS.items():
         images = 1 if kind == "latency" else recipe.batch_size
-        calls, repeats = {}, {}
-        for name, make in networks.items():
-            call = prepare(make, recipe, kind)
-            call()
-            start_s = time.perf_counter()
-            call()
-            repeats[name] = math.ceil(TURN_S / (time.perf_counter() - start_s))
-            calls[name] = _repeated(call, repeats[name])
-        for name, times_s in time_by_turns(calls, rounds).items():
-            scale = 1e3 / (images * repeats[name])
-            add(name, kind, unit, [time_s * scale for time_s in times_s])
+        calls = {name: prepare(make, recipe, kind) for name, make in networks.items()}
+        for name, times_s in seconds_per_call(calls, rounds).items():
+            add(name, kind, unit, [time_s * 1e3 / images for time_s in times_s])
     for kind in ("inference", "training"):
         for name, make in networks.items():
             peaks = [peak_memory(prepare, make, recipe, kind) for _ in range(PEAK_ROUNDS)]
             add(name, f"{kind} peak", "MiB", [peak / 2**20 for peak in peaks])
     return rows
-
-
-def _repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
-    def repeat() -> None:
-        for _ in range(count):
-            call()
-
-    return repeat

@@ -2,12 +2,11 @@
 
 import copy
 import itertools
+import math
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,30 +32,6 @@ def count_macs(module: nn.Module, height_px: int, width_px: int, channels: int =
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, channels, height_px, width_px, device="meta"))
     return counter.get_total_flops() // 2
-
-
-@dataclass(frozen=True)
-class Throughputs:
-    """Images per second of two trainers, one entry per round."""
-
-    ours_images_per_s: list[float]
-    peer_images_per_s: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        """Ours over the peer's, within each round."""
-        pairs = zip(self.ours_images_per_s, self.peer_images_per_s, strict=True)
-        return [ours / peer for ours, peer in pairs]
-
-    def summary(self) -> dict[str, float]:
-        """Medians over the rounds, and the spread of the ratio."""
-        return {
-            "ours_images_per_s": statistics.median(self.ours_images_per_s),
-            "peer_images_per_s": statistics.median(self.peer_images_per_s),
-            "ratio_median": statistics.median(self.ratios),
-            "ratio_min": min(self.ratios),
-            "ratio_max": max(self.ratios),
-        }
 
 
 def time_by_turns(
@@ -96,23 +71,46 @@ def time_by_turns(
     return times_s
 
 
-def compare_throughput(
-    ours: Callable[[int], object],
-    peer: Callable[[int], object],
+def seconds_per_call(
+    calls: Mapping[str, Callable[[], object]], rounds: int, turn_s: float = 0.3
+) -> dict[str, list[float]]:
+    """Times short calls by turns (`time_by_turns`), each repeated for about `turn_s` a turn.
+
+    Returns:
+        Seconds of one call of each, one entry per round.
+    """
+    counts = {}
+    for name, call in calls.items():
+        call()  # the first packs weights, compiles, warms caches
+        start_s = time.perf_counter()
+        call()
+        counts[name] = max(1, math.ceil(turn_s / (time.perf_counter() - start_s)))
+    repeated = {name: partial(_repeat, call, counts[name]) for name, call in calls.items()}
+    times_s = time_by_turns(repeated, rounds, settle=calls)
+    return {name: [t / counts[name] for t in times] for name, times in times_s.items()}
+
+
+def _repeat(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def throughputs(
+    trains: Mapping[str, Callable[[int], object]],
     batch_size: int,
     *,
     steps: int,
     rounds: int,
     settle_steps: int = 3,
     clock: Callable[[], float] = time.perf_counter,
-) -> Throughputs:
-    """Images per second of two trainers, by turns (`time_by_turns`).
+) -> dict[str, list[float]]:
+    """Images per second of loops over a loader, by turns (`time_by_turns`).
 
-    Loaders prefetch while the other side is timed; the untimed steps at the start of a turn use
-    those batches up, and let the other side's workers fill their queue and come to rest.
+    Loaders prefetch while another side is timed; the untimed steps at the start of a turn use those
+    batches up, and let the other side's workers fill their queue and come to rest.
 
     Args:
-        ours, peer: train so many steps and return when they are done.
+        trains: each makes so many steps and returns when they are done.
         batch_size: images per step.
         steps: timed steps per turn.
         settle_steps: untimed steps before them; more than the batches a loader prefetches.
@@ -122,11 +120,10 @@ def compare_throughput(
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    timed = {"ours": partial(ours, steps), "peer": partial(peer, steps)}
-    settle = {"ours": partial(ours, settle_steps), "peer": partial(peer, settle_steps)}
+    timed = {side: partial(train, steps) for side, train in trains.items()}
+    settle = {side: partial(train, settle_steps) for side, train in trains.items()}
     times_s = time_by_turns(timed, rounds, settle=settle, clock=clock)
-    speeds = ([steps * batch_size / time_s for time_s in side] for side in times_s.values())
-    return Throughputs(*speeds)
+    return {side: [steps * batch_size / t for t in times] for side, times in times_s.items()}
 
 
 def by_steps(

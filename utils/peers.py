@@ -1,4 +1,4 @@
-"""The trainers we are measured against, in their own steps.
+"""What we are measured against: timm's and torchvision's networks, and the trainers of both.
 
 `TorchvisionTrainer` goes through the steps of references/classification/train.py of
 github.com/pytorch/vision (its train_one_epoch and load_data, and ClassificationPresetTrain of
@@ -8,9 +8,13 @@ written here anew. What they leave open is set in its favour: workers live from 
 no progress is printed.
 """
 
-from collections.abc import Iterable
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.models import get_model
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 from utils.recipe import Recipe
@@ -26,6 +32,81 @@ from utils.training import param_groups
 # ImageNet's RGB values, 0 to 1, as the presets have them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMA_STEPS = 32  # the default of --model-ema-steps
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An architecture that both have: timm's name, our options for the same function."""
+
+    timm: str
+    options: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()  # of torchvision's feature extractor, where it has the network
+
+
+_RESNET = ("relu", "layer1", "layer2", "layer3", "layer4")
+_TIMM_DARKNET = {"act": "leaky_relu_0.01"}
+_TIMM_VOVNET = {"ese": "last", "stem_stride": 4}
+SHARED = {
+    "cspdarknet53": Shared("cspdarknet53", {"layout": "darknet", **_TIMM_DARKNET}),
+    "darknet53": Shared("darknet53", _TIMM_DARKNET),
+    "vovnet19_slim": Shared("ese_vovnet19b_slim", _TIMM_VOVNET),
+    "vovnet39": Shared("ese_vovnet39b", _TIMM_VOVNET),
+    "vovnet57": Shared("ese_vovnet57b", _TIMM_VOVNET),
+    "vovnet99": Shared("ese_vovnet99b", _TIMM_VOVNET),
+    **{
+        name: Shared(name, nodes=_RESNET)
+        for name in (
+            *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"),
+            *("resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+        )
+    },
+    "mobilenet_v2": Shared("mobilenetv2_100", {"tap": "block"}),
+    "mobilenet_v3_large": Shared("mobilenetv3_large_100", {"tap": "block"}),
+    "mobilenet_v3_small": Shared("mobilenetv3_small_100", {"tap": "block"}),
+    **{f"efficientnet_b{i}": Shared(f"efficientnet_b{i}", {"tap": "block"}) for i in range(8)},
+}
+
+
+def timm_backbone(name: str) -> nn.Module:
+    """timm's network of feature maps for one of `SHARED`, with random weights."""
+    return _timm().create_model(SHARED[name].timm, features_only=True, pretrained=False)
+
+
+def timm_classifier(name: str, num_classes: int) -> nn.Module:
+    """timm's classifier for one of `SHARED`, with random weights."""
+    return _timm().create_model(SHARED[name].timm, num_classes=num_classes, pretrained=False)
+
+
+def torchvision_backbone(name: str) -> nn.Module:
+    """torchvision's feature extractor for one of `SHARED` with nodes."""
+    return create_feature_extractor(get_model(name, weights=None), list(SHARED[name].nodes))
+
+
+def onnxruntime_call(net: nn.Module, images: Tensor, threads: int) -> Callable[[], object]:
+    """A forward pass of `net` in ONNX Runtime on the CPU, exported for the size of `images`."""
+    runtime = _needed("onnxruntime")
+    program = torch.onnx.export(net.eval(), (images,), dynamo=True, verbose=False)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return partial(session.run, None, feed)
+
+
+def _timm() -> Any:
+    return _needed("timm")
+
+
+def _needed(name: str) -> Any:
+    """A package that is only measured against; ValueError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is not installed; pip install {name} to compare with it"
+        ) from error
 
 
 def torchvision_transform(recipe: Recipe) -> transforms.Compose:
@@ -127,3 +208,113 @@ def _accuracy(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     right = output.topk(min(5, output.shape[1])).indices == target[:, None]
     percent = 100 / len(target)
     return right[:, 0].sum() * percent, right.sum() * percent
+
+
+class TimmTrainer:
+    """Trains `model` in place by the steps of timm's train.py: bf16 autocast and channels_last.
+
+    Those of train_one_epoch in train.py of github.com/huggingface/pytorch-image-models, at its
+    `--amp --amp-dtype bfloat16 --channels-last --opt momentum`, without averaged weights.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = model.to(memory_format=torch.channels_last)
+        self.device = next(model.parameters()).device
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self.optimizer = torch.optim.SGD(
+            param_groups(model, recipe.weight_decay, recipe.norm_weight_decay),
+            lr=recipe.peak_lr,
+            momentum=recipe.momentum,
+        )
+
+    def train_step(self, image: Tensor, target: Tensor) -> float:
+        """One update; returns its loss."""
+        image = image.to(self.device).contiguous(memory_format=torch.channels_last)
+        target = target.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output = self.model(image)
+            loss = self.criterion(output, target)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def torchvision_command(
+    script: Path, name: str, folder: Path, recipe: Recipe, workers: int, output_dir: Path
+) -> list[str]:
+    """references/classification/train.py by `recipe`, in float32 and NCHW as it is, on the CPU.
+
+    A network that torchvision does not have is registered under our name first.
+    """
+    # Theirs holds a utils.py, so the script's folder must come before ours.
+    start = (
+        f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r}); import torchvision.models;"
+        "from backbones.classifier import create_classifier;"
+        f"name = {name!r}; torchvision.models.list_models().count(name) or "
+        "torchvision.models.register_model(name)(lambda weights=None, num_classes=1000: "
+        "create_classifier(name, num_classes));"
+        f"sys.argv = [{str(script)!r}] + sys.argv[1:];"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    options = {
+        "data-path": folder,
+        "model": name,
+        "device": "cpu",
+        "epochs": recipe.epochs,
+        "batch-size": recipe.batch_size,
+        "lr": recipe.peak_lr,
+        "wd": recipe.weight_decay,
+        "norm-weight-decay": recipe.norm_weight_decay,
+        "lr-scheduler": "cosineannealinglr",
+        "label-smoothing": recipe.label_smoothing,
+        "mixup-alpha": recipe.mixup_alpha,
+        "cutmix-alpha": recipe.cutmix_alpha,
+        "random-erase": recipe.random_erasing,
+        "train-crop-size": recipe.train_crop_px,
+        "val-resize-size": recipe.eval_resize_px,
+        "val-crop-size": recipe.eval_crop_px,
+        "workers": workers,
+        "output-dir": output_dir,
+        "print-freq": 100,
+    }
+    if recipe.trivial_augment:
+        options["auto-augment"] = "ta_wide"
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    return [sys.executable, "-c", start, *flags, "--model-ema"]
+
+
+def timm_command(
+    script: Path, name: str, folder: Path, recipe: Recipe, workers: int, output_dir: Path
+) -> list[str]:
+    """timm's train.py by `recipe`, in bf16 and channels_last, on the CPU.
+
+    It has no TrivialAugment; RandAugment with one operation stands for it.
+    """
+    options = {
+        "data-dir": folder,
+        "model": SHARED[name].timm,
+        "device": "cpu",
+        "amp-dtype": "bfloat16",
+        "num-classes": len([path for path in (folder / "train").iterdir() if path.is_dir()]),
+        "img-size": recipe.train_crop_px,
+        "crop-pct": recipe.eval_crop_px / recipe.eval_resize_px,
+        "epochs": recipe.epochs,
+        "warmup-epochs": 0,
+        "cooldown-epochs": 0,
+        "batch-size": recipe.batch_size,
+        "opt": "momentum",
+        "lr": recipe.peak_lr,
+        "weight-decay": recipe.weight_decay,
+        "smoothing": recipe.label_smoothing,
+        "mixup": recipe.mixup_alpha,
+        "cutmix": recipe.cutmix_alpha,
+        "reprob": recipe.random_erasing,
+        "workers": workers,
+        "output": output_dir,
+        "log-interval": 100,
+    }
+    if recipe.trivial_augment:
+        options["aa"] = "rand-m9-n1"
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    return [sys.executable, str(script), *flags, "--amp", "--channels-last", "--model-ema"]

@@ -1,0 +1,490 @@
+"""Ours against what a user would pick instead: inference, a training step, input, size, import.
+
+Every contest times its sides by turns in one run (`measure.time_by_turns`) and gives a row for each
+pair of sides: the median of each, and how many times ours is better, within each round.
+"""
+
+import copy
+import io
+import mmap
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from utils import peers
+from utils.data import (
+    Batch,
+    ImageFiles,
+    ImageNetFolders,
+    Preprocess,
+    TrainBatches,
+    make_loader,
+)
+from utils.images import decode, train_transform
+from utils.measure import (
+    by_steps,
+    count_macs,
+    peak_memory,
+    seconds_per_call,
+    throughputs,
+    time_by_turns,
+)
+from utils.recipe import Recipe
+from utils.training import Trainer, train_one_epoch
+
+Row = dict[str, Any]
+NUM_CLASSES = 10
+PEAK_ROUNDS = 3
+LISTED_SOURCES = 64  # images that the million names of a listing stand for
+
+
+def compare(
+    found: Mapping[str, Sequence[float]],
+    pairs: Sequence[tuple[str, str]],
+    unit: str,
+    *,
+    more_is_better: bool = False,
+    **facts: Any,
+) -> list[Row]:
+    """A row per pair (ours, peer) of sides.
+
+    Args:
+        found: what each side took or gave, one entry per round.
+        unit: of `found`.
+        more_is_better: whether `found` is a speed; else it is a time or a size.
+        facts: columns that come first.
+
+    Returns:
+        `ours`, `peer`, `unit`, medians `ours_value` and `peer_value`, and `ratio_median`,
+        `ratio_min`, `ratio_max`: how many times better ours is, above 1 where it is ahead.
+    """
+    rows = []
+    for ours, peer in pairs:
+        rounds = list(zip(found[ours], found[peer], strict=True))
+        ratios = [a / b if more_is_better else b / a for a, b in rounds]
+        rows.append(
+            {
+                **facts,
+                "ours": ours,
+                "peer": peer,
+                "unit": unit,
+                "ours_value": statistics.median(found[ours]),
+                "peer_value": statistics.median(found[peer]),
+                "ratio_median": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+                "rounds": len(ratios),
+            }
+        )
+    return rows
+
+
+# ---- inference -----------------------------------------------------------------------------------
+
+Make = Callable[[], nn.Module]
+PLAIN, BF16 = "timm float32", "timm bfloat16 channels_last"
+TORCHVISION, ONNX = "torchvision float32", "onnxruntime float32"
+
+
+def inference(
+    name: str,
+    optimized: Callable[..., nn.Module],
+    batch_size: int,
+    side_px: int,
+    rounds: int,
+    compiled: bool,
+    device: torch.device,
+) -> list[Row]:
+    """Forward passes of one architecture of `peers.SHARED`.
+
+    Args:
+        optimized: makes our network for inference from `name`, `dtype` and `compile`.
+        compiled: whether to measure compiled sides and ONNX Runtime too.
+    """
+    images = torch.randn(batch_size, 3, side_px, side_px, device=device)
+    calls = {
+        f"ours {_word(dtype)}": _pass(optimized(name, dtype, False).to(device), images)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    timm_net = peers.timm_backbone(name).eval().to(device)
+    timm_bf16 = peers.timm_backbone(name).eval().to(device, memory_format=torch.channels_last)
+    timm_bf16 = timm_bf16.bfloat16()
+    images_bf16 = images.bfloat16().contiguous(memory_format=torch.channels_last)
+    calls |= {PLAIN: _pass(timm_net, images), BF16: _pass(timm_bf16, images_bf16)}
+    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN), ("ours bfloat16", BF16)]
+    if peers.SHARED[name].nodes:
+        calls[TORCHVISION] = _pass(peers.torchvision_backbone(name).eval().to(device), images)
+        pairs += [("ours float32", TORCHVISION)]
+    if compiled:
+        more, other = _compiled(name, optimized, images, images_bf16, device)
+        calls, pairs = calls | more, pairs + other
+    times_s = seconds_per_call({side: _done(call, device) for side, call in calls.items()}, rounds)
+    times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
+    setting = f"batch {batch_size}, {side_px} px"
+    rows = compare(times_ms, pairs, "ms", task="inference", what=name, setting=setting)
+    macs = count_macs(timm_net, side_px, side_px) * batch_size
+    peaks = {_word(dtype): matmul_flops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    for row in rows:
+        dtype = row["ours"].split()[1]
+        row["matmul_peak_share"] = 2 * macs / (row["ours_value"] / 1e3) / peaks[dtype]
+    return rows
+
+
+def _compiled(
+    name: str, optimized: Callable[..., nn.Module], images: Tensor, images_bf16: Tensor, device: Any
+) -> tuple[dict[str, Callable[[], object]], list[tuple[str, str]]]:
+    """Sides under torch.compile, with frozen weights on both, and ONNX Runtime; their pairs."""
+    calls, pairs = {}, []
+    for dtype, pixels in ((torch.float32, images), (torch.bfloat16, images_bf16)):
+        ours, peer = f"ours {_word(dtype)} compiled", f"timm {_word(dtype)} compiled"
+        net = peers.timm_backbone(name).eval().to(device, dtype, memory_format=torch.channels_last)
+        net = torch.compile(net, options={"freezing": True})
+        calls[ours] = _pass(optimized(name, dtype, True).to(device), images)
+        calls[peer] = _pass(net, pixels.contiguous(memory_format=torch.channels_last))
+        pairs.append((ours, peer))
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        calls[ONNX] = peers.onnxruntime_call(peers.timm_backbone(name), images, threads)
+        pairs += [("ours float32 compiled", ONNX), ("ours float32", ONNX)]
+    return calls, pairs
+
+
+def inference_peaks(
+    name: str, optimized: Callable[..., nn.Module], batch_size: int, side_px: int
+) -> list[Row]:
+    """Memory of a forward pass beyond weights and images, by processes of their own, on the CPU."""
+    makes = {
+        "ours float32": (partial(optimized, name, torch.float32, False), torch.float32),
+        "ours bfloat16": (partial(optimized, name, torch.bfloat16, False), torch.float32),
+        PLAIN: (partial(peers.timm_backbone, name), torch.float32),
+    }
+    peaks = {
+        side: [
+            _mebibytes(peak_memory(_prepared_pass, make, batch_size, side_px, dtype))
+            for _ in range(PEAK_ROUNDS)
+        ]
+        for side, (make, dtype) in makes.items()
+    }
+    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN)]
+    setting = f"peak memory, batch {batch_size}, {side_px} px"
+    return compare(peaks, pairs, "MiB", task="inference", what=name, setting=setting)
+
+
+def _mebibytes(count: int) -> float:
+    return max(count, mmap.PAGESIZE) / 2**20  # what fits into memory at hand counts as a page
+
+
+def _prepared_pass(make: Make, batch_size: int, side_px: int, dtype: torch.dtype) -> Callable:
+    call = _pass(make().eval(), torch.randn(batch_size, 3, side_px, side_px, dtype=dtype))
+    call()
+    return call
+
+
+def _pass(net: nn.Module, images: Tensor) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return net(images)
+
+    return call
+
+
+def _done(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A call that returns when the device has done it."""
+    if device.type != "cuda":
+        return call
+
+    def wait() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return wait
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating point operations per second of the best of a few square matrix products."""
+    best = 0.0
+    for side in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a = torch.randn(side, side, device=device).to(dtype)
+        out = torch.empty_like(a)
+        call = _done(partial(torch.mm, a, a, out=out), device)
+        times_s = seconds_per_call({"mm": call}, 5)["mm"]
+        best = max(best, 2 * side**3 / min(times_s))
+    return best
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def step(
+    name: str, make_ours: Callable[[str, int], nn.Module], recipe: Recipe, rounds: int,
+    compiled: bool, device: torch.device,
+) -> list[Row]:  # fmt: skip
+    """A training step, from a batch in memory to updated weights, waited for.
+
+    Args:
+        make_ours: makes our classifier from a name and a number of classes.
+        recipe: batch size, crop, label smoothing; ours runs by all of it.
+    """
+    sides = {"ours": False} | ({"ours compiled": True} if compiled else {})
+    calls = {
+        side: _our_step(partial(make_ours, name, NUM_CLASSES), recipe, device, compile)
+        for side, compile in sides.items()
+    }
+    calls["torchvision float32"] = _peer_step(
+        peers.TorchvisionTrainer, partial(make_ours, name, NUM_CLASSES), recipe, device
+    )
+    make_timm = partial(peers.timm_classifier, name, NUM_CLASSES)
+    calls[BF16] = _peer_step(peers.TimmTrainer, make_timm, recipe, device)
+    times_s = seconds_per_call({side: _done(call, device) for side, call in calls.items()}, rounds)
+    pairs = [(side, peer) for side in sides for peer in ("torchvision float32", BF16)]
+    times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
+    setting = f"batch {recipe.batch_size}, {recipe.train_crop_px} px"
+    return compare(times_ms, pairs, "ms", task="step", what=name, setting=setting)
+
+
+def step_peaks(name: str, make_ours: Callable[[str, int], nn.Module], recipe: Recipe) -> list[Row]:
+    """Memory of a training step beyond weights and optimizer, by processes of their own."""
+    ours = partial(make_ours, name, NUM_CLASSES)
+    cpu = torch.device("cpu")
+    sides = {
+        "ours": (_our_step, ours, recipe, cpu, False),
+        "torchvision float32": (_peer_step, peers.TorchvisionTrainer, ours, recipe, cpu),
+        BF16: (
+            *(_peer_step, peers.TimmTrainer),
+            *(partial(peers.timm_classifier, name, NUM_CLASSES), recipe, cpu),
+        ),
+    }
+    peaks = {
+        side: [_mebibytes(peak_memory(_second_call, *args)) for _ in range(PEAK_ROUNDS)]
+        for side, args in sides.items()
+    }
+    pairs = [("ours", "torchvision float32"), ("ours", BF16)]
+    setting = f"peak memory, batch {recipe.batch_size}, {recipe.train_crop_px} px"
+    return compare(peaks, pairs, "MiB", task="step", what=name, setting=setting)
+
+
+def _second_call(prepare: Callable[..., Callable[[], object]], *args: Any) -> Callable[[], object]:
+    """The first step allocates what stays: gradients, momentum, packed weights."""
+    call = prepare(*args)
+    call()
+    return call
+
+
+def _our_step(
+    make: Make, recipe: Recipe, device: torch.device, compile: bool
+) -> Callable[[], float]:
+    torch.manual_seed(0)
+    trainer = Trainer(make().to(device), recipe, 10**6, NUM_CLASSES, compile=compile)
+    trainer.net.train()
+    count, side = recipe.batch_size, recipe.train_crop_px
+    pixels = torch.randint(256, (count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    batch = Batch(pixels, torch.zeros(count, dtype=torch.long), [])
+    return lambda: trainer.train_step(batch).item()
+
+
+def _peer_step(
+    trainer_class: type, make: Make, recipe: Recipe, device: torch.device
+) -> Callable[[], object]:
+    torch.manual_seed(0)
+    trainer = trainer_class(make().to(device).train(), recipe)
+    count, side = recipe.batch_size, recipe.train_crop_px
+    image, target = torch.randn(count, 3, side, side), torch.zeros(count, dtype=torch.long)
+    return partial(trainer.train_step, image, target)
+
+
+def loop(
+    name: str,
+    model: nn.Module,
+    data: ImageNetFolders,
+    recipe: Recipe,
+    rounds: int,
+    steps: int,
+    workers: int,
+) -> list[Row]:
+    """Images per second of scripts/train.py's loop, from files to updated weights, on the CPU.
+
+    Both sides train the same network from the same weights, on the same files, at the same sizes
+    and augmentations.
+
+    Args:
+        model: trained in place.
+        steps: timed steps per round and side.
+        workers: decoding processes of each side.
+    """
+    batches = TrainBatches(len(data.train), recipe.batch_size, seed=0)
+    theirs = peers.TorchvisionTrainer(copy.deepcopy(model), recipe)
+    ours = Trainer(model, recipe, len(batches), len(data.classes))
+    our_loader = make_loader(data.train, batches, workers)
+    their_loader = peers.torchvision_loader(data.train.folder, recipe, workers)
+    peer = "torchvision references/classification (float32, NCHW)"
+    trains = {
+        "ours": by_steps(partial(train_one_epoch, ours), our_loader),
+        peer: by_steps(theirs.train_one_epoch, their_loader),
+    }
+    settle_steps = 2 * workers + 1  # a loader prefetches two batches per worker
+    speeds = throughputs(
+        trains, recipe.batch_size, steps=steps, rounds=rounds, settle_steps=settle_steps
+    )
+    setting = f"{recipe.train_crop_px} px, batch {recipe.batch_size}, {workers} workers"
+    pairs = [("ours", peer)]
+    facts = {"task": "loop", "what": name, "setting": setting}
+    return compare(speeds, pairs, "images/s", more_is_better=True, **facts)
+
+
+# ---- input ---------------------------------------------------------------------------------------
+
+
+def draw_imagenet_sized(source: ImageFiles, folder: Path, count: int, kilobytes: int = 110) -> None:
+    """Writes `count` JPEG files of 500 x 375 pixels to `folder/images/`, near `kilobytes` each.
+
+    Images of `source`, enlarged, with the grain of a camera, at the quality that gives the size.
+    """
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for i in range(count):
+        image = decode(source.path(i * len(source) // count)).resize((500, 375), Image.BICUBIC)
+        grain = rng.normal(0, 6, (375, 500, 1))
+        image = Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+        for quality in range(98, 40, -3):
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality)
+            if buffer.tell() <= 1000 * kilobytes:
+                break
+        (folder / "images" / f"{i:05d}.JPEG").write_bytes(buffer.getvalue())
+
+
+def input_speed(folder: Path, recipe: Recipe, rounds: int, steps: int) -> list[Row]:
+    """Images per second of one core, from files in `folder/<class>/` to normalised batches.
+
+    Both decode in this process, without workers; ours normalises after stacking, on the device.
+    """
+    torch.set_num_threads(1)
+    data = ImageFiles(folder, ["images"], train_transform(recipe))
+    loader = make_loader(data, TrainBatches(len(data), recipe.batch_size, seed=0), workers=0)
+    preprocess = Preprocess(torch.device("cpu"), NUM_CLASSES)
+    theirs = peers.torchvision_loader(folder, recipe, workers=0)
+    calls = {
+        "ours": by_steps(lambda batches: [preprocess(batch) for batch in batches], loader),
+        "torchvision preset": by_steps(list, theirs),
+    }
+    speeds = throughputs(calls, recipe.batch_size, steps=steps, rounds=rounds, settle_steps=1)
+    sizes = [data.path(i).stat().st_size for i in range(len(data))]
+    image = decode(data.path(0))
+    what = f"{image.width} x {image.height} px, {np.mean(sizes) / 1e3:.0f} kB"
+    return compare(
+        speeds, [("ours", "torchvision preset")], "images/s per core", more_is_better=True,
+        task="input", what=what, setting=f"crop {recipe.train_crop_px} px",
+    )  # fmt: skip
+
+
+# ---- whole epochs --------------------------------------------------------------------------------
+
+
+def epochs(
+    name: str, commands: Mapping[str, list[str]], recipe: Recipe, rounds: int, logs: Path
+) -> list[Row]:
+    """Wall time of whole training commands, start-up and evaluation included, by turns.
+
+    Args:
+        commands: what each side runs; the first is ours. Its output goes to `logs`.
+
+    Raises:
+        ValueError: a command fails; the message names its log.
+    """
+    times_s: dict[str, list[float]] = {side: [] for side in commands}
+    for k in range(rounds):
+        for side, command in list(commands.items())[:: -1 if k % 2 else 1]:
+            log = logs / f"{name}-{re.sub('[^a-z]+', '-', side)}-{k}.log"
+            start_s = time.perf_counter()
+            with log.open("wb") as out:
+                code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+            times_s[side].append(time.perf_counter() - start_s)
+            if code:
+                raise ValueError(f"{side}: exit code {code}, see {log}")
+    ours, *others = commands
+    setting = f"{recipe.epochs} epoch, batch {recipe.batch_size}, {recipe.train_crop_px} px"
+    pairs = [(ours, peer) for peer in others]
+    return compare(times_s, pairs, "s", task="epoch", what=name, setting=setting)
+
+
+# ---- size and import -----------------------------------------------------------------------------
+
+
+def listing(source: ImageFiles, folder: Path, counts: Sequence[int], recipe: Recipe) -> list[Row]:
+    """What it takes to list so many files and to read the first ones; links stand for the files.
+
+    Returns:
+        For each count a row with the seconds to list them, one with the bytes per file that the
+        list keeps, and one with images per second over the first count's.
+    """
+    speeds, rows = [], []
+    for count in counts:
+        root = folder / str(count)
+        _link(source, root, count)
+        classes = sorted(path.name for path in root.iterdir())
+        start_s = time.perf_counter()
+        data = ImageFiles(root, classes, source.transform)
+        loader = make_loader(data, TrainBatches(count, recipe.batch_size, seed=0), workers=0)
+        batches = iter(loader)
+        next(batches)
+        first_s = time.perf_counter() - start_s
+        times_s = []
+        for _ in range(9):
+            start_s = time.perf_counter()
+            next(batches)
+            times_s.append(time.perf_counter() - start_s)
+        speeds.append(recipe.batch_size / statistics.median(times_s))
+        kept = (data.names.nbytes + data.labels.nbytes) / count
+        facts = {"task": "listing", "what": f"{count} files", "ours": "ours", "rounds": 1}
+        rows += [
+            {**facts, "setting": "to the first batch", "unit": "s", "ours_value": first_s},
+            {**facts, "setting": "kept per file", "unit": "bytes", "ours_value": kept},
+            {
+                **facts, "setting": f"reading, crop {recipe.train_crop_px} px", "unit": "images/s",
+                "ours_value": speeds[-1], "peer": f"{counts[0]} files", "peer_value": speeds[0],
+                "ratio_median": speeds[-1] / speeds[0],
+            },
+        ]  # fmt: skip
+    return rows
+
+
+def _link(source: ImageFiles, root: Path, count: int) -> None:
+    """`count` names of files, a thousand a folder as ImageNet has them, linked to a few images."""
+    for start in range(0, count, 1000):
+        folder = root / f"n{start // 1000:08d}"
+        folder.mkdir(parents=True)
+        for i in range(start, min(count, start + 1000)):
+            target = folder / f"{folder.name}_{i}.JPEG"
+            original = source.path(i % min(LISTED_SOURCES, len(source)))
+            target.symlink_to(original.resolve())
+
+
+def imports(rounds: int) -> list[Row]:
+    """Seconds of an interpreter that imports backbones, and of one that imports what it needs."""
+    lines = {"import backbones": "import backbones", "import torch, torchvision": ""}
+    calls = {
+        side: partial(
+            subprocess.run,
+            [sys.executable, "-c", f"import torch, torchvision; {line}"],
+            check=True,
+        )
+        for side, line in lines.items()
+    }
+    times_s = time_by_turns(calls, rounds)
+    pairs = [tuple(lines)]
+    return compare(times_s, pairs, "s", task="import", what="backbones", setting="new interpreter")
