@@ -230,13 +230,12 @@ NEED_DATA = ("input", "loop", "listing", "epoch")
 
 
 def show(rows: list[contest.Row]) -> list[contest.Row]:
+    line = (
+        "{task}: {what}, {setting}: {ours} {ours_value:.4g} {unit}, {peer} {peer_value:.4g}: "
+        "{ratio_median:.2f} ({ratio_min:.2f} to {ratio_max:.2f})"
+    )
     for row in rows:
-        text = "{task}: {what}, {setting}: {ours} {ours_value:.4g} {unit}".format(**row)
-        if "peer" in row:
-            text += ", {peer} {peer_value:.4g}: {ratio_median:.2f} times".format(**row)
-        if "ratio_min" in row:
-            text += " ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)
-        print(text, flush=True)
+        print(line.format(**row), flush=True)
     return rows
 
 

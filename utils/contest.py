@@ -133,11 +133,17 @@ def inference(
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
     setting = f"batch {batch_size}, {side_px} px"
     rows = compare(times_ms, pairs, "ms", task="inference", what=name, setting=setting)
-    macs = count_macs(timm_net, side_px, side_px) * batch_size
-    peaks = {_word(dtype): matmul_flops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    for row in rows:
-        dtype = row["ours"].split()[1]
-        row["matmul_peak_share"] = 2 * macs / (row["ours_value"] / 1e3) / peaks[dtype]
+    for dtype in (torch.float32, torch.bfloat16):
+        side = f"ours {_word(dtype)}"
+        operations = 2 * count_macs(timm_net, side_px, side_px) * batch_size
+        speeds = {
+            side: [operations / t / 1e9 for t in times_s[side]],
+            "matmul": [matmul_flops(dtype, device) / 1e9] * rounds,
+        }
+        rows += compare(
+            speeds, [(side, "matmul")], "GFLOP/s", more_is_better=True,
+            task="inference", what=name, setting=setting,
+        )  # fmt: skip
     return rows
 
 
@@ -426,41 +432,42 @@ def epochs(
 
 
 def listing(source: ImageFiles, folder: Path, counts: Sequence[int], recipe: Recipe) -> list[Row]:
-    """What it takes to list so many files and to read the first ones; links stand for the files.
+    """Listing so many files and reading the first of them; links stand for the files.
 
     Returns:
-        For each count a row with the seconds to list them, one with the bytes per file that the
-        list keeps, and one with images per second over the first count's.
+        Rows that set each count beside the first one: seconds to the first batch, bytes per file of
+        the process while it lists them, and images per second.
     """
-    speeds, rows = [], []
+    start_s, peaks, speeds = {}, {}, {}
     for count in counts:
-        root = folder / str(count)
+        side, root = f"{count} files", folder / str(count)
         _link(source, root, count)
-        classes = sorted(path.name for path in root.iterdir())
-        start_s = time.perf_counter()
-        data = ImageFiles(root, classes, source.transform)
+        begin_s = time.perf_counter()
+        data = _list(root, source.transform)
         loader = make_loader(data, TrainBatches(count, recipe.batch_size, seed=0), workers=0)
         batches = iter(loader)
         next(batches)
-        first_s = time.perf_counter() - start_s
-        times_s = []
-        for _ in range(9):
-            start_s = time.perf_counter()
-            next(batches)
-            times_s.append(time.perf_counter() - start_s)
-        speeds.append(recipe.batch_size / statistics.median(times_s))
-        kept = (data.names.nbytes + data.labels.nbytes) / count
-        facts = {"task": "listing", "what": f"{count} files", "ours": "ours", "rounds": 1}
-        rows += [
-            {**facts, "setting": "to the first batch", "unit": "s", "ours_value": first_s},
-            {**facts, "setting": "kept per file", "unit": "bytes", "ours_value": kept},
-            {
-                **facts, "setting": f"reading, crop {recipe.train_crop_px} px", "unit": "images/s",
-                "ours_value": speeds[-1], "peer": f"{counts[0]} files", "peer_value": speeds[0],
-                "ratio_median": speeds[-1] / speeds[0],
-            },
-        ]  # fmt: skip
-    return rows
+        start_s[side] = [time.perf_counter() - begin_s]
+        peaks[side] = [peak_memory(_listing_call, root) / count for _ in range(PEAK_ROUNDS)]
+        read = by_steps(list, loader)
+        speeds[side] = throughputs({side: read}, recipe.batch_size, steps=4, rounds=5)[side]
+    first, *others = start_s
+    pairs = [(side, first) for side in others]
+    facts = {"task": "listing", "what": "image files"}
+    reading = f"reading, crop {recipe.train_crop_px} px"
+    return [
+        *compare(start_s, pairs, "s", **facts, setting="to the first batch"),
+        *compare(peaks, pairs, "bytes per file", **facts, setting="peak memory"),
+        *compare(speeds, pairs, "images/s", more_is_better=True, **facts, setting=reading),
+    ]
+
+
+def _list(root: Path, transform: Callable | None = None) -> ImageFiles:
+    return ImageFiles(root, sorted(path.name for path in root.iterdir()), transform)
+
+
+def _listing_call(root: Path) -> Callable[[], ImageFiles]:
+    return partial(_list, root)
 
 
 def _link(source: ImageFiles, root: Path, count: int) -> None:
