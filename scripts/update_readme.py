@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import findings, tables
+from utils import findings, speed, tables
 from utils.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,7 @@ def updated(readme: str) -> str:
         "recipe": tables.markdown(findings.recipe_table()),
         "fixres": tables.markdown(findings.fixres_table()),
         "length": tables.markdown(findings.length_table()),
+        "speed": tables.markdown(speed.aims_table(speed.read_benchmark())),
     }
     for name in ("csp_split", "vovnet"):
         found = findings.study_table(STUDIES[name], findings.read_study(name), full_size)

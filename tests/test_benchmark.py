@@ -1,8 +1,10 @@
-"""The reference trainer against ours, the arithmetic of a comparison, and the script."""
+"""The peers against ours, the arithmetic of a comparison, and the script."""
 
 import copy
 import dataclasses
 import itertools
+import json
+import subprocess
 import sys
 
 import numpy as np
@@ -14,11 +16,27 @@ from PIL import Image
 import backbones
 from backbones.classifier import Classifier
 from scripts import benchmark
-from utils import costs
+from utils import contest, costs
 from utils.data import Batch, Preprocess
 from utils.images import train_transform
-from utils.measure import by_steps, compare_throughput, peak_memory, time_by_turns
-from utils.peers import TorchvisionTrainer, torchvision_loader, torchvision_transform
+from utils.measure import (
+    by_steps,
+    count_macs,
+    count_parameters,
+    peak_memory,
+    seconds_per_call,
+    throughputs,
+    time_by_turns,
+)
+from utils.peers import (
+    SHARED,
+    TimmTrainer,
+    TorchvisionTrainer,
+    timm_backbone,
+    torchvision_backbone,
+    torchvision_loader,
+    torchvision_transform,
+)
 from utils.recipe import RECIPES
 from utils.study import Arm
 from utils.training import Trainer
@@ -77,7 +95,35 @@ def test_the_peer_augments_and_mixes_too(folders):
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
 
 
-def test_throughput_as_computed_by_hand():
+def test_timms_steps_learn_the_same():
+    """Its bf16 steps on our model follow ours: same losses to bf16's precision."""
+    recipe = dataclasses.replace(PLAIN, precision="bf16", channels_last=True)
+    torch.manual_seed(0)
+    model = Classifier(backbones.create("cspdarknet19", width=0.125), 3)
+    theirs = TimmTrainer(copy.deepcopy(model).train(), recipe)
+    ours = Trainer(model.train(), recipe, steps_per_epoch=10**6, num_classes=3)
+    pixels = torch.randint(256, (8, 3, 64, 64), dtype=torch.uint8)
+    batch = Batch(pixels, torch.randint(3, (8,)), [])
+    image, target = ours.preprocess(batch)
+    for _ in range(3):
+        expected = theirs.train_step(image.clone(), target)
+        assert ours.train_step(batch).item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_architectures_are_the_same(name):
+    """As many parameters as timm's and torchvision's, and as many multiply-accumulates."""
+    with torch.device("meta"):
+        ours = backbones.create(name, **SHARED[name].options)
+        nets = [timm_backbone(name)]
+    if SHARED[name].nodes:
+        nets.append(torchvision_backbone(name))
+    for net in nets:
+        assert count_parameters(net) == count_parameters(ours)
+        assert count_macs(net, 64, 96) == count_macs(ours, 64, 96)
+
+
+def test_throughputs_as_computed_by_hand():
     """Two sides on a clock of their own: ours takes 1 s a step, the peer 2 s, in round 2 4 s."""
     now_s, calls = 0.0, []
 
@@ -89,20 +135,43 @@ def test_throughput_as_computed_by_hand():
 
         return train
 
-    ours = side("ours", iter([9, 9, 1, 9, 1]))
-    peer = side("peer", iter([9, 9, 2, 9, 4]))
-    found = compare_throughput(
-        ours, peer, batch_size=8, steps=5, rounds=2, settle_steps=3, clock=lambda: now_s
-    )
+    sides = {
+        "ours": side("ours", iter([9, 9, 1, 9, 1])),
+        "peer": side("peer", iter([9, 9, 2, 9, 4])),
+    }
+    found = throughputs(sides, batch_size=8, steps=5, rounds=2, settle_steps=3, clock=lambda: now_s)
     turn = {name: [(name, 3), (name, 5)] for name in ("ours", "peer")}
     order = turn["ours"] + turn["peer"] + turn["peer"] + turn["ours"]
     assert calls == [("ours", 3), ("peer", 3), *order]
-    assert found.ours_images_per_s == [8, 8]
-    assert found.peer_images_per_s == [4, 2]
-    assert found.summary() == {
-        "ours_images_per_s": 8, "peer_images_per_s": 3,
-        "ratio_median": 3, "ratio_min": 2, "ratio_max": 4,
+    assert found == {"ours": [8, 8], "peer": [4, 2]}
+
+
+def test_ratios_are_taken_within_rounds():
+    """The peer's slow round does not meet our fast one."""
+    found = {"ours": [1.0, 2.0, 4.0], "peer": [3.0, 2.0, 8.0]}
+    (row,) = contest.compare(found, [("ours", "peer")], "s", task="t")
+    assert row == {
+        "task": "t", "ours": "ours", "peer": "peer", "unit": "s", "ours_value": 2.0,
+        "peer_value": 3.0, "ratio_median": 2.0, "ratio_min": 1.0, "ratio_max": 3.0, "rounds": 3,
     }  # fmt: skip
+    (row,) = contest.compare(found, [("ours", "peer")], "images/s", more_is_better=True)
+    assert (row["ratio_median"], row["ratio_min"], row["ratio_max"]) == (0.5, 1 / 3, 1.0)
+
+
+def test_short_calls_are_repeated():
+    """For about 30 ms a turn on a clock of their own: 30 calls of 1 ms, one of 50."""
+    now_ms, counts = 0, dict.fromkeys("ab", 0)
+
+    def call(name, milliseconds):
+        nonlocal now_ms
+        counts[name] += 1
+        now_ms += milliseconds
+
+    calls = {"a": lambda: call("a", 1), "b": lambda: call("b", 50)}
+    found = seconds_per_call(calls, rounds=3, turn_s=0.03, clock=lambda: now_ms / 1000)
+    assert found == {"a": pytest.approx([0.001] * 3), "b": pytest.approx([0.05] * 3)}
+    untimed = 2 + 1 + 3  # to be counted, before the first round, before each turn
+    assert counts == {"a": untimed + 3 * 30, "b": untimed + 3}
 
 
 def test_turns_rotate_and_are_settled():
@@ -146,23 +215,76 @@ def test_steps_go_on_over_the_end_of_an_epoch(folders):
     assert seen == [[8] * 4, [8] * 5]
 
 
-def test_script_writes_its_row(folders, tmp_path, capsys):
+SMALL = ["--backbones", "resnet18", "--recipe", "quick", "--batch-size", "4", "--rounds", "2"]
+SMALL += ["--train-crop-px", "32", "--steps", "2", "--threads", "1", "--image-px", "64"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(contest, "PEAK_ROUNDS", 1)  # a new process each
     path = tmp_path / "new" / "benchmark.csv"
-    command = ["--data-dir", str(folders), "--train-crop-px", "32", "--batch-size", "8"]
-    command += ["--recipe", "quick", "--steps", "2", "--rounds", "2", "--threads", "1"]
-    assert benchmark.main([*command, "--output", str(path)]) == 0
-    table = pd.read_csv(path)
+    command = ["--data-dir", str(folders), *SMALL, "--batch-sizes", "2", "--output", str(path)]
+    command += ["--task", "inference", "step", "input", "loop", "listing", "import"]
+    assert benchmark.main([*command, "--files", "50", "1100"]) == 0
     assert path.read_text().splitlines()[0] == (
-        "task,backbone,crop_px,batch_size,workers,threads,peer,ours_images_per_s,"
-        "peer_images_per_s,ratio_median,ratio_min,ratio_max,rounds,steps,autocast,torch,hardware,"
-        "commit,command"
+        "task,what,setting,ours,peer,unit,ours_value,peer_value,ratio_median,ratio_min,ratio_max,"
+        "rounds,freed_memory,threads,torch,hardware,commit,command"
     )
-    row = table.iloc[0]
-    assert len(table) == 1
-    assert (row.task, row.backbone, row.crop_px, row.batch_size) == ("train", "cspdarknet19", 32, 8)
-    assert (row.workers, row.threads, row.rounds, row.steps) == (1, 1, 2, 2)
-    assert 0 < row.ratio_min <= row.ratio_median <= row.ratio_max
-    assert f"{row.ratio_median:.2f}" in capsys.readouterr().out
+    table = pd.read_csv(path)
+    assert not table.isna().any().any()
+    assert (table.ratio_min > 0).all()
+    assert (table.ratio_min <= table.ratio_median).all()
+    assert (table.ratio_median <= table.ratio_max).all()
+    assert table.groupby("task", sort=False).size().to_dict() == {
+        "inference": 8, "step": 4, "input": 1, "loop": 1, "listing": 3, "import": 1,
+    }  # fmt: skip
+    peers = set(table[table.task == "inference"].peer)
+    assert peers == {contest.PLAIN, contest.BF16, contest.TORCHVISION, "matmul"}
+    kept = table[(table.task == "listing") & (table.setting == "peak memory")]
+    assert kept.ours.item() == "1100 files"
+    printed = capsys.readouterr().out
+    for row in table.itertuples():
+        assert f"{row.task}: {row.what}, {row.setting}: {row.ours} " in printed
+
+
+def test_rows_of_the_same_pair_are_replaced(tmp_path):
+    key = {"task": "t", "what": "w", "setting": "s", "ours": "o", "freed_memory": "kept"}
+    rows = [{**key, "peer": peer, "ours_value": value} for peer, value in (("a", 1.0), ("b", 2.0))]
+    path = tmp_path / "table.csv"
+    benchmark.save(path, pd.DataFrame(rows))
+    benchmark.save(path, pd.DataFrame([{**key, "peer": "a", "ours_value": 3.0}]))
+    table = pd.read_csv(path)
+    assert dict(zip(table.peer, table.ours_value, strict=True)) == {"b": 2.0, "a": 3.0}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_whole_scripts_are_timed(tmp_path):
+    """Ours first in one round and last in the next; a script that fails is named with its log."""
+    note = tmp_path / "note"
+    code = "import sys; open({0!r}, 'a').write({1!r}); sys.exit({2})"
+    commands = {
+        side: [sys.executable, "-c", code.format(str(note), side[0], 0)]
+        for side in ("ours", "peer")
+    }
+    (row,) = contest.epochs("net", commands, PLAIN, 2, tmp_path)
+    assert note.read_text() == "oppo"
+    assert (row["ours"], row["peer"], row["rounds"]) == ("ours", "peer", 2)
+    commands["peer"][-1] = code.format(str(note), "p", 3)
+    with pytest.raises(ValueError, match=r"peer: exit code 3, see .*net-peer-0\.log"):
+        contest.epochs("net", commands, PLAIN, 1, tmp_path)
+
+
+def test_our_epoch_is_a_command_of_train(folders, tmp_path):
+    """The flags that benchmark.py gives to scripts/train.py are the recipe's."""
+    chosen = dataclasses.replace(
+        RECIPES["imagenet"].tested_at(32), epochs=1, warmup_epochs=0.0, batch_size=8,
+        train_crop_px=32,
+    )  # fmt: skip
+    command = benchmark.our_command("resnet18", folders, chosen, 0, tmp_path / "run")
+    subprocess.run(command, check=True, capture_output=True)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"] == dataclasses.asdict(chosen)
+    assert config["backbone"] == "resnet18"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
@@ -189,25 +311,34 @@ def test_script_measures_networks(tmp_path, capsys, monkeypatch):
     assert found["darknet19", "parameters"].item() == pytest.approx(count / 1e6, abs=1e-4)
 
 
-def test_training_needs_a_folder(capsys):
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["--task", "loop"], "loop needs --data-dir"),
+        ([], "input needs --data-dir"),
+        (["--task", "networks", "import"], "networks has a table of its own; run it alone"),
+        (["--task", "speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_wrong_usage_is_told(capsys, command, message):
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(["--task", "train"])
+        benchmark.main(command)
     assert stop.value.code == 2
-    assert "needs --data-dir" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--batch-size", "49", "batch_size=49 is more than the 48 training images"),
-        ("--backbone", "cspdarknet91", "cspdarknet91"),
+        ("--backbones", "cspdarknet91", "'cspdarknet91' is not one of cspdarknet53, darknet53"),
         ("--steps", "0", "steps=0 must be at least 1"),
         ("--threads", "0", "threads=0 must be at least 1"),
         ("--data-dir", "nowhere", "nowhere"),
     ],
 )
 def test_script_refuses_in_one_line(folders, capsys, option, value, message):
-    command = ["--data-dir", str(folders), "--batch-size", "8", "--recipe", "quick"]
+    command = ["--task", "loop", "--data-dir", str(folders), *SMALL]
     assert benchmark.main([*command, option, value]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -72,7 +72,11 @@ def time_by_turns(
 
 
 def seconds_per_call(
-    calls: Mapping[str, Callable[[], object]], rounds: int, turn_s: float = 0.3
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    turn_s: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times short calls by turns (`time_by_turns`), each repeated for about `turn_s` a turn.
 
@@ -82,11 +86,11 @@ def seconds_per_call(
     counts = {}
     for name, call in calls.items():
         call()  # the first packs weights, compiles, warms caches
-        start_s = time.perf_counter()
+        start_s = clock()
         call()
-        counts[name] = max(1, math.ceil(turn_s / (time.perf_counter() - start_s)))
+        counts[name] = max(1, math.ceil(turn_s / (clock() - start_s)))
     repeated = {name: partial(_repeat, call, counts[name]) for name, call in calls.items()}
-    times_s = time_by_turns(repeated, rounds, settle=calls)
+    times_s = time_by_turns(repeated, rounds, settle=calls, clock=clock)
     return {name: [t / counts[name] for t in times] for name, times in times_s.items()}
 
 

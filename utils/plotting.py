@@ -115,6 +115,36 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     return figure
 
 
+def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
+    """Ratios with their ranges over rounds on a log axis, a marker per side of ours.
+
+    Args:
+        rows: of `utils.speed.read_benchmark`.
+        by: the column whose values share a line.
+    """
+    names = list(dict.fromkeys(rows[by]))
+    sides = list(dict.fromkeys(rows["ours"]))
+    figure = Figure(figsize=(8, 0.9 + 0.36 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1, color="black", lw=0.8)
+    for k, side in enumerate(sides):
+        of_side = rows[rows["ours"] == side]
+        y = of_side[by].map(names.index) + 0.25 * (k - (len(sides) - 1) / 2)
+        reach = [
+            of_side.ratio_median - of_side.ratio_min,
+            of_side.ratio_max - of_side.ratio_median,
+        ]
+        axes.errorbar(of_side.ratio_median, y, xerr=reach, fmt="osD^v"[k % 5], ms=5, label=side)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.3, axis="x", which="both")
+    axes.legend()
+    return figure
+
+
 def plot_trade_offs(
     table: pd.DataFrame,
     panels: Mapping[str, str],
