@@ -61,8 +61,9 @@ SHARED = {
         )
     },
     "mobilenet_v2": Shared("mobilenetv2_100", {"tap": "block"}),
-    "mobilenet_v3_large": Shared("mobilenetv3_large_100", {"tap": "block"}),
-    "mobilenet_v3_small": Shared("mobilenetv3_small_100", {"tap": "block"}),
+    # timm's have the final 1x1 convolution, so the same layers as ours give with "expansion".
+    "mobilenet_v3_large": Shared("mobilenetv3_large_100"),
+    "mobilenet_v3_small": Shared("mobilenetv3_small_100"),
     **{f"efficientnet_b{i}": Shared(f"efficientnet_b{i}", {"tap": "block"}) for i in range(8)},
 }
 
