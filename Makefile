@@ -26,7 +26,7 @@ notebooks: $(BIN)/.installed
 	$(BIN)/python scripts/run_notebooks.py
 
 bench: sample
-	$(BIN)/python scripts/benchmark.py --data-dir $(FOLDERS) --train-crop-px 64
+	$(BIN)/python scripts/benchmark.py --data-dir $(FOLDERS)
 
 # Drawn and sorted once; both commands do nothing where it is.
 sample: $(BIN)/.installed
