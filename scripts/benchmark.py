@@ -37,7 +37,7 @@ from utils import contest, costs, evaluation, peers, recipe, runs, studies
 from utils.data import ImageNetFolders, open_folders
 from utils.distributed import pick_device
 
-KEY = ["task", "what", "setting", "ours", "peer", "freed_memory"]  # one row each
+KEY = ["task", "what", "setting", "ours", "peer", "unit", "freed_memory_kept_by"]  # one row each
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,7 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--backbones", nargs="+", default=["cspdarknet53", "resnet50"], help="names of "
         "backbones.list_models() that timm has too (default: cspdarknet53 resnet50)")  # fmt: skip
     add("--compile", action="store_true", help="also under torch.compile: minutes for each")
-    add("--keep-freed-memory", action="store_true", help="deploy.keep_freed_memory() for all sides")
+    add("--keep-freed-memory", choices=("none", "all", "ours"), default="none", help="which sides "
+        "have deploy.keep_freed_memory(); ours alone, in a process of their own, is for inference "
+        "(default: none)")  # fmt: skip
     add("--recipe", default="imagenet", choices=recipe.RECIPES, help="preset (default: imagenet)")
     add("--train-crop-px", type=int, help="side of the crops, pixels (default: the preset's)")
     add("--batch-size", type=int, default=16, help="images per training step (default: 16)")
@@ -75,6 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for task in args.tasks:
         if task in NEED_DATA and args.data_dir is None:
             parser.error(f"{task} needs --data-dir, a folder with train/ and val/")
+    if args.keep_freed_memory == "ours" and args.tasks != ["inference"]:
+        parser.error("--keep-freed-memory ours is for --task inference alone")
     if "networks" in args.tasks and len(args.tasks) > 1:
         parser.error("networks has a table of its own; run it alone")
     return args
@@ -110,14 +114,22 @@ def optimized(name: str, dtype: torch.dtype, compile: bool) -> nn.Module:
 
 def inference(args: argparse.Namespace) -> list[contest.Row]:
     rows, device = [], pick_device(args.device)
+    ours_alone = args.keep_freed_memory == "ours"
     for name in args.backbones:
         for batch_size in args.batch_sizes:
             rows += show(
                 contest.inference(
-                    name, optimized, batch_size, args.image_px, args.rounds, args.compile, device
+                    name,
+                    optimized,
+                    batch_size,
+                    args.image_px,
+                    args.rounds,
+                    compiled=args.compile,
+                    device=device,
+                    ours_apart=keep_freed_memory if ours_alone else None,
                 )
             )
-        if device.type == "cpu":
+        if device.type == "cpu" and not ours_alone:
             rows += show(
                 contest.inference_peaks(name, optimized, args.batch_sizes[0], args.image_px)
             )
@@ -258,7 +270,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"threads={args.threads} must be at least 1")
         if unknown := sorted(set(args.backbones) - set(peers.SHARED)):
             raise ValueError(f"{unknown[0]!r} is not one of {', '.join(peers.SHARED)}")
-        kept = args.keep_freed_memory and keep_freed_memory()
+        if args.keep_freed_memory == "all":
+            keep_freed_memory()
         facts = machine(args)
         for task in args.tasks:
             torch.set_num_threads(args.threads)
@@ -268,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
                     args.output.parent.mkdir(parents=True, exist_ok=True)
                     found.to_csv(args.output, index=False)
                 continue
-            table = pd.DataFrame(found).assign(freed_memory="kept" if kept else "returned", **facts)
+            table = pd.DataFrame(found).assign(freed_memory_kept_by=args.keep_freed_memory, **facts)
             name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")
             save(args.output or Path("results") / f"benchmark_{name}.csv", table)
     except (ValueError, ArithmeticError, OSError) as error:

@@ -4,8 +4,10 @@ Every contest times its sides by turns in one run (`measure.time_by_turns`) and 
 pair of sides: the median of each, and how many times ours is better, within each round.
 """
 
+import contextlib
 import copy
 import io
+import itertools
 import mmap
 import re
 import statistics
@@ -33,6 +35,7 @@ from utils.data import (
 )
 from utils.images import decode, train_transform
 from utils.measure import (
+    apart,
     by_steps,
     count_macs,
     peak_memory,
@@ -94,6 +97,7 @@ def compare(
 
 Make = Callable[[], nn.Module]
 PLAIN, BF16 = "timm float32", "timm bfloat16 channels_last"
+DTYPES = (torch.float32, torch.bfloat16)
 TORCHVISION, ONNX = "torchvision float32", "onnxruntime float32"
 
 
@@ -103,41 +107,35 @@ def inference(
     batch_size: int,
     side_px: int,
     rounds: int,
+    *,
     compiled: bool,
     device: torch.device,
+    ours_apart: Callable[[], object] | None = None,
 ) -> list[Row]:
     """Forward passes of one architecture of `peers.SHARED`.
 
     Args:
         optimized: makes our network for inference from `name`, `dtype` and `compile`.
         compiled: whether to measure compiled sides and ONNX Runtime too.
+        ours_apart: what a process for our sides calls at its start, or None for one process.
     """
     images = torch.randn(batch_size, 3, side_px, side_px, device=device)
-    calls = {
-        f"ours {_word(dtype)}": _pass(optimized(name, dtype, False).to(device), images)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    timm_net = peers.timm_backbone(name).eval().to(device)
-    timm_bf16 = peers.timm_backbone(name).eval().to(device, memory_format=torch.channels_last)
-    timm_bf16 = timm_bf16.bfloat16()
-    images_bf16 = images.bfloat16().contiguous(memory_format=torch.channels_last)
-    calls |= {PLAIN: _pass(timm_net, images), BF16: _pass(timm_bf16, images_bf16)}
-    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN), ("ours bfloat16", BF16)]
-    if peers.SHARED[name].nodes:
-        calls[TORCHVISION] = _pass(peers.torchvision_backbone(name).eval().to(device), images)
-        pairs += [("ours float32", TORCHVISION)]
-    if compiled:
-        more, other = _compiled(name, optimized, images, images_bf16, device)
-        calls, pairs = calls | more, pairs + other
-    times_s = seconds_per_call({side: _done(call, device) for side, call in calls.items()}, rounds)
+    setting = (ours_apart, optimized, name, images, compiled, device)
+    with contextlib.ExitStack() as stack:
+        calls = stack.enter_context(apart(_our_passes, *setting)) if ours_apart else (
+            _our_passes(*setting)
+        )  # fmt: skip
+        theirs, pairs = _peers_passes(name, images, compiled, device)
+        calls |= {side: _done(call, device) for side, call in theirs.items()}
+        times_s = seconds_per_call(calls, rounds)
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
     setting = f"batch {batch_size}, {side_px} px"
     rows = compare(times_ms, pairs, "ms", task="inference", what=name, setting=setting)
-    for dtype in (torch.float32, torch.bfloat16):
+    macs = count_macs(peers.timm_backbone(name), side_px, side_px) * batch_size
+    for dtype in DTYPES:
         side = f"ours {_word(dtype)}"
-        operations = 2 * count_macs(timm_net, side_px, side_px) * batch_size
         speeds = {
-            side: [operations / t / 1e9 for t in times_s[side]],
+            side: [2 * macs / t / 1e9 for t in times_s[side]],
             "matmul": [matmul_flops(dtype, device) / 1e9] * rounds,
         }
         rows += compare(
@@ -147,17 +145,44 @@ def inference(
     return rows
 
 
-def _compiled(
-    name: str, optimized: Callable[..., nn.Module], images: Tensor, images_bf16: Tensor, device: Any
+def _our_passes(
+    at_start: Callable[[], object] | None, optimized: Callable[..., nn.Module], name: str,
+    images: Tensor, compiled: bool, device: torch.device,
+) -> dict[str, Callable[[], object]]:  # fmt: skip
+    if at_start:
+        at_start()
+    calls = {}
+    for dtype, compile in itertools.product(DTYPES, (False, True) if compiled else (False,)):
+        net = optimized(name, dtype, compile).to(device)
+        side = f"ours {_word(dtype)}{' compiled' if compile else ''}"
+        calls[side] = _done(_pass(net, images), device)
+    return calls
+
+
+def _peers_passes(
+    name: str, images: Tensor, compiled: bool, device: torch.device
 ) -> tuple[dict[str, Callable[[], object]], list[tuple[str, str]]]:
-    """Sides under torch.compile, with frozen weights on both, and ONNX Runtime; their pairs."""
-    calls, pairs = {}, []
-    for dtype, pixels in ((torch.float32, images), (torch.bfloat16, images_bf16)):
+    """The peers' sides, and which of ours each is set beside."""
+    nhwc = torch.channels_last
+    images_bf16 = images.bfloat16().contiguous(memory_format=nhwc)
+
+    def make(dtype: torch.dtype, memory_format: torch.memory_format) -> nn.Module:
+        return peers.timm_backbone(name).eval().to(device, dtype, memory_format=memory_format)
+
+    calls = {
+        PLAIN: _pass(make(torch.float32, torch.contiguous_format), images),
+        BF16: _pass(make(torch.bfloat16, nhwc), images_bf16),
+    }
+    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN), ("ours bfloat16", BF16)]
+    if peers.SHARED[name].nodes:
+        calls[TORCHVISION] = _pass(peers.torchvision_backbone(name).eval().to(device), images)
+        pairs += [("ours float32", TORCHVISION)]
+    if not compiled:
+        return calls, pairs
+    for dtype, pixels in zip(DTYPES, (images.to(memory_format=nhwc), images_bf16), strict=True):
         ours, peer = f"ours {_word(dtype)} compiled", f"timm {_word(dtype)} compiled"
-        net = peers.timm_backbone(name).eval().to(device, dtype, memory_format=torch.channels_last)
-        net = torch.compile(net, options={"freezing": True})
-        calls[ours] = _pass(optimized(name, dtype, True).to(device), images)
-        calls[peer] = _pass(net, pixels.contiguous(memory_format=torch.channels_last))
+        net = torch.compile(make(dtype, nhwc), options={"freezing": True})
+        calls[peer] = _pass(net, pixels)
         pairs.append((ours, peer))
     if device.type == "cpu":
         threads = torch.get_num_threads()

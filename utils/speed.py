@@ -22,13 +22,13 @@ MEMORY_OF_A_STEP = 1.0  # over timm's
 
 
 def read_benchmark(results: Path = RESULTS) -> pd.DataFrame:
-    """The rows of every machine, those that were measured with freed memory kept included."""
+    """The rows of every machine, whichever sides kept freed memory."""
     return pd.concat(map(pd.read_csv, sorted(results.glob("benchmark_*.csv"))), ignore_index=True)
 
 
 def aim(row: pd.Series) -> float | None:
     """The ratio that a row was to reach, or None."""
-    if row.freed_memory != "returned":
+    if row.freed_memory_kept_by == "all":
         return None
     peak = row.setting.startswith("peak memory")
     if row.task == "inference" and row.setting.startswith("batch 8"):
@@ -52,9 +52,10 @@ def aims_table(benchmark: pd.DataFrame) -> pd.DataFrame:
 
 def describe(row: pd.Series) -> dict[str, str]:
     """A row's contest in words: what, the two sides with their medians, the ratio and its range."""
+    kept = {"none": "", "ours": ", freed memory kept", "all": ", freed memory kept by both"}
     return {
         "contest": f"{row.task}: {row.what}, {row.setting}",
-        "ours": f"{row.ours}: {row.ours_value:.4g} {row.unit}",
+        "ours": f"{row.ours}{kept[row.freed_memory_kept_by]}: {row.ours_value:.4g} {row.unit}",
         "against": f"{row.peer}: {row.peer_value:.4g}",
         "times better (range)": f"{row.ratio_median:.2f} ({row.ratio_min:.2f} to "
         f"{row.ratio_max:.2f})",
@@ -73,6 +74,6 @@ def inference_ratios(benchmark: pd.DataFrame) -> pd.DataFrame:
         & benchmark.setting.str.startswith("batch 8")
         & benchmark.ours.isin(INFERENCE)
         & (benchmark.peer == "timm float32")
-        & (benchmark.freed_memory == "returned")
+        & (benchmark.freed_memory_kept_by == "none")
     ]
     return rows.sort_values("ratio_median", ascending=False, ignore_index=True)
