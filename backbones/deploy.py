@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet
 
@@ -47,11 +48,14 @@ def optimize(
 ) -> "Optimized":
     """A copy of `net` that gives the same maps or logits, faster; `net` stays as it is.
 
-    The copy is for inference alone: it stays in eval mode, gives no gradients, and its state dict
-    is not one of `net`'s. It takes images of any floating point type and gives maps of `dtype`.
-    With float32 they differ from `net`'s by rounding, by at most 1e-4 of each map's largest value;
-    with bfloat16, which has 8 significant bits, by at most 8 % of it (tests/test_deploy.py holds
-    both over all names). It can be exported, compiled, pickled and moved to a GPU.
+    The copy is for inference alone: it stays in eval mode, gives no gradients, keeps its type, and
+    its state dict is not one of `net`'s. It takes images of any floating point type and gives maps
+    of `dtype`. With float32 they differ from `net`'s by rounding, by less than 1e-4 of each map's
+    largest value; with bfloat16 by about as much as those of `net.bfloat16()` do, most often 1 or
+    2 % (tests/test_deploy.py, every name). It can be exported, compiled, pickled, moved to a GPU.
+
+    On a CPU weights are held twice, the second time in the kernels' order for images of the size
+    that came last; a size that comes once runs as fast as in a plain network.
 
     Args:
         net: a `Backbone` or `Classifier`, on any device.
@@ -67,16 +71,16 @@ def optimize(
         raise ValueError(f"net is a {type(net).__name__}; expected a Backbone or a Classifier")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}")
-    net = copy.deepcopy(net).eval().requires_grad_(False).float()
-    for module in list(net.modules()):
-        if isinstance(module, darknet.CSPStage) and module.split == "separate":
-            darknet.convert_stage(module, "slice")
-    _fold_norms(net)
-    net = net.to(dtype=dtype, memory_format=torch.channels_last)
-    if torch.backends.mkldnn.is_available():
+    with torch.inference_mode(False), torch.no_grad():
+        net = copy.deepcopy(net).eval().requires_grad_(False).float()
+        for module in list(net.modules()):
+            if isinstance(module, darknet.CSPStage) and module.split == "separate":
+                darknet.convert_stage(module, "slice")
+        _fold_norms(net)
+        net = net.to(dtype=dtype, memory_format=torch.channels_last)
         _fuse_activations(net)
         _fuse_sums(net)
-    return Optimized(net, dtype, compile)
+        return Optimized(net, dtype, compile)
 
 
 class Optimized(nn.Module):
@@ -124,36 +128,54 @@ class FusedConv(nn.Module):
         self.conv, self.act = conv, act
         self.post = ("none", [], "") if act is None else FUSED[type(act)](act)
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        self._packed: tuple[tuple, Tensor] | None = None
+        self._seen: tuple | None = None
+        self._packed: tuple[tuple, Tensor, Tensor] | None = None  # for what, of what, packed
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """The convolution of `x`, plus `added` if given, activated."""
-        if torch.compiler.is_compiling() or not x.is_cpu or not x.numel():
+        weight = self._packed_for(x)
+        if weight is None:
             y = self.conv(x)
             y = y if added is None else y + added
             return y if self.act is None else self.act(y)
-        weight, bias = self._packed_for(x), self.conv.bias
         if added is None:
             return torch.ops.mkldnn._convolution_pointwise(
-                x, weight, bias, *self.geometry, *self.post
+                x, weight, self.conv.bias, *self.geometry, *self.post
             )
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, added, weight, bias, *self.geometry, "add", 1.0, *self.post
+            x, added, weight, self.conv.bias, *self.geometry, "add", 1.0, *self.post
         )
 
-    def _packed_for(self, x: Tensor) -> Tensor:
-        """The weights in the order that suits images of this shape; the last one is kept."""
+    def _packed_for(self, x: Tensor) -> Tensor | None:
+        """The weights in the order that suits images of this shape, or None to do without.
+
+        They are packed when a shape comes a second time in a row: packing takes as long as it saves
+        in one call.
+        """
+        if torch.compiler.is_compiling() or not x.is_cpu or not x.numel() or not _packs(x.dtype):
+            return None
         weight = self.conv.weight
-        version = 0 if weight.is_inference() else weight._version  # moves when weights are loaded
-        key = (x.shape, weight.data_ptr(), version)
-        packed = self._packed
-        if packed is None or packed[0] != key:
+        key = (x.shape, weight._version)  # which moves when weights are loaded
+        if self._packed is None or self._packed[0] != key or self._packed[1] is not weight:
+            seen, self._seen = self._seen, key
+            if seen != key:
+                return None
             ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, x.shape)
-            packed = self._packed = (key, ordered)
-        return packed[1]
+            self._packed = (key, weight, ordered)
+        return self._packed[2]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_packed": None}  # the kernel's order is of this machine
+        # The kernel's order is of this machine.
+        return {**self.__dict__, "_packed": None, "_seen": None}
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels of this type for this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 class _Block(darknet.Block):
@@ -195,7 +217,8 @@ def _fold_norms(module: nn.Module) -> None:
     """
     before, conv = "", None
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
+        folds = isinstance(child, _BatchNorm) and child.track_running_stats
+        if folds and isinstance(conv, nn.Conv2d):
             setattr(module, before, fuse_conv_bn_eval(conv, child))
             setattr(module, name, nn.Identity())
         else:
@@ -236,11 +259,17 @@ def _fuse_sums(net: nn.Module) -> None:
     for module in net.modules():
         if type(module) in IN_PLACE:
             module.__class__ = IN_PLACE[type(module)]
-        elif type(module) in RESIDUAL:
+        elif type(module) in RESIDUAL and _is_plain(module):
             module.__class__ = RESIDUAL[type(module)]
             for name, child in module.named_children():
                 if isinstance(child, FusedConv):
                     setattr(module, name, FusedConv(child.conv, nn.ReLU()))
+
+
+def _is_plain(block: resnet.BasicBlock | resnet.Bottleneck) -> bool:
+    """Whether its norms have been folded and its activation is its own."""
+    norms = [child for name, child in block.named_children() if name.startswith("bn")]
+    return type(block.relu) is nn.ReLU and all(type(norm) is nn.Identity for norm in norms)
 
 
 def keep_freed_memory() -> bool:

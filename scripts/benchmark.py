@@ -37,7 +37,16 @@ from utils import contest, costs, evaluation, peers, recipe, runs, studies
 from utils.data import ImageNetFolders, open_folders
 from utils.distributed import pick_device
 
-KEY = ["task", "what", "setting", "ours", "peer", "unit", "freed_memory_kept_by"]  # one row each
+KEY = [
+    "task",
+    "what",
+    "setting",
+    "ours",
+    "peer",
+    "unit",
+    "freed_memory_kept_by",
+    "threads",
+]  # one row each
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,9 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--backbones", nargs="+", default=["cspdarknet53", "resnet50"], help="names of "
         "backbones.list_models() that timm has too (default: cspdarknet53 resnet50)")  # fmt: skip
     add("--compile", action="store_true", help="also under torch.compile: minutes for each")
-    add("--keep-freed-memory", choices=("none", "all", "ours"), default="none", help="which sides "
-        "have deploy.keep_freed_memory(); ours alone, in a process of their own, is for inference "
-        "(default: none)")  # fmt: skip
+    add("--keep-freed-memory", action="store_true", help="of inference and step: all "
+        "sides after deploy.keep_freed_memory()")  # fmt: skip
     add("--recipe", default="imagenet", choices=recipe.RECIPES, help="preset (default: imagenet)")
     add("--train-crop-px", type=int, help="side of the crops, pixels (default: the preset's)")
     add("--batch-size", type=int, default=16, help="images per training step (default: 16)")
@@ -77,8 +85,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for task in args.tasks:
         if task in NEED_DATA and args.data_dir is None:
             parser.error(f"{task} needs --data-dir, a folder with train/ and val/")
-    if args.keep_freed_memory == "ours" and args.tasks != ["inference"]:
-        parser.error("--keep-freed-memory ours is for --task inference alone")
+    if len(set(args.files)) < 2:
+        parser.error("--files needs two different counts")
+    if args.keep_freed_memory and not set(args.tasks) <= {"inference", "step"}:
+        parser.error("--keep-freed-memory is for --task inference step")
     if "networks" in args.tasks and len(args.tasks) > 1:
         parser.error("networks has a table of its own; run it alone")
     return args
@@ -114,22 +124,14 @@ def optimized(name: str, dtype: torch.dtype, compile: bool) -> nn.Module:
 
 def inference(args: argparse.Namespace) -> list[contest.Row]:
     rows, device = [], pick_device(args.device)
-    ours_alone = args.keep_freed_memory == "ours"
     for name in args.backbones:
         for batch_size in args.batch_sizes:
             rows += show(
                 contest.inference(
-                    name,
-                    optimized,
-                    batch_size,
-                    args.image_px,
-                    args.rounds,
-                    compiled=args.compile,
-                    device=device,
-                    ours_apart=keep_freed_memory if ours_alone else None,
+                    name, optimized, batch_size, args.image_px, args.rounds, args.compile, device
                 )
             )
-        if device.type == "cpu" and not ours_alone:
+        if device.type == "cpu" and not args.keep_freed_memory:
             rows += show(
                 contest.inference_peaks(name, optimized, args.batch_sizes[0], args.image_px)
             )
@@ -142,7 +144,7 @@ def step(args: argparse.Namespace) -> list[contest.Row]:
         make = partial(ours_with, peers.SHARED[name].options)
         chosen = chosen_recipe(args)
         rows += show(contest.step(name, make, chosen, args.rounds, args.compile, device))
-        if device.type == "cpu":
+        if device.type == "cpu" and not args.keep_freed_memory:
             rows += show(contest.step_peaks(name, make, chosen))
     return rows
 
@@ -185,7 +187,7 @@ def epoch(args: argparse.Namespace) -> list[contest.Row]:
     if not given:
         raise ValueError("epoch needs --torchvision-script or --timm-script, a training script")
     crop_px, rows = chosen_recipe(args).train_crop_px, []
-    # One size for training and test, which timm's script has alone.
+    # One size for training and test: timm's script has no other.
     chosen = chosen_recipe(args).tested_at(crop_px)
     chosen = dataclasses.replace(chosen, epochs=1, warmup_epochs=0.0)
     for name in args.backbones:
@@ -234,6 +236,11 @@ def networks(args: argparse.Namespace) -> pd.DataFrame:
     return table
 
 
+def kept_by(args: argparse.Namespace, task: str) -> str:
+    """Whose freed memory stayed with the process; scripts/train.py sees to its own."""
+    return "all" if args.keep_freed_memory else "ours" if task == "epoch" else "none"
+
+
 TASKS = {
     **{"inference": inference, "step": step, "input": input_speed, "loop": loop},
     **{"listing": listing, "import": imports, "epoch": epoch, "networks": networks},
@@ -270,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"threads={args.threads} must be at least 1")
         if unknown := sorted(set(args.backbones) - set(peers.SHARED)):
             raise ValueError(f"{unknown[0]!r} is not one of {', '.join(peers.SHARED)}")
-        if args.keep_freed_memory == "all":
+        if args.keep_freed_memory:
             keep_freed_memory()
         facts = machine(args)
         for task in args.tasks:
@@ -281,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
                     args.output.parent.mkdir(parents=True, exist_ok=True)
                     found.to_csv(args.output, index=False)
                 continue
-            table = pd.DataFrame(found).assign(freed_memory_kept_by=args.keep_freed_memory, **facts)
+            table = pd.DataFrame(found).assign(freed_memory_kept_by=kept_by(args, task), **facts)
             name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")
             save(args.output or Path("results") / f"benchmark_{name}.csv", table)
     except (ValueError, ArithmeticError, OSError) as error:

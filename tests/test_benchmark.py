@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
 import sys
 
@@ -21,7 +20,6 @@ from utils import contest, costs
 from utils.data import Batch, Preprocess
 from utils.images import train_transform
 from utils.measure import (
-    apart,
     by_steps,
     count_macs,
     count_parameters,
@@ -197,28 +195,6 @@ def test_turns_rotate_and_are_settled():
     assert found["c"] == [0.5] * 4
 
 
-def process_numbers(start):
-    numbers = itertools.count(start)
-    return {"id": lambda: print(os.getpid()), "next": lambda: print(next(numbers))}
-
-
-def failing_call():
-    return {"fail": lambda: 1 / 0}
-
-
-def test_calls_are_made_apart(capfd):
-    """In one other process, which goes on from call to call and ends with the block."""
-    with apart(process_numbers, 5) as calls:
-        assert list(calls) == ["id", "next"]
-        for name in ("id", "next", "next", "id"):
-            calls[name]()
-    first, five, six, last = capfd.readouterr().out.split()
-    assert (five, six) == ("5", "6")
-    assert first == last != str(os.getpid())
-    with apart(failing_call) as calls, pytest.raises(RuntimeError, match="for fail has ended"):
-        calls["fail"]()
-
-
 def allocation(mib):
     return lambda: np.ones(mib << 20, dtype=np.uint8).sum()
 
@@ -271,21 +247,9 @@ def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
         assert f"{row.task}: {row.what}, {row.setting}: {row.ours} " in printed
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc keeps memory on Linux")
-def test_ours_alone_keeps_freed_memory(tmp_path):
-    """In a process that the script starts, so as a script it is run."""
-    path = tmp_path / "benchmark.csv"
-    command = ["--task", "inference", *SMALL, "--batch-sizes", "1", "--output", str(path)]
-    script = [sys.executable, "-m", "scripts.benchmark", *command, "--keep-freed-memory", "ours"]
-    subprocess.run(script, check=True, capture_output=True)
-    table = pd.read_csv(path)
-    assert set(table.freed_memory_kept_by) == {"ours"}
-    assert list(table.ours) == ["ours float32", *["ours bfloat16"] * 2, *table.ours[3:]]
-
-
 def test_rows_of_the_same_pair_are_replaced(tmp_path):
     key = {"task": "t", "what": "w", "setting": "s", "ours": "o", "unit": "ms"}
-    key["freed_memory_kept_by"] = "none"
+    key |= {"freed_memory_kept_by": "none", "threads": 2}
     rows = [{**key, "peer": peer, "ours_value": value} for peer, value in (("a", 1.0), ("b", 2.0))]
     path = tmp_path / "table.csv"
     benchmark.save(path, pd.DataFrame(rows))
@@ -355,7 +319,8 @@ def test_script_measures_networks(tmp_path, capsys, monkeypatch):
         ([], "input needs --data-dir"),
         (["--task", "networks", "import"], "networks has a table of its own; run it alone"),
         (["--task", "speed"], "invalid choice: 'speed'"),
-        (["--task", "step", "--keep-freed-memory", "ours"], "is for --task inference alone"),
+        (["--task", "import", "--files", "7", "7"], "--files needs two different counts"),
+        (["--task", "import", "--keep-freed-memory"], "is for --task inference step"),
     ],
 )
 def test_wrong_usage_is_told(capsys, command, message):

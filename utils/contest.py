@@ -1,14 +1,15 @@
 """Ours against what a user would pick instead: inference, a training step, input, size, import.
 
-Every contest times its sides by turns in one run (`measure.time_by_turns`) and gives a row for each
-pair of sides: the median of each, and how many times ours is better, within each round.
+Sides run by turns (`measure.time_by_turns`), and a row for each pair of them has the median of each
+and how many times ours is better, within each round. Only peaks of memory, the two sizes of a
+listing and the rate of a matrix product are measured one after another.
 """
 
-import contextlib
 import copy
+import dataclasses
 import io
-import itertools
 import mmap
+import os
 import re
 import statistics
 import subprocess
@@ -35,7 +36,6 @@ from utils.data import (
 )
 from utils.images import decode, train_transform
 from utils.measure import (
-    apart,
     by_steps,
     count_macs,
     peak_memory,
@@ -97,7 +97,6 @@ def compare(
 
 Make = Callable[[], nn.Module]
 PLAIN, BF16 = "timm float32", "timm bfloat16 channels_last"
-DTYPES = (torch.float32, torch.bfloat16)
 TORCHVISION, ONNX = "torchvision float32", "onnxruntime float32"
 
 
@@ -107,35 +106,41 @@ def inference(
     batch_size: int,
     side_px: int,
     rounds: int,
-    *,
     compiled: bool,
     device: torch.device,
-    ours_apart: Callable[[], object] | None = None,
 ) -> list[Row]:
     """Forward passes of one architecture of `peers.SHARED`.
 
     Args:
         optimized: makes our network for inference from `name`, `dtype` and `compile`.
         compiled: whether to measure compiled sides and ONNX Runtime too.
-        ours_apart: what a process for our sides calls at its start, or None for one process.
     """
     images = torch.randn(batch_size, 3, side_px, side_px, device=device)
-    setting = (ours_apart, optimized, name, images, compiled, device)
-    with contextlib.ExitStack() as stack:
-        calls = stack.enter_context(apart(_our_passes, *setting)) if ours_apart else (
-            _our_passes(*setting)
-        )  # fmt: skip
-        theirs, pairs = _peers_passes(name, images, compiled, device)
-        calls |= {side: _done(call, device) for side, call in theirs.items()}
-        times_s = seconds_per_call(calls, rounds)
+    calls = {
+        f"ours {_word(dtype)}": _pass(optimized(name, dtype, False).to(device), images)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    timm_net = peers.timm_backbone(name).eval().to(device)
+    timm_bf16 = peers.timm_backbone(name).eval().to(device, memory_format=torch.channels_last)
+    timm_bf16 = timm_bf16.bfloat16()
+    images_bf16 = images.bfloat16().contiguous(memory_format=torch.channels_last)
+    calls |= {PLAIN: _pass(timm_net, images), BF16: _pass(timm_bf16, images_bf16)}
+    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN), ("ours bfloat16", BF16)]
+    if peers.SHARED[name].nodes:
+        calls[TORCHVISION] = _pass(peers.torchvision_backbone(name).eval().to(device), images)
+        pairs += [("ours float32", TORCHVISION)]
+    if compiled:
+        more, other = _compiled(name, optimized, images, images_bf16, device)
+        calls, pairs = calls | more, pairs + other
+    times_s = seconds_per_call({side: _done(call, device) for side, call in calls.items()}, rounds)
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
     setting = f"batch {batch_size}, {side_px} px"
     rows = compare(times_ms, pairs, "ms", task="inference", what=name, setting=setting)
-    macs = count_macs(peers.timm_backbone(name), side_px, side_px) * batch_size
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.bfloat16):
         side = f"ours {_word(dtype)}"
+        operations = 2 * count_macs(timm_net, side_px, side_px) * batch_size
         speeds = {
-            side: [2 * macs / t / 1e9 for t in times_s[side]],
+            side: [operations / t / 1e9 for t in times_s[side]],
             "matmul": [matmul_flops(dtype, device) / 1e9] * rounds,
         }
         rows += compare(
@@ -145,44 +150,17 @@ def inference(
     return rows
 
 
-def _our_passes(
-    at_start: Callable[[], object] | None, optimized: Callable[..., nn.Module], name: str,
-    images: Tensor, compiled: bool, device: torch.device,
-) -> dict[str, Callable[[], object]]:  # fmt: skip
-    if at_start:
-        at_start()
-    calls = {}
-    for dtype, compile in itertools.product(DTYPES, (False, True) if compiled else (False,)):
-        net = optimized(name, dtype, compile).to(device)
-        side = f"ours {_word(dtype)}{' compiled' if compile else ''}"
-        calls[side] = _done(_pass(net, images), device)
-    return calls
-
-
-def _peers_passes(
-    name: str, images: Tensor, compiled: bool, device: torch.device
+def _compiled(
+    name: str, optimized: Callable[..., nn.Module], images: Tensor, images_bf16: Tensor, device: Any
 ) -> tuple[dict[str, Callable[[], object]], list[tuple[str, str]]]:
-    """The peers' sides, and which of ours each is set beside."""
-    nhwc = torch.channels_last
-    images_bf16 = images.bfloat16().contiguous(memory_format=nhwc)
-
-    def make(dtype: torch.dtype, memory_format: torch.memory_format) -> nn.Module:
-        return peers.timm_backbone(name).eval().to(device, dtype, memory_format=memory_format)
-
-    calls = {
-        PLAIN: _pass(make(torch.float32, torch.contiguous_format), images),
-        BF16: _pass(make(torch.bfloat16, nhwc), images_bf16),
-    }
-    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN), ("ours bfloat16", BF16)]
-    if peers.SHARED[name].nodes:
-        calls[TORCHVISION] = _pass(peers.torchvision_backbone(name).eval().to(device), images)
-        pairs += [("ours float32", TORCHVISION)]
-    if not compiled:
-        return calls, pairs
-    for dtype, pixels in zip(DTYPES, (images.to(memory_format=nhwc), images_bf16), strict=True):
+    """Sides under torch.compile, with frozen weights on both, and ONNX Runtime; their pairs."""
+    calls, pairs = {}, []
+    for dtype, pixels in ((torch.float32, images), (torch.bfloat16, images_bf16)):
         ours, peer = f"ours {_word(dtype)} compiled", f"timm {_word(dtype)} compiled"
-        net = torch.compile(make(dtype, nhwc), options={"freezing": True})
-        calls[peer] = _pass(net, pixels)
+        net = peers.timm_backbone(name).eval().to(device, dtype, memory_format=torch.channels_last)
+        net = torch.compile(net, options={"freezing": True})
+        calls[ours] = _pass(optimized(name, dtype, True).to(device), images)
+        calls[peer] = _pass(net, pixels.contiguous(memory_format=torch.channels_last))
         pairs.append((ours, peer))
     if device.type == "cpu":
         threads = torch.get_num_threads()
@@ -194,18 +172,18 @@ def _peers_passes(
 def inference_peaks(
     name: str, optimized: Callable[..., nn.Module], batch_size: int, side_px: int
 ) -> list[Row]:
-    """Memory of a forward pass beyond weights and images, by processes of their own, on the CPU."""
+    """Memory of forward passes beyond weights and images, by processes of their own, on the CPU."""
     makes = {
-        "ours float32": (partial(optimized, name, torch.float32, False), torch.float32),
-        "ours bfloat16": (partial(optimized, name, torch.bfloat16, False), torch.float32),
-        PLAIN: (partial(peers.timm_backbone, name), torch.float32),
+        "ours float32": partial(optimized, name, torch.float32, False),
+        "ours bfloat16": partial(optimized, name, torch.bfloat16, False),
+        PLAIN: partial(peers.timm_backbone, name),
     }
     peaks = {
         side: [
-            _mebibytes(peak_memory(_prepared_pass, make, batch_size, side_px, dtype))
+            _mebibytes(peak_memory(_prepared_passes, make, batch_size, side_px))
             for _ in range(PEAK_ROUNDS)
         ]
-        for side, (make, dtype) in makes.items()
+        for side, make in makes.items()
     }
     pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN)]
     setting = f"peak memory, batch {batch_size}, {side_px} px"
@@ -216,10 +194,15 @@ def _mebibytes(count: int) -> float:
     return max(count, mmap.PAGESIZE) / 2**20  # what fits into memory at hand counts as a page
 
 
-def _prepared_pass(make: Make, batch_size: int, side_px: int, dtype: torch.dtype) -> Callable:
-    call = _pass(make().eval(), torch.randn(batch_size, 3, side_px, side_px, dtype=dtype))
-    call()
-    return call
+def _prepared_passes(make: Make, batch_size: int, side_px: int) -> Callable[[], None]:
+    """The first passes: what is packed and kept for later ones counts too."""
+    call = _pass(make().eval(), torch.randn(batch_size, 3, side_px, side_px))
+
+    def passes() -> None:
+        for _ in range(3):
+            call()
+
+    return passes
 
 
 def _pass(net: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -334,7 +317,8 @@ def _peer_step(
     torch.manual_seed(0)
     trainer = trainer_class(make().to(device).train(), recipe)
     count, side = recipe.batch_size, recipe.train_crop_px
-    image, target = torch.randn(count, 3, side, side), torch.zeros(count, dtype=torch.long)
+    image = torch.randn(count, 3, side, side, device=device)
+    target = torch.zeros(count, dtype=torch.long, device=device)
     return partial(trainer.train_step, image, target)
 
 
@@ -405,6 +389,7 @@ def input_speed(folder: Path, recipe: Recipe, rounds: int, steps: int) -> list[R
     Both decode in this process, without workers; ours normalises after stacking, on the device.
     """
     torch.set_num_threads(1)
+    recipe = dataclasses.replace(recipe, cutmix_alpha=0.0, mixup_alpha=0.0)  # part of a step
     data = ImageFiles(folder, ["images"], train_transform(recipe))
     loader = make_loader(data, TrainBatches(len(data), recipe.batch_size, seed=0), workers=0)
     preprocess = Preprocess(torch.device("cpu"), NUM_CLASSES)
@@ -432,18 +417,22 @@ def epochs(
     """Wall time of whole training commands, start-up and evaluation included, by turns.
 
     Args:
-        commands: what each side runs; the first is ours. Its output goes to `logs`.
+        commands: what each side runs, with as many threads as this process; the first is ours.
+        logs: folder for their output.
 
     Raises:
         ValueError: a command fails; the message names its log.
     """
     times_s: dict[str, list[float]] = {side: [] for side in commands}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for k in range(rounds):
         for side, command in list(commands.items())[:: -1 if k % 2 else 1]:
             log = logs / f"{name}-{re.sub('[^a-z]+', '-', side)}-{k}.log"
             start_s = time.perf_counter()
             with log.open("wb") as out:
-                code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+                code = subprocess.run(
+                    command, stdout=out, stderr=subprocess.STDOUT, env=environment
+                ).returncode
             times_s[side].append(time.perf_counter() - start_s)
             if code:
                 raise ValueError(f"{side}: exit code {code}, see {log}")
@@ -473,7 +462,9 @@ def listing(source: ImageFiles, folder: Path, counts: Sequence[int], recipe: Rec
         batches = iter(loader)
         next(batches)
         start_s[side] = [time.perf_counter() - begin_s]
-        peaks[side] = [peak_memory(_listing_call, root) / count for _ in range(PEAK_ROUNDS)]
+        peaks[side] = [
+            max(peak_memory(_listing_call, root), mmap.PAGESIZE) / count for _ in range(PEAK_ROUNDS)
+        ]
         read = by_steps(list, loader)
         speeds[side] = throughputs({side: read}, recipe.batch_size, steps=4, rounds=5)[side]
     first, *others = start_s

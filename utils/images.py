@@ -149,8 +149,9 @@ def resized_crop(image: Image.Image, box: tuple[int, int, int, int], crop_px: in
     rgb = pixels(image, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
     if rgb.shape[1:] == (image.height, image.width):
         return resize(rgb[:, top : top + height, left : left + width], (crop_px, crop_px))
-    ys, xs = rgb.shape[1] / image.height, rgb.shape[2] / image.width
-    scaled = (left * xs, top * ys, (left + width) * xs, (top + height) * ys)
+    # libjpeg scales by eighths, and rounds sizes up.
+    scale = math.floor(8 * rgb.shape[2] / image.width) / 8
+    scaled = tuple(scale * edge for edge in (left, top, left + width, top + height))
     # Pillow takes a box between pixels.
     return from_pillow(
         to_pillow(rgb).resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=scaled)

@@ -7,9 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -149,55 +147,6 @@ def by_steps(
 
     batches = endless()
     return lambda steps: train(itertools.islice(batches, steps))
-
-
-@contextmanager
-def apart(
-    prepare: Callable[..., Mapping[str, Callable[[], object]]], *args: Any
-) -> Iterator[dict[str, Callable[[], None]]]:
-    """Calls made in a process of their own, where what they set for a process holds for them.
-
-    The process is idle between calls, so that they can be timed by turns with others.
-
-    Args:
-        prepare: run there with `args`, returns the calls. A function of a module.
-
-    Raises:
-        RuntimeError: the process ends or a call fails; its traceback is on stderr.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(
-        target=_serve, args=(theirs, torch.get_num_threads(), prepare, args), daemon=True
-    )
-    process.start()
-    theirs.close()
-
-    def ask(name: str | None) -> Any:
-        try:
-            ours.send(name)
-            return ours.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"the process for {name} has ended") from error
-
-    try:
-        yield {name: partial(ask, name) for name in ask(None)}
-    finally:
-        ours.close()
-        process.join()
-
-
-def _serve(connection: Connection, threads: int, prepare: Callable, args: tuple) -> None:
-    torch.set_num_threads(threads)
-    calls = prepare(*args)
-    with suppress(EOFError):
-        while True:
-            name = connection.recv()
-            if name is None:
-                connection.send(list(calls))
-            else:
-                calls[name]()
-                connection.send(None)
 
 
 def peak_memory(prepare: Callable[..., Callable[[], object]], *args: Any) -> int:

@@ -246,17 +246,11 @@ def torchvision_command(
 ) -> list[str]:
     """references/classification/train.py by `recipe`, in float32 and NCHW as it is, on the CPU.
 
-    A network that torchvision does not have is registered under our name first.
+    It trains our network, as all sides do.
     """
-    # Theirs holds a utils.py, so the script's folder must come before ours.
-    start = (
-        f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r}); import torchvision.models;"
-        "from backbones.classifier import create_classifier;"
-        f"name = {name!r}; torchvision.models.list_models().count(name) or "
-        "torchvision.models.register_model(name)(lambda weights=None, num_classes=1000: "
-        "create_classifier(name, num_classes));"
-        f"sys.argv = [{str(script)!r}] + sys.argv[1:];"
-        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    register = (
+        "import torchvision.models._api as m; m.BUILTIN_MODELS[name] = "
+        "lambda weights=None, num_classes=1000: make(num_classes)"
     )
     options = {
         "data-path": folder,
@@ -282,19 +276,41 @@ def torchvision_command(
     if recipe.trivial_augment:
         options["auto-augment"] = "ta_wide"
     flags = [f"--{key}={value}" for key, value in options.items()]
-    return [sys.executable, "-c", start, *flags, "--model-ema"]
+    return [*_with_ours(script, name, register), *flags, "--model-ema"]
+
+
+def _with_ours(script: Path, name: str, register: str) -> list[str]:
+    """A command that runs a training script after `register`, a line that gives it our network.
+
+    The line finds `name`, and `make`, which makes our classifier from a number of classes.
+    """
+    # torchvision's script has a utils.py beside it, so its folder must come before ours.
+    lines = (
+        f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r})",
+        "from backbones.classifier import create_classifier",
+        f"name = {name!r}",
+        "make = lambda num_classes: create_classifier(name, num_classes)",
+        register,
+        f"sys.argv[0] = {str(script)!r}",
+        f"runpy.run_path({str(script)!r}, run_name='__main__')",
+    )
+    return [sys.executable, "-c", "\n".join(lines)]
 
 
 def timm_command(
     script: Path, name: str, folder: Path, recipe: Recipe, workers: int, output_dir: Path
 ) -> list[str]:
-    """timm's train.py by `recipe`, in bf16 and channels_last, on the CPU.
+    """timm's train.py by `recipe`, in bf16 and channels_last, on the CPU, training our network.
 
     It has no TrivialAugment; RandAugment with one operation stands for it.
     """
+    register = (
+        "import timm.models._registry as r; r._model_entrypoints[name] = "
+        "lambda pretrained=False, num_classes=1000, **others: make(num_classes)"
+    )
     options = {
         "data-dir": folder,
-        "model": SHARED[name].timm,
+        "model": name,
         "device": "cpu",
         "amp-dtype": "bfloat16",
         "num-classes": len([path for path in (folder / "train").iterdir() if path.is_dir()]),
@@ -318,4 +334,5 @@ def timm_command(
     if recipe.trivial_augment:
         options["aa"] = "rand-m9-n1"
     flags = [f"--{key}={value}" for key, value in options.items()]
-    return [sys.executable, str(script), *flags, "--amp", "--channels-last", "--model-ema"]
+    flags += ["--amp", "--channels-last", "--model-ema"]
+    return [*_with_ours(script, name, register), *flags]
