@@ -249,12 +249,12 @@ def torchvision_command(
     It trains our network, as all sides do.
     """
     register = (
-        "import torchvision.models._api as m; m.BUILTIN_MODELS[name] = "
+        "import torchvision.models._api as m; m.BUILTIN_MODELS['ours'] = "
         "lambda weights=None, num_classes=1000: make(num_classes)"
     )
     options = {
         "data-path": folder,
-        "model": name,
+        "model": "ours",
         "device": "cpu",
         "epochs": recipe.epochs,
         "batch-size": recipe.batch_size,
@@ -282,14 +282,14 @@ def torchvision_command(
 def _with_ours(script: Path, name: str, register: str) -> list[str]:
     """A command that runs a training script after `register`, a line that gives it our network.
 
-    The line finds `name`, and `make`, which makes our classifier from a number of classes.
+    The line finds `make`, which makes our classifier from a number of classes, and calls it "ours":
+    ours may be made with the script's own of the same name.
     """
     # torchvision's script has a utils.py beside it, so its folder must come before ours.
     lines = (
         f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r})",
         "from backbones.classifier import create_classifier",
-        f"name = {name!r}",
-        "make = lambda num_classes: create_classifier(name, num_classes)",
+        f"make = lambda num_classes: create_classifier({name!r}, num_classes)",
         register,
         f"sys.argv[0] = {str(script)!r}",
         f"runpy.run_path({str(script)!r}, run_name='__main__')",
@@ -305,12 +305,12 @@ def timm_command(
     It has no TrivialAugment; RandAugment with one operation stands for it.
     """
     register = (
-        "import timm.models._registry as r; r._model_entrypoints[name] = "
+        "import timm.models._registry as r; r._model_entrypoints['ours'] = "
         "lambda pretrained=False, num_classes=1000, **others: make(num_classes)"
     )
     options = {
         "data-dir": folder,
-        "model": name,
+        "model": "ours",
         "device": "cpu",
         "amp-dtype": "bfloat16",
         "num-classes": len([path for path in (folder / "train").iterdir() if path.is_dir()]),

@@ -157,9 +157,9 @@ class Trainer:
         with autocast(self.device, self.dtype):
             logits = self.net(images)
         loss = cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # now, or the next forward pass would carry them
         self.schedule.step()
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(self.step, self.recipe.ema_decay))
         self.ema.update_parameters(self.model)
