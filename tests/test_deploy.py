@@ -71,9 +71,7 @@ def test_gives_the_same_maps(name, dtype):
     for shape in ((2, 3, 64, 96), (1, 3, 37, 64)):
         x = images(*shape)
         expected = outputs(net, x)
-        most = (
-            1e-4 if dtype == torch.float32 else 1.2 * error(outputs(plain, x.to(dtype)), expected)
-        )
+        most = 1e-4 if dtype == torch.float32 else 2 * error(outputs(plain, x.to(dtype)), expected)
         for _ in range(3):  # plain weights, weights that are packed now, packed weights
             maps = fast(x)
             assert [m.dtype for m in maps] == [dtype] * len(maps)

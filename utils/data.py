@@ -319,5 +319,4 @@ class Preprocess:
         width = images.shape[2]
         # Rows of all channels: CPUs are slow at a subtraction whose innermost axis has length 3.
         rows = images.float(memory_format=torch.contiguous_format).flatten(2)
-        scale, shift = (1 / self.std).repeat(width), (-self.mean / self.std).repeat(width)
-        return torch.addcmul(shift, rows, scale, out=rows).unflatten(2, (-1, 3))
+        return rows.sub_(self.mean.repeat(width)).div_(self.std.repeat(width)).unflatten(2, (-1, 3))
