@@ -185,10 +185,7 @@ class _Block(darknet.Block):
 
 class _OSABlock(vovnet.OSABlock):
     def forward(self, x: Tensor) -> Tensor:
-        maps = [x]
-        for conv in self.convs:
-            maps.append(conv(maps[-1]))
-        y = self.out_conv(torch.cat(maps, dim=1))
+        y = self.aggregate(x)
         if self.ese is not None:
             y = y.mul_(self.ese.gates(y))
         return y.add_(x) if self.residual else y

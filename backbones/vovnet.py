@@ -91,11 +91,15 @@ class OSABlock(nn.Module):
         self.out_conv = ConvNormAct(sum(widths), channels, 1, act=act)
         self.ese = EffectiveSqueezeExcite(channels) if ese else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def aggregate(self, x: Tensor) -> Tensor:
+        """What the block computes before gates and residual: `[N, channels, H, W]`."""
         maps = [x]
         for conv in self.convs:
             maps.append(conv(maps[-1]))
-        y = self.out_conv(torch.cat(maps, dim=1))
+        return self.out_conv(torch.cat(maps, dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.aggregate(x)
         if self.ese is not None:
             y = self.ese(y)
         return x + y if self.residual else y

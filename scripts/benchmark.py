@@ -114,10 +114,6 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def ours_with(options: dict, name: str, num_classes: int) -> nn.Module:
-    return create_classifier(name, num_classes, **options)
-
-
 def optimized(name: str, dtype: torch.dtype, compile: bool) -> nn.Module:
     return optimize(backbones.create(name, **peers.SHARED[name].options), dtype, compile)
 
@@ -141,7 +137,7 @@ def inference(args: argparse.Namespace) -> list[contest.Row]:
 def step(args: argparse.Namespace) -> list[contest.Row]:
     rows, device = [], pick_device(args.device)
     for name in args.backbones:
-        make = partial(ours_with, peers.SHARED[name].options)
+        make = partial(create_classifier, **peers.SHARED[name].options)
         chosen = chosen_recipe(args)
         rows += show(contest.step(name, make, chosen, args.rounds, args.compile, device))
         if device.type == "cpu" and not args.keep_freed_memory:

@@ -137,9 +137,9 @@ def inference(
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
     setting = f"batch {batch_size}, {side_px} px"
     rows = compare(times_ms, pairs, "ms", task="inference", what=name, setting=setting)
+    operations = 2 * count_macs(timm_net, side_px, side_px) * batch_size
     for dtype in (torch.float32, torch.bfloat16):
         side = f"ours {_word(dtype)}"
-        operations = 2 * count_macs(timm_net, side_px, side_px) * batch_size
         speeds = {
             side: [operations / t / 1e9 for t in times_s[side]],
             "matmul": [matmul_flops(dtype, device) / 1e9] * rounds,

@@ -275,12 +275,11 @@ def torchvision_command(
     }
     if recipe.trivial_augment:
         options["auto-augment"] = "ta_wide"
-    flags = [f"--{key}={value}" for key, value in options.items()]
-    return [*_with_ours(script, name, register), *flags, "--model-ema"]
+    return _with_ours(script, name, register, options)
 
 
-def _with_ours(script: Path, name: str, register: str) -> list[str]:
-    """A command that runs a training script after `register`, a line that gives it our network.
+def _with_ours(script: Path, name: str, register: str, options: dict[str, Any]) -> list[str]:
+    """Runs a training script with averaged weights after `register`, which gives it our network.
 
     The line finds `make`, which makes our classifier from a number of classes, and calls it "ours":
     ours may be made with the script's own of the same name.
@@ -294,7 +293,8 @@ def _with_ours(script: Path, name: str, register: str) -> list[str]:
         f"sys.argv[0] = {str(script)!r}",
         f"runpy.run_path({str(script)!r}, run_name='__main__')",
     )
-    return [sys.executable, "-c", "\n".join(lines)]
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    return [sys.executable, "-c", "\n".join(lines), *flags, "--model-ema"]
 
 
 def timm_command(
@@ -333,6 +333,4 @@ def timm_command(
     }
     if recipe.trivial_augment:
         options["aa"] = "rand-m9-n1"
-    flags = [f"--{key}={value}" for key, value in options.items()]
-    flags += ["--amp", "--channels-last", "--model-ema"]
-    return [*_with_ours(script, name, register), *flags]
+    return [*_with_ours(script, name, register, options), "--amp", "--channels-last"]
