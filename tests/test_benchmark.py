@@ -281,7 +281,7 @@ def test_our_epoch_is_a_command_of_train(folders, tmp_path):
         RECIPES["imagenet"].tested_at(32), epochs=1, warmup_epochs=0.0, batch_size=8,
         train_crop_px=32,
     )  # fmt: skip
-    command = benchmark.our_command("resnet18", folders, chosen, 0, tmp_path / "run")
+    command = benchmark.our_command("resnet18", folders, chosen, tmp_path / "run")
     subprocess.run(command, check=True, capture_output=True)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"] == dataclasses.asdict(chosen)
