@@ -4,7 +4,7 @@ BIN := .venv/bin
 SAMPLE := data/sample
 FOLDERS := $(SAMPLE)/ILSVRC/Data/CLS-LOC
 
-.PHONY: setup train lab test lint notebooks bench sample
+.PHONY: setup train lab test faults lint notebooks bench sample
 
 setup: $(BIN)/.installed
 
@@ -15,8 +15,11 @@ lab: $(BIN)/.installed
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/03_train_cspdarknet.ipynb
 
 test: $(BIN)/.installed
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not faults"
 	$(BIN)/pytest -n 2 --dist loadfile --nbval notebooks
+
+faults: $(BIN)/.installed
+	$(BIN)/pytest -n 2 -m faults tests
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from backbones.classifier import create_classifier
 from utils import findings
+from utils.errors import Parser, exit_code
 from utils.studies import STUDIES
 from utils.study import run_study
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("study", choices=STUDIES, help="declared in utils/studies.py")
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
@@ -37,31 +36,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    return exit_code(lambda: ablate(args))
+
+
+def ablate(args: argparse.Namespace) -> int:
     study = STUDIES[args.study]
     if args.seeds is not None:
         if not 1 <= args.seeds <= len(study.seeds):
-            print(f"error: --seeds {args.seeds}: 1 to {len(study.seeds)}", file=sys.stderr)
-            return 2
+            raise ValueError(f"--seeds {args.seeds}: 1 to {len(study.seeds)}")
         study = replace(study, seeds=study.seeds[: args.seeds])
     devices = [device for device in args.devices.split(",") if device]
     processes = max(1, len(devices)) if args.processes is None else args.processes
     output = args.output or findings.RESULTS / f"study_{study.name}.csv"
-    try:
-        table = run_study(
-            study,
-            create_classifier,
-            args.data_dir,
-            args.runs_dir,
-            output,
-            processes=processes,
-            devices=devices,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
+    table = run_study(
+        study,
+        create_classifier,
+        args.data_dir,
+        args.runs_dir,
+        output,
+        processes=processes,
+        devices=devices,
+    )
     failed = table[table.status != "done"]
     for row in failed.itertuples():
         print(f"{row.value}, seed {row.seed}: {row.status}", file=sys.stderr)

@@ -36,6 +36,7 @@ from backbones.deploy import keep_freed_memory, optimize
 from utils import contest, costs, evaluation, peers, recipe, runs, studies
 from utils.data import ImageNetFolders, open_folders
 from utils.distributed import pick_device
+from utils.errors import Parser, exit_code
 
 KEY = [
     "task",
@@ -51,9 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     default = ["inference", "step", "input", "loop", "listing", "import"]
     add("--task", dest="tasks", nargs="+", default=default, choices=TASKS, help="what to measure, "
@@ -267,29 +266,28 @@ def save(path: Path, table: pd.DataFrame) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        if args.threads < 1:
-            raise ValueError(f"threads={args.threads} must be at least 1")
-        if unknown := sorted(set(args.backbones) - set(peers.SHARED)):
-            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(peers.SHARED)}")
-        if args.keep_freed_memory:
-            keep_freed_memory()
-        facts = machine(args)
-        for task in args.tasks:
-            torch.set_num_threads(args.threads)
-            found = TASKS[task](args)
-            if task == "networks":
-                if args.output:
-                    args.output.parent.mkdir(parents=True, exist_ok=True)
-                    found.to_csv(args.output, index=False)
-                continue
-            table = pd.DataFrame(found).assign(freed_memory_kept_by=kept_by(args, task), **facts)
-            name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")
-            save(args.output or Path("results") / f"benchmark_{name}.csv", table)
-    except (ValueError, ArithmeticError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    if args.threads < 1:
+        raise ValueError(f"threads={args.threads} must be at least 1")
+    if unknown := sorted(set(args.backbones) - set(peers.SHARED)):
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(peers.SHARED)}")
+    if args.keep_freed_memory:
+        keep_freed_memory()
+    facts = machine(args)
+    for task in args.tasks:
+        torch.set_num_threads(args.threads)
+        found = TASKS[task](args)
+        if task == "networks":
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                found.to_csv(args.output, index=False)
+            continue
+        table = pd.DataFrame(found).assign(freed_memory_kept_by=kept_by(args, task), **facts)
+        name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")
+        save(args.output or Path("results") / f"benchmark_{name}.csv", table)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,20 @@ from pathlib import Path
 
 from backbones.classifier import create_classifier
 from utils import distributed, evaluation, runs
+from utils.errors import Parser, exit_code, whole_number
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
-    add("--size", type=int, help="side of the centre crop, pixels (default: the recipe's)")
-    add("--workers", type=int, default=1, help="decoding processes (default: 1)")
+    add(
+        "--size",
+        type=whole_number(1),
+        help="side of the centre crop (default: the recipe's)",
+    )
+    add("--workers", type=whole_number(0), default=1, help="decoding processes (default: 1)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
     return parser.parse_args(argv)
@@ -50,12 +53,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: evaluate(args))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from utils.imagenet import LayoutError, sort_val
+from utils.errors import Parser, exit_code
+from utils.imagenet import sort_val
 
 EXAMPLE = """example:
   python scripts/imagenet.py --val_solution_path LOC_val_solution.csv \\
@@ -15,12 +16,10 @@ Exit codes: 0, every image of the CSV is in place (with --dry-run: can be put in
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description="Sort ImageNet's val/*.JPEG into val/<wnid>/*.JPEG by renaming, or undo it. "
-        "Safe to interrupt and to run again.",
+    parser = Parser(
+        "Sort ImageNet's val/*.JPEG into val/<wnid>/*.JPEG by renaming, or undo it. Safe to "
+        "interrupt and to run again.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--val_solution_path", required=True, metavar="CSV", help="LOC_val_solution.csv"
@@ -29,19 +28,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check and tell, move nothing")
     parser.add_argument("--undo", action="store_true", help="move the images back, flat")
     args = parser.parse_args(argv)
-    try:
-        summary = sort_val(
+    return exit_code(lambda: sort(args))
+
+
+def sort(args: argparse.Namespace) -> None:
+    print(
+        sort_val(
             args.val_solution_path,
             args.val_image_dir,
             undo=args.undo,
             dry_run=args.dry_run,
             progress=True,
         )
-    except (LayoutError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, FileNotFoundError | NotADirectoryError) else 1
-    print(summary)
-    return 0
+    )
 
 
 if __name__ == "__main__":

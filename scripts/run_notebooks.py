@@ -6,7 +6,6 @@
 Committed outputs come from here alone, so none is left over from cells run by hand.
 """
 
-import argparse
 import base64
 import io
 import os
@@ -18,6 +17,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
+
+from utils.errors import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,9 +56,7 @@ def shrink(png: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", type=Path, help="default: notebooks/*.ipynb")
     paths = parser.parse_args(argv).paths or sorted(ROOT.glob("notebooks/*.ipynb"))
     for path in paths:

@@ -1,15 +1,19 @@
 """Trains a classifier with any backbone on class folders, and resumes.
 
     python scripts/train.py --data-dir data/sample/ILSVRC/Data/CLS-LOC --recipe quick
-    torchrun --nproc-per-node 8 scripts/train.py --data-dir ILSVRC/Data/CLS-LOC --recipe imagenet
+    torchrun --nproc-per-node 8 scripts/train.py --data-dir ILSVRC/Data/CLS-LOC \\
+        --recipe imagenet --output-dir runs/imagenet
 
 The folder holds train/ and val/, each with one folder per class; scripts/imagenet.py sorts
-ImageNet's flat val/. Interrupted, the same command with the same --output-dir goes on.
+ImageNet's flat val/. Stopped at any moment, the same command with the same --output-dir goes on and
+ends in the same weights.
+
+Exit codes: 0, trained; 1, the data or a file is not right, or the loss is not finite; 2, a wrong
+option or path; 75, stopped by SIGINT or SIGTERM and saved; 130, by a second SIGINT, not saved.
 """
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -20,29 +24,66 @@ from backbones.classifier import create_classifier
 from backbones.deploy import keep_freed_memory
 from utils import distributed, plotting, recipe, runs, training
 from utils.data import open_folders
+from utils.errors import Parser, exit_code, whole_number
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    preset = argparse.ArgumentParser(add_help=False)
+    preset = Parser(None, add_help=False)
     preset.add_argument(
         "--recipe", default="imagenet", choices=recipe.RECIPES, help="preset to start from"
     )
     chosen = preset.parse_known_args(argv)[0].recipe
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[preset]
-    )
+    parser = Parser(__doc__, parents=[preset])
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
     add("--output-dir", type=Path, help="the run's folder (default: a new one in runs/)")
     add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    add("--workers", type=int, default=default_workers(), help="decoding processes (%(default)s)")
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        help="of weights, order and augmentation (default: 0)",
+    )
+    add(
+        "--workers",
+        type=whole_number(0),
+        default=default_workers(),
+        help="decoding processes (%(default)s)",
+    )
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
     add("--compile", action="store_true", help="torch.compile: slow to start, for long runs")
+    add("--sync-batchnorm", action="store_true", help="BatchNorm over the images of all GPUs")
+    add(
+        "--checkpoint-steps",
+        type=whole_number(1),
+        default=0,
+        metavar="N",
+        help="also save every N steps (default: at the ends of epochs)",
+    )
+    add(
+        "--keep-every",
+        type=whole_number(1),
+        default=0,
+        metavar="N",
+        help="keep every N-th epoch's checkpoint, beside last and best",
+    )
+    add(
+        "--timeout-s",
+        type=whole_number(1),
+        default=600,
+        metavar="S",
+        help="end after so long a wait for a process, seconds (default: %(default)s)",
+    )
     add("--tensorboard", action="store_true", help="also log for TensorBoard")
     recipe.add_arguments(parser, chosen)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output_dir is None:
+        if distributed.launched():  # every process, and every restart, must mean the same one
+            parser.error("--output-dir is needed with torchrun")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"
+    return args
 
 
 def default_workers() -> int:
@@ -62,7 +103,8 @@ def train(args: argparse.Namespace) -> None:
     data = open_folders(args.data_dir, chosen, args.seed)
     torch.manual_seed(args.seed)
     model = create_classifier(args.backbone, len(data.classes), **options)
-    with distributed.process_group(device):
+    keep_freed_memory()  # every step allocates the same
+    with distributed.process_group(device, args.timeout_s):
         trainer = training.fit(
             model,
             data,
@@ -79,6 +121,10 @@ def train(args: argparse.Namespace) -> None:
             device=device,
             skip_corrupt=args.skip_corrupt,
             compile=args.compile,
+            sync_batchnorm=args.sync_batchnorm,
+            checkpoint_steps=args.checkpoint_steps,
+            keep_every=args.keep_every,
+            timeout_s=args.timeout_s,
             tensorboard=args.tensorboard,
         )
         if distributed.rank() == 0:
@@ -101,24 +147,7 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.output_dir is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"
-    keep_freed_memory()  # every step allocates the same
-    try:
-        train(args)
-    except (ValueError, ArithmeticError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        run_dir = shlex.quote(str(args.output_dir))
-        print(
-            f"\nstopped; the same command with --output-dir {run_dir} goes on from the last whole "
-            "epoch",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return exit_code(lambda: train(args))
 
 
 if __name__ == "__main__":

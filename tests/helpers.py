@@ -1,6 +1,49 @@
 """What more than one test file uses and no fixture can be."""
 
+import runpy
+from pathlib import Path
+
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Options of scripts/train.py for a run of seconds on the fixture `folders`: six steps an epoch.
+SMALL = [
+    *("--recipe", "quick", "--epochs", "2", "--batch-size", "8", "--train-crop-px", "32"),
+    *("--eval-resize-px", "36", "--eval-crop-px", "32", "--width", "0.125", "--workers", "0"),
+]
+
+
+def run(script, *args):
+    """Exit code of a script's main, also where argparse ends it."""
+    try:
+        return runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(arg) for arg in args])
+    except SystemExit as error:
+        return error.code
+
+
+def assert_same_bits(a, b, path=""):
+    """Of nested dicts and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def assert_same_run(one, other):
+    """Two run folders hold the same weights, averages, optimizer and metrics.csv, bit for bit."""
+    keys = ("model", "ema", "optimizer", "schedule", "step", "metrics")
+    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (one, other)]
+    assert_same_bits(*({key: state[key] for key in keys} for state in states))
+    tables = [(folder / "metrics.csv").read_bytes() for folder in (one, other)]
+    assert tables[0] == tables[1]
 
 
 def randomise_norms(net):

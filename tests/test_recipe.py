@@ -13,7 +13,7 @@ def test_imagenet_preset_is_the_designs():
     expected = {
         "epochs": 100, "batch_size": 1024, "lr_per_1024": 0.5, "momentum": 0.9,
         "weight_decay": 2e-5, "norm_weight_decay": 0.0, "warmup_epochs": 5.0,
-        "label_smoothing": 0.1, "train_crop_px": 176, "min_crop_area": 0.08,
+        "label_smoothing": 0.1, "train_crop_px": 176, "accumulate": 1, "min_crop_area": 0.08,
         "eval_resize_px": 232, "eval_crop_px": 224, "trivial_augment": True,
         "random_erasing": 0.1, "cutmix_alpha": 1.0, "mixup_alpha": 0.2, "ema_decay": 0.9998,
         "width": 1.0, "precision": "bf16", "channels_last": True,

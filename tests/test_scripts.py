@@ -2,41 +2,12 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    "--recipe",
-    "quick",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--train-crop-px",
-    "32",
-    "--eval-resize-px",
-    "36",
-    "--eval-crop-px",
-    "32",
-    "--width",
-    "0.125",
-    "--workers",
-    "0",
-]
-
-
-def run(script, *args):
-    """Exit code of a script's main, also where argparse ends it."""
-    try:
-        return runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(arg) for arg in args])
-    except SystemExit as error:
-        return error.code
+from helpers import ROOT, SMALL, run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +19,7 @@ def trained(folders, tmp_path_factory):
 
 def test_train_leaves_a_whole_run_folder(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"config.json", "metrics.csv", "speed.csv", "last.pt", "curves.png"}
+    assert names == {"config.json", "metrics.csv", "speed.csv", "last.pt", "best.pt", "curves.png"}
     config = json.loads((trained / "config.json").read_text())
     assert config["recipe"]["epochs"] == 2
     assert config["backbone"] == "cspdarknet19"
@@ -79,24 +50,25 @@ def test_evaluate_agrees_with_the_run_and_takes_other_sizes(trained, folders, ca
 
 
 @pytest.mark.parametrize(
-    ("script", "args", "words"),
+    ("script", "args", "code", "words"),
     [
-        ("train.py", ["--data-dir", "nowhere"], "nowhere/train is missing"),
-        ("train.py", ["--backbone", "darknet35"], "'darknet35'; nearest: darknet53"),
-        ("train.py", ["--epochs", "-1"], "epochs=-1 must be at least 1"),
-        ("train.py", ["--batch-size", "4096"], "batch_size=4096 is more than the 48"),
-        ("train.py", ["--device", "cuda:99"], "device='cuda:99'"),
-        ("train.py", ["--seed", "-1"], "seed=-1 must be at least 0"),
-        ("train.py", ["--workers", "-1"], "workers=-1 must be at least 0"),
-        ("evaluate.py", ["--checkpoint", "nothing.pt"], "nothing.pt: no such checkpoint"),
-        ("evaluate.py", ["--checkpoint", __file__], "not a checkpoint"),
+        ("train.py", ["--data-dir", "nowhere"], 2, "nowhere is not a folder"),
+        ("train.py", ["--backbone", "darknet35"], 2, "'darknet35'; nearest: darknet53"),
+        ("train.py", ["--epochs", "-1"], 2, "epochs=-1 must be at least 1"),
+        ("train.py", ["--batch-size", "4096"], 2, "batch_size=4096 is more than the 48"),
+        ("train.py", ["--device", "cuda:99"], 2, "device='cuda:99'"),
+        ("train.py", ["--seed", "-1"], 2, "--seed: '-1' must be a whole number, at least 0"),
+        ("train.py", ["--workers", "-1"], 2, "--workers: '-1' must be a whole number, at least 0"),
+        ("train.py", ["--sync-batchnorm", "--device", "cpu"], 2, "sync_batchnorm=True needs GPUs"),
+        ("evaluate.py", ["--checkpoint", "nothing.pt"], 2, "nothing.pt: no such checkpoint"),
+        ("evaluate.py", ["--checkpoint", __file__], 1, "not a checkpoint"),
     ],
 )
-def test_a_mistake_is_one_clear_line(folders, tmp_path, capsys, script, args, words):
+def test_a_mistake_is_one_clear_line(folders, tmp_path, capsys, script, args, code, words):
     defaults = ["--data-dir", folders]
     if script == "train.py":
         defaults += ["--output-dir", tmp_path / "run", *SMALL]
-    assert run(script, *defaults, *args) == 1
+    assert run(script, *defaults, *args) == code
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert error[0].startswith("error: ")

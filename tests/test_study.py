@@ -251,7 +251,7 @@ def test_a_record_is_not_overwritten_by_less(finished, folders, tmp_path):
     fewer = dataclasses.replace(TINY, seeds=(0,))
     with pytest.raises(ValueError, match=r"2 finished runs .* 'Mish, ours' with seed 1"):
         run_study(fewer, create_classifier, folders, root / "runs", record)
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(NotADirectoryError, match="nowhere"):
         run_study(TINY, create_classifier, tmp_path / "nowhere", root / "runs", record)
     with pytest.raises(ValueError, match="device"):
         run_study(TINY, create_classifier, folders, root / "runs", record, devices=["cuda:99"])
@@ -305,9 +305,9 @@ def test_the_script(folders, tmp_path, monkeypatch, capsys):
     for wrong, status in (
         (["--seeds", "0"], 2),
         (["--seeds", "3"], 2),
-        (["--processes", "0"], 1),
-        (["--devices", "abacus"], 1),
-        (["--data-dir", "nowhere"], 1),
+        (["--processes", "0"], 2),
+        (["--devices", "abacus"], 2),
+        (["--data-dir", "nowhere"], 2),
     ):
         assert ablate.main([*command, *wrong]) == status
         error = capsys.readouterr().err.splitlines()[-1]

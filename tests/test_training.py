@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import assert_same_run
 from torch import nn
 
 import backbones
@@ -187,18 +188,25 @@ def test_meter_names_the_first_bad_step():
     for step, loss in enumerate((1.0, 3.0)):
         meter.add(torch.tensor(loss), step)
     assert meter.mean() == 2.0
+    meter.check()
     for step, loss in enumerate((math.nan, 1.0, math.inf), start=2):
-        meter.add(torch.tensor(loss), step)
-    with pytest.raises(DivergedError, match="not finite at step 2;"):
-        meter.mean()
+        meter.add(torch.tensor(loss), step, [7, step])
+    with pytest.raises(DivergedError, match="not finite at step 2;") as error:
+        meter.check()
+    assert (error.value.step, error.value.indices) == (2, [7, 2])
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(folders, tmp_path):
     recipe = dataclasses.replace(TINY, lr_per_1024=1e30, warmup_epochs=0.0)
     data = open_folders(folders, recipe)
-    with pytest.raises(DivergedError, match=r"not finite at step \d"):
+    with pytest.raises(DivergedError, match=r"not finite at step \d.* rate \d.*\.JPEG") as error:
         fit(make_model(), data, recipe, tmp_path / "run")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json"]
+    assert "\n" not in str(error.value)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "diverged.json"}
+    told = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    order = np.random.default_rng((1, 0, 0)).permutation(48)[8 * told["step"] :][:8]
+    assert told["images"] == [str(data.train.path(i)) for i in order]
+    assert told["learning_rate"] == pytest.approx(1e30 * 8 / 1024 * lr_factor(told["step"], 0, 18))
 
 
 def test_fit_learns_and_writes_down_what_it_did(folders, tmp_path):
@@ -214,26 +222,6 @@ def test_fit_learns_and_writes_down_what_it_did(folders, tmp_path):
     assert table.to_dict("records") == [pytest.approx(row) for row in trainer.metrics]
     speed = pd.read_csv(tmp_path / "run" / "speed.csv")
     assert (speed[["train_time_s", "eval_time_s", "train_images_per_s"]] > 0).all().all()
-
-
-def state_of(run_dir):
-    state = runs.load_checkpoint(run_dir / "last.pt")
-    return {k: state[k] for k in ("model", "ema", "optimizer", "schedule", "step", "metrics")}
-
-
-def assert_same_bits(a, b, path=""):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same_bits(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_bits(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
@@ -255,9 +243,7 @@ def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, stop_after):
     torch.manual_seed(99)
     torch.rand(7)
     fit(make_model(seed=8), data, TINY, tmp_path / "parts", seed=3, workers=2)
-    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-    tables = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("whole", "parts")]
-    assert tables[0] == tables[1]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_finished_run_is_left_as_it_is(folders, tmp_path):
@@ -314,13 +300,13 @@ def test_checkpoints_are_read_without_running_code(tmp_path):
     torch.save({"model": Trap()}, tmp_path / "trap.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    for name, words in [
-        ("trap.pt", "not a checkpoint, or one that would run code"),
-        ("text.pt", "not a checkpoint"),
-        ("other.pt", "not a checkpoint of scripts/train.py"),
-        ("none.pt", "no such checkpoint"),
+    for name, words, kind in [
+        ("trap.pt", "not a checkpoint, or one that would run code", runs.RunError),
+        ("text.pt", "not a checkpoint", runs.RunError),
+        ("other.pt", "not a checkpoint of scripts/train.py", runs.RunError),
+        ("none.pt", "no such checkpoint", FileNotFoundError),
     ]:
-        with pytest.raises(runs.RunError, match=f"{name}: {words}") as error:
+        with pytest.raises(kind, match=f"{name}: {words}") as error:
             runs.load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "sprung").exists()

@@ -7,7 +7,10 @@ and mixes them on the device.
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +65,13 @@ class Key(NamedTuple):
 class Batch(NamedTuple):
     """uint8 `images` `[N, 3, H, W]`, `labels` `[N]`, and the errors of the images left out.
 
-    A loader's images are channels_last.
+    A loader's images are channels_last, and it gives the dataset's `indices` of its images too.
     """
 
     images: Tensor
     labels: Tensor
     corrupt: list[CorruptImageError]
+    indices: Sequence[int] = ()
 
 
 class ImageFiles(Dataset):
@@ -108,6 +112,10 @@ class ImageFiles(Dataset):
         """Where an image lies."""
         return self.folder / os.fsdecode(bytes(self.names[index]))
 
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """What a loader asks for: a whole batch."""
+        return collate([self[key] for key in keys], [key.index for key in keys])
+
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | CorruptImageError:
         try:
             with (
@@ -126,15 +134,20 @@ def _image_names(folder: Path) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
 
 
-def collate(samples: list[tuple[Tensor, int] | CorruptImageError]) -> Batch:
+def collate(
+    samples: list[tuple[Tensor, int] | CorruptImageError], indices: Sequence[int] = ()
+) -> Batch:
     """Stacks the readable samples; `images` is empty if none is."""
     corrupt = [s for s in samples if isinstance(s, CorruptImageError)]
+    indices = [
+        i for i, s in zip(indices, samples, strict=False) if not isinstance(s, CorruptImageError)
+    ]
     good = [s for s in samples if not isinstance(s, CorruptImageError)]
     if not good:
         return Batch(torch.empty(0, 3, 0, 0), torch.empty(0, dtype=torch.long), corrupt)
     # Stacked as they lie, pixel by pixel, and so channels_last.
     images = torch.stack([image.permute(1, 2, 0) for image, _ in good]).permute(0, 3, 1, 2)
-    return Batch(images, torch.tensor([label for _, label in good]), corrupt)
+    return Batch(images, torch.tensor([label for _, label in good]), corrupt, indices)
 
 
 def readable(
@@ -172,7 +185,11 @@ class TrainBatches(Sampler[list[Key]]):
         if batch_size % world_size():
             raise ValueError(f"batch_size={batch_size} must divide by {world_size()} processes")
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.epoch = 0
+        self.epoch = self.first_step = 0
+
+    def begin(self, epoch: int, first_step: int = 0) -> None:
+        """Sets the epoch of the next pass, and how many of its batches are left out."""
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
         return self.count // self.batch_size
@@ -180,7 +197,7 @@ class TrainBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         rng = np.random.default_rng((ORDER_STREAM, self.seed, self.epoch))
         order = rng.permutation(self.count)
-        for step in range(len(self)):
+        for step in range(self.first_step, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield [Key(self.epoch, int(i)) for i in batch[rank() :: world_size()]]
 
@@ -199,19 +216,70 @@ class EvalBatches(Sampler[list[Key]]):
             yield [Key(0, index) for index in self.indices[i : i + self.batch_size]]
 
 
+class WorkerError(ChildProcessError):
+    """A decoding process died or gave no batch in time; the text is one line."""
+
+
 def make_loader(
-    dataset: ImageFiles, batches: TrainBatches | EvalBatches, workers: int, pin_memory: bool = False
+    dataset: ImageFiles,
+    batches: TrainBatches | EvalBatches,
+    workers: int,
+    pin_memory: bool = False,
+    timeout_s: float = 0,
 ) -> DataLoader:
-    """A loader of `Batch`es whose workers live as long as it does."""
+    """A loader of `Batch`es whose workers live as long as it does.
+
+    Args:
+        timeout_s: how long to wait for a worker's batch before an error; 0 for ever.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_whole,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        timeout=timeout_s if workers else 0,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else every epoch would draw from the global one
     )
+
+
+def _whole(batch: Batch) -> Batch:
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes; the trainer saves first, and needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def watched(loader: DataLoader) -> Iterator[Batch]:
+    """A loader's batches; WorkerError names a worker that dies, or that hangs for too long.
+
+    It comes in the place of a batch. By itself PyTorch would raise an error at the moment of a
+    worker's death, amid a step for one, through SIGCHLD.
+    """
+    count = 0
+    try:
+        batches = iter(loader)
+        if loader.num_workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in batches:
+            yield batch
+            count += 1
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        if "timed out" in str(error):  # batch k is from worker k % workers
+            raise WorkerError(
+                f"decoding process {count % loader.num_workers} of {loader.num_workers} gave no "
+                f"batch in {loader.timeout:g} s; is its disk there? --timeout-s sets the time"
+            ) from error
+        dead = re.findall(r"\d+", str(error))
+        raise WorkerError(
+            f"a decoding process died (pid {', '.join(dead)}); out of memory? try fewer --workers"
+        ) from error
 
 
 @dataclass(frozen=True)

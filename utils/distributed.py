@@ -1,8 +1,10 @@
 """What torchrun needs, and nothing when it is absent: one process is rank 0 of 1."""
 
+import datetime
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,18 +13,63 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Joins torchrun's process group (NCCL on GPUs, Gloo on CPUs) for the time of the block."""
-    if "LOCAL_RANK" not in os.environ:
+def process_group(device: torch.device, timeout_s: float = 600) -> Iterator[None]:
+    """Joins torchrun's process group (NCCL on GPUs, Gloo on CPUs) for the time of the block.
+
+    Args:
+        timeout_s: how long the processes wait for each other before an error.
+
+    Raises:
+        ConnectionError: the others cannot be reached, or one of them has gone.
+    """
+    if not launched():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timeout, **_fresh_store(timeout)
+        )
+    except (RuntimeError, ValueError) as error:  # a port in use, a variable that is missing
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"cannot join the other processes at {where} ({reason})") from error
     try:
         yield
+    except RuntimeError as error:
+        if not _is_of_network(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"another process has gone ({reason})") from error
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where processes that torchrun has restarted meet, away from what those before them left.
+
+    PyTorch 2.14's torchrun keeps one store over all restarts, in which new processes may find the
+    addresses of dead ones. On several nodes the restarts have no common number, and torchrun needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/scale.md).
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    port, size = int(env["MASTER_PORT"]), int(env["WORLD_SIZE"])
+    store = dist.TCPStore(env["MASTER_ADDR"], port, size, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": int(env["RANK"]), "world_size": size}
+
+
+def launched() -> bool:
+    """Whether torchrun, or a launcher that sets the same variables, started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def _is_of_network(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -65,6 +112,15 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather(tensor: Tensor) -> Tensor:
+    """`tensor` of every process, stacked by rank."""
+    if not dist.is_initialized():
+        return tensor[None].clone()
+    found = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(found, tensor)
+    return torch.stack(found)
+
+
 def broadcast_buffers(*modules: nn.Module) -> None:
     """Gives every process rank 0's buffers, such as BatchNorm's running statistics."""
     if dist.is_initialized():
@@ -82,14 +138,42 @@ def union(items: dict[str, None]) -> dict[str, None]:
     return {key: None for keys in gathered for key in keys}
 
 
-def barrier() -> None:
-    """Waits for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
+def of_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the process of rank 0, in every process; its ValueError too."""
+    if not dist.is_initialized():
+        return make()
+    found: list[Any] = [None]
+    if rank() == 0:
+        try:
+            found = [make()]
+        except (ValueError, OSError) as error:  # else the others would wait for ever
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with its gradients averaged over processes; itself if there is only one."""
+def data_parallel(
+    model: nn.Module, device: torch.device, sync_batchnorm: bool = False
+) -> nn.Module:
+    """`model` with its gradients averaged over processes; itself if there is only one.
+
+    Args:
+        sync_batchnorm: whether BatchNorm's statistics are those of all processes' images.
+
+    Raises:
+        ValueError: `sync_batchnorm` on a CPU, where PyTorch has none.
+    """
+    if sync_batchnorm and device.type != "cuda":
+        raise ValueError("sync_batchnorm=True needs GPUs: PyTorch has no SyncBatchNorm on CPUs")
     if not dist.is_initialized():
         return model
+    if sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def no_sync(net: nn.Module) -> AbstractContextManager:
+    """Leaves the gradients of `data_parallel`'s result to be averaged by a later backward pass."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()

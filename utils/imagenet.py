@@ -22,6 +22,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from utils.errors import DataError
 from utils.progress import progress_bar
 
 WNID = re.compile(r"n[0-9]{8}")
@@ -31,7 +32,7 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".we
 Moves = list[tuple[str, str]]  # (source, target), relative to the validation folder
 
 
-class LayoutError(ValueError):
+class LayoutError(DataError):
     """The files are not as ImageNet's layout asks; the text is one line for the user."""
 
 
@@ -201,9 +202,12 @@ def check_layout(data_dir: str | Path) -> list[str]:
     """Returns the sorted class names of a folder whose train/ and val/ hold the same classes.
 
     Raises:
+        NotADirectoryError: there is no such folder.
         LayoutError: train/ or val/ is missing, val/ is flat or half sorted, the classes differ, or
             there are none.
     """
+    if not Path(data_dir).is_dir():
+        raise NotADirectoryError(f"{data_dir} is not a folder: give the one with train/ and val/")
     classes = {}
     for split in ("train", "val"):
         folder = Path(data_dir) / split

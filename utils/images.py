@@ -24,6 +24,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from utils.errors import DataError
 from utils.recipe import Recipe
 
 # Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).
@@ -33,7 +34,7 @@ STD_RGB = (58.395, 57.12, 57.375)
 cv2.setNumThreads(0)  # the loader's processes share the cores out
 
 
-class CorruptImageError(ValueError):
+class CorruptImageError(DataError):
     """A file that is no readable image; the message holds its path."""
 
 

@@ -24,6 +24,7 @@ class Recipe:
 
     epochs: int = _field(100, "passes over the training images")
     batch_size: int = _field(1024, "images per step, over all processes")
+    accumulate: int = _field(1, "parts of a batch that run one by one, for want of memory")
     lr_per_1024: float = _field(0.5, "peak learning rate per 1024 images of batch size")
     momentum: float = _field(0.9, "momentum of SGD (without Nesterov)")
     weight_decay: float = _field(2e-5, "weight decay of convolution and linear weights")
@@ -46,7 +47,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
-        for name in ("epochs", "batch_size", "train_crop_px", "eval_resize_px", "eval_crop_px"):
+        counts = ("epochs", "batch_size", "accumulate")
+        for name in (*counts, "train_crop_px", "eval_resize_px", "eval_crop_px"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr_per_1024", "width"):
             self._check(name, getattr(self, name) > 0, "above 0")

@@ -4,14 +4,18 @@
 - `metrics.csv`: one row per epoch of what the seed determines
 - `speed.csv`: one row per epoch of what the machine determines
 - `last.pt`: weights, averaged weights, optimizer, step and the rows so far
+- `best.pt`: the same, at the epoch with the best averaged weights; `epoch_0010.pt` if asked for
 - `curves.png`: drawn by `utils.plotting` when the run ends
 """
 
+import contextlib
+import io
 import json
 import os
 import pickle
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,16 +28,22 @@ import PIL
 import torch
 import torchvision
 
+from utils.errors import DataError
+
 # What may differ between two starts of one run: where and by whom it is run, not what it computes.
 PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
 
 CHECKPOINT_KEYS = {
     *("config", "model", "ema", "optimizer", "schedule"),
-    *("step", "metrics", "speed", "skipped"),
+    *("step", "metrics", "speed", "skipped", "under_way"),
 }
 
 
-class RunError(ValueError):
+PARTIAL = ".partial"  # of a file that is being written
+DIVERGED = "diverged.json"  # the images of the step at which a loss was not finite
+
+
+class RunError(DataError):
     """A run folder that cannot be used as asked; the message names it."""
 
 
@@ -60,34 +70,61 @@ def command_line() -> str:
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
-def write_config(run_dir: Path, config: dict[str, Any]) -> None:
-    """Writes config.json, or checks that the one there describes the same run.
+def open_run(run_dir: Path, config: dict[str, Any], keep_every: int = 0) -> dict[str, Any] | None:
+    """Readies a run's folder, and returns the checkpoint to go on from if it holds one.
 
     Raises:
-        RunError: the folder holds another run; the message names the first entry that differs.
+        RunError: the folder holds another run or something else; the message names the first entry
+            that differs. Nothing in it has changed.
     """
-    path = run_dir / "config.json"
-    if (run_dir / "last.pt").exists():
-        refuse_other_run(run_dir, _read_config(path), json.loads(json.dumps(config)))
-        return
+    path, last = run_dir / "config.json", run_dir / "last.pt"
+    config = json.loads(json.dumps(config))
+    if last.exists():
+        refuse_other_run(run_dir, _read_config(path), config)
+        checkpoint = load_checkpoint(last)
+        refuse_other_run(last, checkpoint["config"], config)
+        _end_save(run_dir, checkpoint, keep_every)  # a kill may have come between the two
+        return checkpoint
     # Without a checkpoint nothing of an earlier start is worth keeping.
-    ours = (path.name, path.name + ".partial", "last.pt.partial")
+    ours = (path.name, path.name + PARTIAL, last.name + PARTIAL, DIVERGED)
     if run_dir.is_dir() and any(entry.name not in ours for entry in run_dir.iterdir()):
         raise RunError(f"{run_dir}: holds other files and no run; choose another --output-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
+    return None
 
 
-def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes last.pt, then the tables of its rows; each appears whole or not at all."""
-    _replace(run_dir / "last.pt", lambda aside: torch.save(checkpoint, aside))
-    save_tables(run_dir, checkpoint)
+def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any], keep_every: int = 0) -> None:
+    """Writes last.pt, the tables of its rows, and what else is kept at the end of an epoch.
+
+    Each file appears whole or not at all, and the one before it stays until then.
+
+    Args:
+        keep_every: also keep every so many epochs' checkpoint; 0 for none.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    _replace(run_dir / "last.pt", lambda aside: _save_tensors(checkpoint, aside))
+    _end_save(run_dir, checkpoint, keep_every)
 
 
-def save_tables(run_dir: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes metrics.csv and speed.csv from the rows in a checkpoint."""
+def _end_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> None:
+    """All that follows from last.pt, and may be done again."""
+    rows = checkpoint["metrics"]
+    if not rows:
+        return
     for name in ("metrics", "speed"):
         write_table(run_dir / f"{name}.csv", checkpoint[name])
+    if checkpoint["step"] != rows[-1]["step"]:  # amid an epoch
+        return
+    names = []
+    if max(row["ema_val_top1_pct"] for row in rows) == rows[-1]["ema_val_top1_pct"]:
+        names.append("best.pt")
+    if keep_every and rows[-1]["epoch"] % keep_every == 0:
+        names.append(f"epoch_{rows[-1]['epoch']:04d}.pt")
+    for name in names:
+        _replace(run_dir / name, lambda aside: _link(run_dir / "last.pt", aside))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,12 +154,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of `save_checkpoint`, on the CPU. No code of the file is run.
 
     Raises:
-        RunError: the file is missing, no checkpoint, or not one of this project.
+        FileNotFoundError: there is no such file.
+        RunError: it is no checkpoint, or not one of this project.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise RunError(f"{path}: no such checkpoint") from error
+        raise FileNotFoundError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:
         raise RunError(f"{path}: not a checkpoint, or one that would run code") from error
     except Exception as error:  # torch raises many types for broken files
@@ -159,12 +197,43 @@ def refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and renames into place, so that `path` is never half a file."""
-    aside = path.with_name(path.name + ".partial")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Writes beside `path` and renames into place, so that `path` is never half a file.
+
+    The name is on the disk, too, before this returns: a machine may lose its power then.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    try:
+        aside.unlink(missing_ok=True)  # of a kill; it may be a link to a file that is kept
+        write(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)  # a full disk needs the room
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
+    with contextlib.suppress(OSError):  # not every system opens folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _save_tensors(value: Any, path: Path) -> None:
+    # PyTorch's own writer hides the reason when a disk is full.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    with path.open("wb") as file:
+        file.write(buffer.getbuffer())
+
+
+def _link(source: Path, path: Path) -> None:
+    """A second name for a file that is never changed, or a copy where there are no such names."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def _commit() -> str:

@@ -363,6 +363,7 @@ def _train(job: _Job) -> Iterator[Row]:
         seed=job.seed,
         device=pick_device(_DEVICE),
         quiet=True,
+        catch_signals=False,  # the study ends its processes, and runs go on from whole epochs
     )
     config = json.loads((job.run_dir / "config.json").read_text())
     for crop_px in job.sizes_px:

@@ -4,9 +4,13 @@ Nothing here knows a backbone: `fit` takes any classifier `[N, 3, H, W]` -> `[N,
 """
 
 import dataclasses
+import functools
 import math
+import shlex
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +31,17 @@ from utils.data import (
     ImageNetFolders,
     Preprocess,
     TrainBatches,
+    WorkerError,
     make_loader,
     readable,
     stream_seed,
+    watched,
 )
+from utils.errors import Stopped
 from utils.evaluation import autocast, autocast_dtype, evaluate
 from utils.progress import progress_bar
 from utils.recipe import Recipe
+from utils.stopping import Requested, StopRequest
 
 # By type, never by name: a layer called "bn_head" need not be one.
 NORM_LAYERS = (
@@ -47,7 +55,16 @@ PROGRESS_STEPS = 20  # steps between two looks at the loss; a look waits for the
 
 
 class DivergedError(ArithmeticError):
-    """The loss is not finite; the message names the step."""
+    """The loss is not finite; the message names the step.
+
+    Attributes:
+        step: the first such step, from 0; None if another process had it.
+        indices: the dataset's indices of its images.
+    """
+
+    def __init__(self, text: str, step: int | None = None, indices: Sequence[int] = ()) -> None:
+        super().__init__(text)
+        self.step, self.indices = step, indices
 
 
 def param_groups(
@@ -100,9 +117,11 @@ class Trainer:
         seed: of what is random in a step (mixing, dropout); the step number makes it new.
         skip_corrupt: leave unreadable images out instead of raising.
         compile: whether steps run the network under `torch.compile`.
+        sync_batchnorm: whether BatchNorm's statistics are those of all processes' images.
 
     Attributes:
         metrics, speed: one row per epoch so far.
+        meter: the losses of the epoch under way.
         skipped: one message per unreadable image that was left out, with its path.
     """
 
@@ -115,13 +134,14 @@ class Trainer:
         seed: int = 0,
         skip_corrupt: bool = False,
         compile: bool = False,
+        sync_batchnorm: bool = False,
     ) -> None:
         self.device = next(model.parameters()).device
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=memory_format)
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         self.ema = AveragedModel(self.model, use_buffers=True)
-        self.net = distributed.data_parallel(self.model, self.device)
+        self.net = distributed.data_parallel(self.model, self.device, sync_batchnorm)
         if compile:  # the model itself, and so its checkpoints, stay as they are
             self.net = torch.compile(self.net)
         self.optimizer = torch.optim.SGD(
@@ -130,11 +150,12 @@ class Trainer:
             momentum=recipe.momentum,
             fused=self.device.type in ("cpu", "cuda"),  # one pass over the weights
         )
-        warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
-        total_steps = recipe.epochs * steps_per_epoch
-        self.schedule = LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, warmup_steps, total_steps)
+        self.lr_factor = functools.partial(
+            lr_factor,
+            warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
+            total_steps=recipe.epochs * steps_per_epoch,
         )
+        self.schedule = LambdaLR(self.optimizer, self.lr_factor)
         self.dtype = autocast_dtype(self.device, recipe.precision)
         self.eval_preprocess = Preprocess(self.device, num_classes, recipe.channels_last)
         self.preprocess = Preprocess(
@@ -146,6 +167,9 @@ class Trainer:
         )
         self.skip_corrupt = skip_corrupt
         self.step = 0
+        self.meter = LossMeter(self.device)
+        self.start_s = time.perf_counter()  # of the epoch under way, in this process
+        self.earlier_s = 0.0  # of the epoch under way, in processes before this one
         self.metrics: list[dict[str, float]] = []
         self.speed: list[dict[str, float]] = []
         self.skipped: dict[str, None] = {}  # a set that keeps its order
@@ -154,17 +178,34 @@ class Trainer:
         """One update from one batch of this process; returns the loss, still on the device."""
         torch.manual_seed(stream_seed(STEP_STREAM, self.seed, self.step, distributed.rank()))
         images, targets = self.preprocess(batch)
-        with autocast(self.device, self.dtype):
-            logits = self.net(images)
-        loss = cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
-        loss.backward()
+        loss = self._backward(images, targets)
         self.optimizer.step()
         self.optimizer.zero_grad()  # now, or the next forward pass would carry them
         self.schedule.step()
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(self.step, self.recipe.ema_decay))
         self.ema.update_parameters(self.model)
+        self.meter.add(loss, self.step, batch.indices)
         self.step += 1
-        return loss.detach()
+        return loss
+
+    def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Adds the gradients of the mean loss, part by part as `Recipe.accumulate` has it."""
+        parts = list(
+            zip(*(x.chunk(self.recipe.accumulate) for x in (images, targets)), strict=True)
+        )
+        total = torch.zeros((), device=self.device)
+        for k, (some_images, some_targets) in enumerate(parts, start=1):
+            # Sent to the other processes once, with the last part.
+            with distributed.no_sync(self.net) if k < len(parts) else nullcontext():
+                with autocast(self.device, self.dtype):
+                    logits = self.net(some_images)
+                loss = cross_entropy(
+                    logits.float(), some_targets, label_smoothing=self.recipe.label_smoothing
+                )
+                loss = loss * (len(some_images) / len(images))
+                loss.backward()
+            total += loss.detach()
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end in the same bits."""
@@ -177,6 +218,7 @@ class Trainer:
             "metrics": self.metrics,
             "speed": self.speed,
             "skipped": list(self.skipped),
+            "under_way": {"train_time_s": self.train_time_s, **self.meter.state_dict()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -185,6 +227,43 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
         self.skipped = dict.fromkeys(state["skipped"])
+        self.earlier_s = state["under_way"]["train_time_s"]
+        self.meter.load_state_dict(state["under_way"])
+
+    def end_epoch(self, metrics: dict[str, float], speed: dict[str, float]) -> None:
+        """Adds the rows of the epoch under way, which ends it."""
+        self.metrics.append(metrics)
+        self.speed.append(speed)
+        self.meter, self.earlier_s = LossMeter(self.device), 0.0
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step."""
+        return self.recipe.peak_lr * self.lr_factor(step)
+
+    @property
+    def train_time_s(self) -> float:
+        """Time that the epoch under way has been trained, over all processes that did."""
+        return self.earlier_s + time.perf_counter() - self.start_s
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, from 0: trained and evaluated are those before it."""
+        return len(self.metrics)
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Steps of the epoch under way that are done."""
+        return self.step - self.epoch * self.steps_per_epoch
+
+    def check_finite(self) -> None:
+        """Waits for the device, and for the other processes.
+
+        Raises:
+            DivergedError: a loss of the epoch under way is not finite, or a weight is not; in all
+                processes, if in one.
+        """
+        norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
+        self.meter.check(bad_weights=~torch.isfinite(norms).all())
 
 
 class LossMeter:
@@ -192,44 +271,77 @@ class LossMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.sum = torch.zeros((), device=device)
+        self.sums = torch.zeros(distributed.world_size(), device=device)  # at the last `check`
         self.bad_step = torch.full((), -1, device=device)
         self.count = 0
+        # The images of the steps since the last look.
+        self.recent: deque[tuple[int, Sequence[int]]] = deque(maxlen=2 * PROGRESS_STEPS)
 
-    def add(self, loss: Tensor, step: int) -> None:
+    def add(self, loss: Tensor, step: int, indices: Sequence[int] = ()) -> None:
         self.sum += loss
         self.count += 1
+        self.recent.append((step, indices))
         is_first_bad = ~torch.isfinite(loss) & (self.bad_step < 0)
         self.bad_step.masked_fill_(is_first_bad, step)
 
-    def mean(self) -> float:
-        """Mean over this process's steps; waits for the device.
+    def check(self, bad_weights: Tensor | bool = False) -> None:
+        """Looks at all processes' losses, and notes them for `state_dict`; waits for the device.
 
         Raises:
-            DivergedError: a loss was NaN or infinite.
+            DivergedError: a loss was NaN or infinite, or there are `bad_weights`.
         """
-        if self.bad_step >= 0:
-            raise DivergedError(
-                f"the loss is not finite at step {int(self.bad_step)}; try a lower --lr-per-1024 "
-                "or --precision float32, in another --output-dir"
-            )
+        self.sums = distributed.gather(self.sum)
+        bad = ((self.bad_step >= 0) | bad_weights).float()
+        if not distributed.sum_over_processes(bad):
+            return
+        advice = "try a lower --lr-per-1024 or --precision float32, in another --output-dir"
+        step = int(self.bad_step)
+        if step >= 0:
+            indices = dict(self.recent).get(step, ())
+            raise DivergedError(f"the loss is not finite at step {step}; {advice}", step, indices)
+        raise DivergedError(f"a loss or a weight is not finite; {advice}")
+
+    def mean(self) -> float:
+        """Mean over this process's steps; waits for the device."""
         return self.sum.item() / self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every process's sum at the last `check`, and the count, as they are after it."""
+        return {"loss_sums": self.sums, "loss_count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = state["loss_sums"].to(self.sum.device)
+        self.sum, self.count = self.sums[distributed.rank()].clone(), state["loss_count"]
 
 
 def train_one_epoch(
-    trainer: Trainer, batches: Iterable[Batch], progress: tqdm | None = None
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    progress: tqdm | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """One pass over `batches`; returns the mean loss over all processes' steps."""
+    """One pass over `batches`; returns the mean loss over the epoch's steps and all processes.
+
+    Args:
+        after_step: called when a step is over, and may stop the pass by an exception.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
     trainer.net.train()
-    meter = LossMeter(trainer.device)
     for batch in readable(batches, trainer.skip_corrupt, trainer.skipped):
         if not len(batch.labels):
             raise CorruptImageError(f"{batch.corrupt[0]}; nor is any other of its batch")
-        meter.add(trainer.train_step(batch), trainer.step - 1)
+        trainer.train_step(batch)
+        if trainer.step % PROGRESS_STEPS == 0:
+            trainer.meter.check()
+            if progress is not None:
+                progress.set_postfix_str(f"loss {trainer.meter.mean():.3f}", refresh=False)
         if progress is not None:
-            if meter.count % PROGRESS_STEPS == 0:
-                progress.set_postfix_str(f"loss {meter.mean():.3f}", refresh=False)
             progress.update(trainer.recipe.batch_size)
-    mean = torch.tensor(meter.mean(), device=trainer.device, dtype=torch.float64)
+        after_step()
+    trainer.check_finite()
+    mean = torch.tensor(trainer.meter.mean(), device=trainer.device, dtype=torch.float64)
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
 
 
@@ -245,8 +357,13 @@ def fit(
     device: torch.device | None = None,
     skip_corrupt: bool = False,
     compile: bool = False,
+    sync_batchnorm: bool = False,
+    checkpoint_steps: int = 0,
+    keep_every: int = 0,
+    timeout_s: float = 600,
     tensorboard: bool = False,
     quiet: bool = False,
+    catch_signals: bool = True,
 ) -> Trainer:
     """Trains `model` by `recipe`, or goes on with the run in `run_dir`, to the last epoch.
 
@@ -255,8 +372,13 @@ def fit(
         workers: processes that decode images, 0 for none.
         skip_corrupt: leave unreadable images out and list them, instead of stopping.
         compile: train under `torch.compile`: a minute or more at the start, then faster steps.
+        sync_batchnorm: BatchNorm over all processes' images; on GPUs only.
+        checkpoint_steps: save after every so many steps, too; 0 for the ends of epochs alone.
+        keep_every: keep the checkpoint of every so many epochs; 0 for last and best alone.
+        timeout_s: how long to wait for a worker's batch.
         tensorboard: also log every row for TensorBoard.
         quiet: show neither a progress bar nor a line per epoch.
+        catch_signals: whether SIGINT and SIGTERM save first and stop then.
 
     Returns:
         The trainer, with the model, its average and the rows of every epoch.
@@ -265,74 +387,136 @@ def fit(
         ValueError: a negative seed or number of workers, or a batch larger than the data.
         RunError: `run_dir` holds another run.
         CorruptImageError: an image is unreadable.
-        DivergedError: the loss is not finite.
+        DivergedError: the loss is not finite; the last checkpoint is from before.
+        WorkerError: a decoding process died, or gave nothing for `timeout_s`.
+        Stopped: a signal came, and the run is saved.
     """
-    for name, value in (("seed", seed), ("workers", workers)):
+    counts = {"seed": seed, "workers": workers, "checkpoint_steps": checkpoint_steps}
+    for name, value in (counts | {"keep_every": keep_every}).items():
         if value < 0:
             raise ValueError(f"{name}={value} must be at least 0")
     run_dir = Path(run_dir)
     device = device or distributed.pick_device()
-    train_loader, val_loader = make_loaders(data, recipe, seed, workers, device)
+    train_loader, val_loader = make_loaders(data, recipe, seed, workers, device, timeout_s)
     steps = len(train_loader.batch_sampler)
+    options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     trainer = Trainer(
-        model.to(device), recipe, steps, len(data.classes), seed, skip_corrupt, compile
+        model.to(device), recipe, steps, len(data.classes), seed, skip_corrupt, **options
     )
-    config = {**(config or {}), **_describe(trainer, data, workers), "compile": compile}
-    if distributed.rank() == 0:
-        runs.write_config(run_dir, config)
-    distributed.barrier()
-    if (run_dir / "last.pt").exists():
-        checkpoint = runs.load_checkpoint(run_dir / "last.pt")
-        trainer.load_state_dict(checkpoint)
-        if distributed.rank() == 0:  # a kill may have come between the checkpoint and its tables
-            runs.save_tables(run_dir, checkpoint)
-    with progress_bar(
-        total=recipe.epochs * steps * recipe.batch_size,
-        initial=trainer.step * recipe.batch_size,
-        unit=" images",
-        disable=quiet or distributed.rank() > 0,
-    ) as progress:
-        for epoch in range(trainer.step // steps, recipe.epochs):
-            train_loader.batch_sampler.epoch = epoch
-            _run_epoch(trainer, train_loader, val_loader, progress)
-            if distributed.rank() == 0:
-                if not quiet:
-                    progress.write(describe_epoch(trainer))
-                runs.save_checkpoint(run_dir, {"config": config, **trainer.state_dict()})
-                if tensorboard:
-                    runs.log_tensorboard(run_dir, trainer.metrics[-1], trainer.speed[-1])
+    config = {**(config or {}), **_describe(trainer, data, workers), **options}
+    # Of many machines, one alone needs to see the run's folder.
+    checkpoint = distributed.of_rank_0(lambda: runs.open_run(run_dir, config, keep_every))
+    if checkpoint:
+        try:
+            trainer.load_state_dict(checkpoint)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise runs.RunError(
+                f"{run_dir / 'last.pt'}: its weights are not those of its own config; put best.pt "
+                "in its place, or start again in another folder"
+            ) from error
+
+    def save() -> None:
+        if distributed.rank() == 0:
+            runs.save_checkpoint(run_dir, {"config": config, **trainer.state_dict()}, keep_every)
+
+    def after_step() -> None:
+        stopping = stop.agreed()
+        due = checkpoint_steps and trainer.step % checkpoint_steps == 0
+        if stopping or (due and trainer.step_in_epoch < steps):
+            trainer.check_finite()
+        if stopping:
+            raise Requested
+        if due and trainer.step_in_epoch < steps:
+            save()
+
+    with (
+        progress_bar(
+            total=recipe.epochs * steps * recipe.batch_size,
+            initial=trainer.step * recipe.batch_size,
+            unit=" images",
+            disable=quiet or distributed.rank() > 0,
+        ) as progress,
+        StopRequest(catch_signals) as stop,
+        _naming_images(trainer, data, run_dir),
+    ):
+        try:
+            while trainer.epoch < recipe.epochs:
+                _run_epoch(trainer, train_loader, val_loader, progress, after_step, stop)
+                save()
+                if distributed.rank() == 0:
+                    if not quiet:
+                        progress.write(describe_epoch(trainer))
+                    if tensorboard:
+                        runs.log_tensorboard(run_dir, trainer.metrics[-1], trainer.speed[-1])
+        except (Requested, WorkerError) as error:
+            if isinstance(error, WorkerError) and not stop.signal:
+                raise  # else the signal ended the workers, too, and no step is under way
+            save()
+            raise Stopped(
+                f"{stop.signal or 'a signal to another process'}, all is saved at step "
+                f"{trainer.step}; the same command with --output-dir {shlex.quote(str(run_dir))} "
+                "goes on"
+            ) from None
     return trainer
 
 
 def _run_epoch(
-    trainer: Trainer, train_loader: DataLoader, val_loader: DataLoader, progress: tqdm
+    trainer: Trainer,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    progress: tqdm,
+    after_step: Callable[[], None],
+    stop: StopRequest,
 ) -> None:
     """Trains one epoch, evaluates the raw and the averaged weights, and adds a row of each."""
-    epoch = train_loader.batch_sampler.epoch + 1
-    progress.set_description_str(f"epoch {epoch}/{trainer.recipe.epochs}")
-    first_lr = trainer.schedule.get_last_lr()[0]
-    start_s = time.perf_counter()
-    train_loss = train_one_epoch(trainer, train_loader, progress)
-    trained_s = time.perf_counter()
+    epoch = trainer.epoch
+    progress.set_description_str(f"epoch {epoch + 1}/{trainer.recipe.epochs}")
+    train_loader.batch_sampler.begin(epoch, trainer.step_in_epoch)
+    trainer.start_s = time.perf_counter()
+    train_loss = train_one_epoch(trainer, watched(train_loader), progress, after_step)
+    train_time_s, start_s = trainer.train_time_s, time.perf_counter()
     # Each process has statistics of its own images; rank 0's are those that are saved.
     distributed.broadcast_buffers(trainer.model, trainer.ema)
     models = {"": trainer.model, "ema_": trainer.ema.module}
-    batches = readable(val_loader, trainer.skip_corrupt, trainer.skipped)
+    batches = readable(stop.watch(watched(val_loader)), trainer.skip_corrupt, trainer.skipped)
     results = evaluate(models, batches, trainer.eval_preprocess, trainer.dtype)
-    row = {"epoch": epoch, "step": trainer.step, "first_lr": first_lr, "train_loss": train_loss}
+    first_lr = trainer.lr_at(epoch * trainer.steps_per_epoch)
+    row = {"epoch": epoch + 1, "step": trainer.step, "first_lr": first_lr, "train_loss": train_loss}
     for prefix, result in results.items():
         row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
-    trainer.metrics.append(row)
+    if not all(math.isfinite(value) for value in row.values()):
+        raise DivergedError(
+            f"the loss is not finite on the validation images, after step {trainer.step - 1}"
+        )
     trainer.skipped = distributed.union(trainer.skipped)
     images = trainer.steps_per_epoch * trainer.recipe.batch_size
-    trainer.speed.append(
-        {
-            "epoch": epoch,
-            "train_time_s": trained_s - start_s,
-            "eval_time_s": time.perf_counter() - trained_s,
-            "train_images_per_s": images / (trained_s - start_s),
-        }
-    )
+    speed = {
+        "epoch": epoch + 1,
+        "train_time_s": train_time_s,
+        "eval_time_s": time.perf_counter() - start_s,
+        "train_images_per_s": images / train_time_s,
+    }
+    trainer.end_epoch(row, speed)
+
+
+@contextmanager
+def _naming_images(trainer: Trainer, data: ImageNetFolders, run_dir: Path) -> Iterator[None]:
+    """Names the images of a step gone wrong."""
+    try:
+        yield
+    except DivergedError as error:
+        if error.step is None:
+            raise
+        images = [str(data.train.path(i)) for i in error.indices]
+        learning_rate = trainer.lr_at(error.step)
+        with suppress(OSError):
+            record = {"step": error.step, "learning_rate": learning_rate, "images": images}
+            runs.write_json(run_dir / runs.DIVERGED, record)
+        few = ", ".join(images[:3] + ["..."] * (len(images) > 3))
+        raise DivergedError(
+            f"{error}; learning rate {learning_rate:.4g}, images {few} "
+            f"(all in {run_dir / runs.DIVERGED})"
+        ) from error
 
 
 def describe_epoch(trainer: Trainer) -> str:
@@ -346,15 +530,20 @@ def describe_epoch(trainer: Trainer) -> str:
 
 
 def make_loaders(
-    data: ImageNetFolders, recipe: Recipe, seed: int, workers: int, device: torch.device
+    data: ImageNetFolders,
+    recipe: Recipe,
+    seed: int,
+    workers: int,
+    device: torch.device,
+    timeout_s: float = 0,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of training and validation batches."""
-    pin_memory = device.type == "cuda"
+    options = (workers, device.type == "cuda", timeout_s)
     train_batches = TrainBatches(len(data.train), recipe.batch_size, seed)
     val_batches = EvalBatches(len(data.val), recipe.batch_size // distributed.world_size())
     return (
-        make_loader(data.train, train_batches, workers, pin_memory),
-        make_loader(data.val, val_batches, workers, pin_memory),
+        make_loader(data.train, train_batches, *options),
+        make_loader(data.val, val_batches, *options),
     )
 
 

@@ -1,0 +1,461 @@
+"""Runs that are killed, stopped, starved of disk and cut off from each other, for real.
+
+docs/reliability.md lists what they show. The long ones are marked `faults` (make faults).
+"""
+
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pandas as pd
+import pytest
+import torch
+from helpers import ROOT, SMALL, assert_same_run, run
+from test_imagenet import make, sorted_tree
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Processes made by fork, with PyTorch imported already: a start takes no time.
+STARTER = multiprocessing.get_context("forkserver")
+STARTER.set_forkserver_preload(["torch", "helpers", "utils.training", "utils.plotting"])
+
+
+def train_here(args, code, log):
+    """In a process of its own: changes what `code` says, then runs scripts/train.py."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as outside of a forkserver
+    sys.stderr = sys.stdout = open(log, "a", buffering=1)  # noqa: SIM115
+    exec(code)
+    os._exit(run("train.py", *args))
+
+
+def start(args, code="", log=os.devnull):
+    process = STARTER.Process(target=train_here, args=(list(map(str, args)), code, log))
+    process.start()
+    return process
+
+
+def finish(process, timeout_s=120):
+    process.join(timeout_s)
+    assert process.exitcode is not None, "it waits for ever"
+    return process.exitcode
+
+
+def command(folders, run_dir, *more):
+    options = ["--epochs", 3, "--checkpoint-steps", 2, "--device", "cpu", "--seed", 3]
+    return ["--data-dir", folders, "--output-dir", run_dir, *SMALL, *options, *more]
+
+
+def launch(args, *, env=None, timeout_s=300, launcher=("--standalone", "--nproc-per-node", "2")):
+    """Runs a script under torchrun."""
+    words = [sys.executable, "-m", "torch.distributed.run", *launcher, *args]
+    return subprocess.run(
+        list(map(str, words)), env={**ENV, **(env or {})}, capture_output=True, text=True,
+        timeout=timeout_s,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """A run that nothing happened to, and how long it took."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    begin_s = time.perf_counter()
+    assert finish(start(command(folders, run_dir))) == 0
+    return run_dir, time.perf_counter() - begin_s
+
+
+# ---- kills and signals ---------------------------------------------------------------------------
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("workers", "kills"), [(0, 8), (1, 6), (3, 6)])
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
+    folders, whole, tmp_path, workers, kills
+):
+    rng, killed = random.Random(workers), 0
+    args = command(folders, tmp_path / "run", "--workers", workers)
+    while True:
+        process = start(args)
+        process.join(rng.uniform(0, whole[1]) if killed < kills else 120)
+        if process.exitcode is None:
+            process.kill()
+            killed += 1
+            assert finish(process) == -signal.SIGKILL
+        elif killed < kills:  # it was done before: the next kills need a new one
+            assert process.exitcode == 0
+            assert_same_run(whole[0], tmp_path / "run")
+            shutil.rmtree(tmp_path / "run")
+        else:
+            assert process.exitcode == 0
+            break
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+# Where a process kills itself, told by the audit events of Python, or by what it calls.
+MOMENTS = {
+    "while a checkpoint is written": """
+import utils.runs as r
+def save(value, path, n=[0], f=r._save_tensors):
+    n[0] += 1
+    if n[0] == {n}:
+        path.write_bytes(b"half of it"); os.kill(os.getpid(), signal.SIGKILL)
+    f(value, path)
+r._save_tensors = save
+""",
+    "before a file is renamed": """
+def hook(event, args, n=[0]):
+    if event == "os.rename":
+        n[0] += 1
+        if n[0] == {n}: os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+""",
+    "amid a step": """
+import utils.training as t
+def clip(optimizer, n=[0], f=torch.optim.SGD.step):
+    n[0] += 1
+    if n[0] == {n}: os.kill(os.getpid(), signal.SIGKILL)
+    f(optimizer)
+torch.optim.SGD.step = clip
+""",
+    "amid an evaluation": """
+import utils.evaluation as e
+def count(logits, labels, n=[0], f=e._count):
+    n[0] += 1
+    if n[0] == {n}: os.kill(os.getpid(), signal.SIGKILL)
+    return f(logits, labels)
+e._count = count
+""",
+}
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_the_worst_moments_a_run_ends_in_the_same_bits(
+    folders, whole, tmp_path, moment, n
+):
+    args = command(folders, tmp_path / "run")
+    assert finish(start(args, MOMENTS[moment].format(n=n))) == -signal.SIGKILL
+    assert finish(start(args)) == 0
+    assert_same_run(whole[0], tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+STOPS_ITSELF = """
+import utils.training as t, utils.evaluation as e
+def stop(*args, n=[0], f={target}):
+    n[0] += 1
+    if n[0] == {n}: os.kill(os.getpid(), signal.{name})
+    return f(*args)
+{target} = stop
+"""
+
+
+@pytest.mark.parametrize("target", ["t.Trainer.train_step", "e._count"], ids=["step", "evaluation"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_same_command_goes_on(folders, whole, tmp_path, name, target):
+    args = command(folders, tmp_path / "run", "--checkpoint-steps", 100)
+    code = STOPS_ITSELF.format(target=target, n=4, name=name)
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        f"import os, signal, sys, torch\ntorch.set_num_threads(1)\n{code}\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom helpers import run\n"
+        "sys.exit(run('train.py', *sys.argv[1:]))\n"
+    )
+    words = [sys.executable, script, *args]
+    done = subprocess.run(list(map(str, words)), env=ENV, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"stopped: {name}, all is saved at step ")
+    assert f"--output-dir {tmp_path / 'run'} goes on" in last
+    assert "Traceback" not in done.stderr
+    step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
+    assert step == {"t.Trainer.train_step": 4, "e._count": 6}[target]
+    assert finish(start(args)) == 0
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(folders, whole, tmp_path):
+    """As a terminal's Ctrl-C and a cluster's manager send it: workers live until all is saved."""
+    args = command(folders, tmp_path / "run", "--workers", 2, "--epochs", 50)
+    words = [sys.executable, ROOT / "scripts" / "train.py", *args]
+    process = subprocess.Popen(
+        list(map(str, words)), env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert told.strip().splitlines()[-1].startswith("stopped: SIGTERM, all is saved at step ")
+    assert "Traceback" not in told
+
+
+# ---- the disk ------------------------------------------------------------------------------------
+
+
+def until_saved(process, run_dir):
+    while not (run_dir / "metrics.csv").exists():
+        assert process.exitcode is None
+        time.sleep(0.02)
+
+
+def test_a_disk_quota_ends_the_run_and_keeps_its_checkpoint(folders, tmp_path, whole, monkeypatch):
+    args = command(folders, tmp_path / "run", "--checkpoint-steps", 1)
+    process = start(args, log=tmp_path / "log")
+    until_saved(process, tmp_path / "run")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    assert finish(process) == 1
+    told = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert told == f"error: {tmp_path / 'run' / 'last.pt'}: cannot be written (File too large)"
+    assert not list((tmp_path / "run").glob("*.partial"))
+    assert finish(start(args)) == 0
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path, whole):
+    """A file system with room for a checkpoint and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = (whole[0] / "last.pt").stat().st_size * 3 // 2
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may mount no file system here; the quota's test shows the same")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_its_checkpoint(folders, tmp_path, small_disk, whole):
+    args = command(folders, small_disk / "run")
+    assert finish(start(args, log=tmp_path / "log")) == 1
+    told = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert re.fullmatch(r"error: .*/last\.pt: cannot be written \(No space left on device\)", told)
+    kept = torch.load(small_disk / "run" / "last.pt", weights_only=True)
+    assert kept["step"] == 2  # the first; there is room for one
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    assert finish(start(args)) == 0
+    assert_same_run(whole[0], small_disk / "run")
+
+
+def test_best_last_and_every_nth_checkpoint_are_kept(folders, tmp_path):
+    run_dir = tmp_path / "run"
+    args = command(folders, run_dir, "--epochs", 5, "--keep-every", 2, "--checkpoint-steps", 100)
+    assert finish(start(args)) == 0
+    table = pd.read_csv(run_dir / "metrics.csv")
+    found = {
+        path.name: torch.load(path, weights_only=True)["metrics"][-1]["epoch"]
+        for path in run_dir.glob("*.pt")
+    }
+    best = table[table.ema_val_top1_pct == table.ema_val_top1_pct.max()].epoch.max()
+    assert found == {"last.pt": 5, "best.pt": best, "epoch_0002.pt": 2, "epoch_0004.pt": 4}
+
+
+@pytest.mark.parametrize("other", [["--backbone", "darknet19"], ["--momentum", "0.8"]], ids=str)
+def test_a_checkpoint_of_another_run_is_refused(folders, whole, tmp_path, capsys, other):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole[0], run_dir)
+    assert finish(start(command(folders, tmp_path / "other", *other))) == 0
+    shutil.copy(tmp_path / "other" / "last.pt", run_dir / "last.pt")
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    assert run("train.py", *command(folders, run_dir)) == 1
+    told = capsys.readouterr().err
+    name, value = other[0].lstrip("-"), other[1]
+    assert told.startswith(f"error: {run_dir / 'last.pt'}: holds a run with {name}=")
+    assert value in told
+    assert told.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+# ---- workers -------------------------------------------------------------------------------------
+
+FAULTY_WORKER = """
+import utils.data as d
+def get(self, keys, f=d.ImageFiles.__getitems__):
+    info = torch.utils.data.get_worker_info()
+    if info.id == 1 and keys[0].epoch == 1: {fault}
+    return f(self, keys)
+d.ImageFiles.__getitems__ = get
+"""
+FAULTS = {
+    "dies": ("os.kill(os.getpid(), signal.SIGKILL)", r"a decoding process died \(pid \d+\)"),
+    "hangs": ("import time; time.sleep(1000)", r"decoding process 1 of 2 gave no batch in 3 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_worker_that_dies_or_hangs_ends_the_run_in_time(folders, whole, tmp_path, fault):
+    what, words = FAULTS[fault]
+    args = command(folders, tmp_path / "run", "--workers", 2, "--timeout-s", 3)
+    assert (
+        finish(start(args, FAULTY_WORKER.format(fault=what), tmp_path / "log"), timeout_s=60) == 1
+    )
+    told = (tmp_path / "log").read_text()
+    assert re.search(rf"^error: {words}", told, re.MULTILINE)
+    assert "Traceback" not in told
+    assert finish(start(args)) == 0
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+# ---- many processes ------------------------------------------------------------------------------
+
+TRAIN = ROOT / "scripts" / "train.py"
+FAULTY_RANK = f"""
+import os, runpy, signal, sys
+import utils.training as t
+def step(self, batch, f=t.Trainer.train_step):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and os.environ["RANK"] == "1" and self.step == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f(self, batch)
+t.Trainer.train_step = step
+sys.argv[0] = {str(TRAIN)!r}
+sys.exit(runpy.run_path({str(TRAIN)!r})["main"](sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(folders, tmp_path_factory):
+    """A run of two processes that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("pair") / "run"
+    done = launch([TRAIN, *command(folders, run_dir)])
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.faults
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY_RANK)
+    launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    done = launch([script, *command(folders, tmp_path / "run")], launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr or "Signal 9" in done.stderr
+    assert_same_run(pair, tmp_path / "run")
+
+
+@pytest.mark.faults
+def test_two_nodes_on_loopback_are_two_processes(folders, pair, tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launchers = [
+        ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
+         "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        for rank in range(2)
+    ]  # fmt: skip
+    found = []
+
+    def node(rank):
+        # The run's folder is on the first node's disk; the second never looks at its own.
+        args = command(folders, tmp_path / f"run{rank}")
+        found.append(launch([TRAIN, *args], launcher=launchers[rank]))
+
+    threads = [threading.Thread(target=node, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [done.returncode for done in found] == [0, 0], [done.stderr for done in found]
+    assert_same_run(pair, tmp_path / "run0")
+    assert not (tmp_path / "run1").exists()
+
+
+@pytest.mark.faults
+def test_a_stopped_job_of_two_processes_goes_on(folders, pair, tmp_path):
+    args = command(folders, tmp_path / "run", "--checkpoint-steps", 100)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    process = subprocess.Popen(
+        list(map(str, [*words, TRAIN, *args])), env=ENV, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    stopped = re.findall(r"stopped: .* all is saved at step (\d+)", told)
+    assert len(stopped) == 2
+    assert len(set(stopped)) == 1  # both after the same step
+    done = launch([TRAIN, *args])
+    assert done.returncode == 0, done.stderr
+    assert_same_run(pair, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("env", "args", "code", "words"),
+    [
+        ({}, [], 2, "--output-dir is needed with torchrun"),
+        ({"MASTER_PORT": "{port}"}, ["--output-dir", "run"], 1, "cannot join the other processes"),
+        ({}, ["--output-dir", "run"], 1, "cannot join the other processes at None:None"),
+    ],
+    ids=["no folder", "port in use", "no address"],
+)
+def test_launchers_mistakes_are_one_line(folders, tmp_path, env, args, code, words):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        given = {key: value.format(port=taken.getsockname()[1]) for key, value in env.items()}
+        if given:
+            given |= {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "2"}
+        done = subprocess.run(
+            [sys.executable, TRAIN, "--data-dir", folders, *SMALL, "--device", "cpu", *args],
+            env={**ENV, "LOCAL_RANK": "0", **given},
+            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert words in told[0]
+    assert "Traceback" not in done.stderr
+
+
+# ---- the preparation -----------------------------------------------------------------------------
+
+
+def sort_here(folder):
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    paths = ["--val_solution_path", folder / "solution.csv", "--val_image_dir", folder / "val"]
+    os._exit(run("imagenet.py", *paths))
+
+
+@pytest.mark.faults
+def test_sorting_fifty_thousand_files_survives_a_hundred_kills(tmp_path):
+    images = {f"ILSVRC2012_val_{i:08d}": f"n{i % 1000:08d}" for i in range(1, 50_001)}
+    val = make(tmp_path, images=images)
+    rng, kills = random.Random(0), 0
+    begin_s = time.perf_counter()
+    while kills < 100:
+        process = STARTER.Process(target=sort_here, args=(tmp_path,))
+        process.start()
+        process.join(rng.uniform(0.3, 1.2))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:  # all in place: back again, so that there is something to kill
+            assert process.exitcode == 0
+            paths = ["--val_solution_path", tmp_path / "solution.csv", "--val_image_dir", val]
+            assert run("imagenet.py", *paths, "--undo") == 0
+        names = [name for _, _, files in os.walk(val) for name in files]
+        assert len(names) == len(set(names)) == 50_000
+    process = STARTER.Process(target=sort_here, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    print(f"100 kills and 50,000 files: {time.perf_counter() - begin_s:.0f} s")
+    found = {
+        str(path.relative_to(val)): path.read_bytes() for path in val.rglob("*") if path.is_file()
+    }
+    expected = {name: data for name, data in sorted_tree(images).items() if data != "folder"}
+    assert found == expected

@@ -1,0 +1,78 @@
+"""A user's mistakes: one clear line on stderr and an exit code, never a traceback.
+
+Exit codes of every script: 0, done; 1, the data or a file is not right, or training failed; 2, bad
+usage: an option, a value or a path that is not there; 75, stopped by a signal with everything saved
+(EX_TEMPFAIL of sysexits.h: run the same command again); 130, interrupted at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+class DataError(ValueError):
+    """A file or folder is not as it should be; the text is one line that names it."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work after everything was saved; the text says how to go on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with the module's docstring for its help, and errors of one line."""
+
+    def __init__(self, description: str | None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; --help lists the options", file=sys.stderr)
+        sys.exit(BAD_USAGE)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argument's type: an integer of at least so much."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {least}")
+        return value
+
+    return convert
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Runs `work` and returns its exit code; what a user can mend is told in one line."""
+    try:
+        return work() or OK
+    except Stopped as error:
+        return _tell(f"stopped: {error}", STOPPED)
+    except KeyboardInterrupt:
+        return _tell("interrupted; the same command goes on from what was saved", INTERRUPTED)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return _tell(f"error: {_of_system(error)}", BAD_USAGE)
+    except OSError as error:
+        return _tell(f"error: {_of_system(error)}", BAD_DATA)
+    except (DataError, ArithmeticError) as error:
+        return _tell(f"error: {error}", BAD_DATA)
+    except ValueError as error:
+        return _tell(f"error: {error}", BAD_USAGE)
+
+
+def _of_system(error: OSError) -> str:
+    """Path and reason, without the number that Python puts first."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
+
+
+def _tell(line: str, code: int) -> int:
+    print(" ".join(line.splitlines()), file=sys.stderr)
+    return code

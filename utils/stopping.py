@@ -1,0 +1,83 @@
+"""SIGINT and SIGTERM as a request to stop after the step at hand, by all processes together."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Requested(Exception):
+    """A signal came, and no step is under way."""
+
+
+class StopRequest:
+    """Catches SIGINT and SIGTERM inside its `with` block; a second SIGINT interrupts at once.
+
+    A signal that is ignored stays ignored. Outside the main thread nothing is caught.
+
+    Args:
+        catch: whether to; else nothing is ever requested.
+
+    Attributes:
+        signal: name of the signal that came to this process, or None.
+    """
+
+    def __init__(self, catch: bool = True) -> None:
+        self.signal: str | None = None
+        self._catches = catch and threading.current_thread() is threading.main_thread()
+        self._before: dict[signal.Signals, object] = {}
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._flag = torch.zeros(())
+        self._work: dist.Work | None = None
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS if self._catches else ():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._work and error is None:
+            with contextlib.suppress(RuntimeError):  # the others may have ended already
+                self._work.wait()
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether all processes stop now; to be asked by each of them after each step.
+
+        Of several processes, those that caught no signal hear of it one step later: the sum of all
+        flags is under way during a step, and nothing waits for it.
+        """
+        if self._group is None:
+            return self.signal is not None
+        stop = False
+        if self._work:
+            self._work.wait()
+            stop = bool(self._flag)
+        self._flag = torch.tensor(float(self.signal is not None))
+        self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)
+        return stop
+
+    def watch(self, items: Iterator) -> Iterator:
+        """Passes items on until this process is to stop, which raises `Requested`."""
+        for item in items:
+            if self.signal:
+                raise Requested
+            yield item
