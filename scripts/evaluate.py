@@ -17,7 +17,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
-    add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
+    add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
     add(
         "--size",
         type=whole_number(1),

@@ -5,7 +5,12 @@
         --recipe imagenet --output-dir runs/imagenet
 
 The folder holds train/ and val/, each with one folder per class; scripts/imagenet.py sorts
-ImageNet's flat val/. Stopped at any moment, the same command with the same --output-dir goes on and
+ImageNet's flat val/. Shards are scripts/make_shards.py's, on a disk or behind a command:
+
+    --data-dir "shards/{train-{000000..001281},val-{000000..000049}}.tar"
+    --data-dir "pipe:aws s3 cp s3://bucket/{train-{000000..001281},val-{000000..000049}}.tar -"
+
+Stopped at any moment, the same command with the same --output-dir goes on and
 ends in the same weights.
 
 Exit codes: 0, trained; 1, the data or a file is not right, or the loss is not finite; 2, a wrong
@@ -23,8 +28,8 @@ import torch
 from backbones.classifier import create_classifier
 from backbones.deploy import keep_freed_memory
 from utils import distributed, plotting, recipe, runs, training
-from utils.data import open_folders
 from utils.errors import Parser, exit_code, whole_number
+from utils.inputs import open_data
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     chosen = preset.parse_known_args(argv)[0].recipe
     parser = Parser(__doc__, parents=[preset])
     add = parser.add_argument
-    add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
+    add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
     add("--output-dir", type=Path, help="the run's folder (default: a new one in runs/)")
     add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
     add(
@@ -100,7 +105,7 @@ def train(args: argparse.Namespace) -> None:
     chosen = recipe.from_arguments(args, args.recipe)
     options = chosen.backbone_options
     device = distributed.pick_device(args.device)
-    data = open_folders(args.data_dir, chosen, args.seed)
+    data = open_data(args.data_dir, chosen, args.seed)
     torch.manual_seed(args.seed)
     model = create_classifier(args.backbone, len(data.classes), **options)
     keep_freed_memory()  # every step allocates the same
@@ -114,7 +119,7 @@ def train(args: argparse.Namespace) -> None:
                 "backbone": args.backbone,
                 "options": options,
                 "command": runs.command_line(),
-                "data_dir": str(args.data_dir),
+                "data_dir": args.data_dir,
             },
             seed=args.seed,
             workers=args.workers,

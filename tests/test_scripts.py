@@ -79,12 +79,16 @@ def test_a_mistake_is_one_clear_line(folders, tmp_path, capsys, script, args, co
 def test_an_output_dir_that_is_a_file_is_one_clear_line(folders, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     args = ["--data-dir", folders, *SMALL, "--output-dir", tmp_path / "file"]
-    assert run("train.py", *args) == 1
+    assert run("train.py", *args) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "evaluate.py", "imagenet.py", "run_notebooks.py", "benchmark.py"]
+    "script",
+    [
+        *("train.py", "evaluate.py", "imagenet.py", "make_shards.py", "ablate.py"),
+        *("run_notebooks.py", "benchmark.py"),
+    ],
 )
 def test_help_and_bad_usage(script, capsys):
     assert run(script, "--help") == 0

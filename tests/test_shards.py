@@ -22,17 +22,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import webdataset
+from helpers import ROOT, SMALL, assert_same_run, run
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from utils import shards
-from utils.data import CorruptImageError
+from utils.data import CorruptImageError, watched
 from utils.images import pixels
 from utils.packing import make_shards
 from utils.recipe import Recipe
-from utils.shards import ShardError, Shards, ShardStream, batches_of, expand, is_shards, open_shards
+from utils.shards import ShardError, Shards, ShardStream, expand, is_shards, open_shards
+from utils.training import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "make_shards.py"
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 main = runpy.run_path(str(SCRIPT))["main"]
@@ -104,7 +105,7 @@ def passes(stream, workers, epoch=0, first_step=0):
         info = SimpleNamespace(id=worker, num_workers=workers)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shards, "get_worker_info", lambda info=info: info)
-            lanes.append(iter(tags(batches_of(stream))))
+            lanes.append(iter(tags(watched(loader_of(stream, 0)))))
     return list(in_turn(lanes))
 
 
@@ -376,7 +377,7 @@ def test_evaluation_gives_every_image_once(packed, monkeypatch, world, workers):
     for rank in range(world):
         as_rank(monkeypatch, rank, world)
         stream = ShardStream(split_of(packed, "val"), 6, train=False)
-        batches = tags(batches_of(loader_of(stream, workers)))
+        batches = tags(watched(loader_of(stream, workers)))
         assert len(batches) == len(stream)
         assert max(map(len, batches)) <= 6 // world
         found += flat(batches)
@@ -396,7 +397,7 @@ def test_training_gives_every_image_of_whole_batches_once(packed, monkeypatch, w
         seen = []
         for loader in loaders:
             loader.dataset.begin(epoch)
-            batches = tags(batches_of(loader))
+            batches = tags(watched(loader))
             assert (
                 [len(batch) for batch in batches] == [6 // world] * 7 == [6 // world] * len(loader)
             )
@@ -441,7 +442,7 @@ def test_real_loaders_ask_workers_in_the_order_that_is_assumed(packed):
         loader = loader_of(stream, workers)
         for epoch, first_step in ((0, 0), (1, 3), (2, 0), (1, 9), (1, 10)):
             expected = passes(stream, max(1, workers), epoch, first_step)
-            assert tags(batches_of(loader)) == expected
+            assert tags(watched(loader)) == expected
             assert len(expected) == 10 - first_step
 
 
@@ -516,7 +517,7 @@ def test_piped_shards_are_the_same(packed, monkeypatch):
         one.transform = other.transform = pixels
         for workers in (0, 2):
             batches = [
-                tags(batches_of(loader_of(ShardStream(s, 6, True), workers))) for s in (one, other)
+                tags(watched(loader_of(ShardStream(s, 6, True), workers))) for s in (one, other)
             ]
             assert batches[0] == batches[1]
     assert piped[0].path(12) == f"pipe:cat {packed.name}/train-000002.tar: 000000012"
@@ -712,7 +713,7 @@ def test_errors_are_one_line(packed, tmp_path, monkeypatch, pattern, prepare, wo
         train, val, _ = open_shards(pattern, Recipe())
         train.transform = val.transform = pixels
         for split in (train, val):
-            list(batches_of(ShardStream(split, 1, True)))
+            list(watched(loader_of(ShardStream(split, 1, True), 0)))
     text = str(caught.value)
     assert "\n" not in text
     assert "<_io" not in text
@@ -734,7 +735,7 @@ def test_an_error_of_a_worker_is_one_line(packed, tmp_path, workers):
     cut(THREE, 5660)(folder)
     loader = loader_of(ShardStream(split_of(folder, "train"), 4, True), workers)
     with pytest.raises(ShardError) as caught:
-        list(batches_of(loader))
+        list(watched(loader))
     assert str(caught.value) == f"{folder}/{THREE}: not a whole tar file: unexpected end of data"
 
 
@@ -745,7 +746,7 @@ def test_unreadable_images_are_set_apart(images, tmp_path):
     (tree / "val" / CLASSES[1] / "a.b.c.JPEG").write_bytes(b"no image")
     make_shards(tree, tmp_path / "out", images_per_shard=5, seed=1)
     stream = ShardStream(split_of(tmp_path / "out", "val"), 6, train=False)
-    batches = list(batches_of(loader_of(stream, workers=1)))
+    batches = list(watched(loader_of(stream, workers=1)))
     errors = [error for batch in batches for error in batch.corrupt]
     assert all(isinstance(error, CorruptImageError) for error in errors)
     place = f"{tmp_path}/out/val-000001.tar: 00000000"
@@ -772,3 +773,61 @@ def test_damage_anywhere_is_an_error_or_an_unreadable_image(packed, tmp_path, ma
         bad += [] if fine else [place]
         path.write_bytes(whole)
     assert bad == []
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pattern(folders, tmp_path_factory):
+    """A pattern of five train and three val shards of the fixture `folders`."""
+    root = tmp_path_factory.mktemp("shards")
+    make_shards(folders, root, images_per_shard=10)
+    return str(root / "{train-{000000..000004},val-{000000..000001}}.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_shards_goes_on_after_a_stop_in_the_same_bits(
+    pattern, tmp_path, monkeypatch, workers
+):
+    args = ["--data-dir", pattern, *SMALL, "--workers", workers, "--output-dir"]
+    assert run("train.py", *args, tmp_path / "whole") == 0
+    train_step = Trainer.train_step
+
+    def stop(self, batch):
+        if self.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", stop)
+    assert run("train.py", *args, tmp_path / "parts") == 75
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    assert run("train.py", *args, tmp_path / "parts", "--workers", 3) == 1  # another order
+    assert run("train.py", *args, tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_evaluation_is_the_same_from_shards_and_folders(pattern, folders, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert run("train.py", "--data-dir", pattern, *SMALL, "--output-dir", run_dir) == 0
+    capsys.readouterr()
+    for source in (pattern, folders, f"pipe:cat {pattern}"):
+        checkpoint = ["--checkpoint", run_dir / "last.pt", "--workers", 0]
+        assert run("evaluate.py", *checkpoint, "--data-dir", source) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == lines[2:4] == lines[4:]
+    assert "(18 images)" in lines[0]
+
+
+def test_a_broken_shard_ends_training_in_one_line(pattern, tmp_path, capsys):
+    for path in expand(pattern)["train"] + expand(pattern)["val"]:
+        shutil.copy(path, tmp_path)
+    broken = tmp_path / "train-000003.tar"
+    broken.write_bytes(broken.read_bytes()[:5000])
+    here = tmp_path / Path(pattern).name
+    args = ["--data-dir", here, *SMALL, "--output-dir", tmp_path / "run", "--skip-corrupt"]
+    for workers in (0, 1):
+        assert run("train.py", *args, "--workers", workers) == 1
+        told = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(told) == 1
+        assert told[0].startswith(f"error: {broken}: ")

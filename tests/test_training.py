@@ -4,13 +4,16 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import assert_same_run
+from helpers import ROOT, assert_same_run
 from torch import nn
 
 import backbones
@@ -156,6 +159,65 @@ def test_one_step_against_ten_lines():
                 p -= lr * lr_factor(step, 0, 3000) * v
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def without_batchnorm():
+    """A classifier whose images do not see each other."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Also of 8 images in 3 parts, mixed before they are parted."""
+    found = []
+    for parts in (1, 3, 8):
+        recipe = dataclasses.replace(TINY, precision="float32", accumulate=parts)
+        trainer = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
+        losses = [trainer.train_step(make_batch(seed=step)).item() for step in range(3)]
+        found.append((losses, trainer.model.state_dict()))
+    for losses, weights in found[1:]:
+        assert losses == pytest.approx(found[0][0], rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, found[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+SHARE = """
+import sys, torch
+from utils import distributed
+from test_training import TINY, make_batch, without_batchnorm
+from utils.data import Batch
+from utils.training import Trainer
+import dataclasses
+recipe = dataclasses.replace(TINY, precision="float32", cutmix_alpha=0.0, mixup_alpha=0.0,
+                             accumulate=int(sys.argv[2]))
+with distributed.process_group(torch.device("cpu")):
+    rank, world = distributed.rank(), distributed.world_size()
+    trainer = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
+    for step in range(3):
+        images, labels, _, _ = make_batch(seed=step)
+        trainer.train_step(Batch(images[rank::world], labels[rank::world], []))
+    if rank == 0:
+        torch.save(trainer.model.state_dict(), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_take_the_steps_of_one(tmp_path, parts):
+    """The averaged gradient of two halves is that of the batch, to rounding."""
+    recipe = dataclasses.replace(TINY, precision="float32", cutmix_alpha=0.0, mixup_alpha=0.0)
+    trainer = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
+    for step in range(3):
+        trainer.train_step(make_batch(seed=step))
+    (tmp_path / "share.py").write_text(SHARE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", tmp_path / "share.py", tmp_path / "w", parts]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run(list(map(str, command)), check=True, env=env, capture_output=True, timeout=120)
+    weights = torch.load(tmp_path / "w", weights_only=True)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_ema_decay_warms_up():

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from utils.distributed import rank, world_size
+from utils.errors import DataError
 from utils.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.images import (
     MEAN_RGB,
@@ -84,7 +85,7 @@ class ImageFiles(Dataset):
         seed: of the transform's random numbers.
 
     Raises:
-        ValueError: a class folder holds no image.
+        DataError: a class folder holds no image.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class ImageFiles(Dataset):
         for label, name in enumerate(classes):
             files = _image_names(folder / name)
             if not files:
-                raise ValueError(f"{folder / name}: no image in this class folder")
+                raise DataError(f"{folder / name}: no image in this class folder")
             names += [os.fsencode(os.path.join(name, file)) for file in files]
             labels += [label] * len(files)
         # One block of bytes, not a million str: a worker touching a str copies its memory page.
@@ -221,8 +222,8 @@ class WorkerError(ChildProcessError):
 
 
 def make_loader(
-    dataset: ImageFiles,
-    batches: TrainBatches | EvalBatches,
+    dataset: Dataset,
+    batches: TrainBatches | EvalBatches | None,
     workers: int,
     pin_memory: bool = False,
     timeout_s: float = 0,
@@ -230,11 +231,14 @@ def make_loader(
     """A loader of `Batch`es whose workers live as long as it does.
 
     Args:
+        batches: which images make a batch; None if the dataset gives whole batches, one by one.
         timeout_s: how long to wait for a worker's batch before an error; 0 for ever.
     """
+    # A stream makes batches of its own, and is asked for them one by one.
+    of_what = {"batch_size": None} if batches is None else {"batch_sampler": batches}
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        **of_what,
         num_workers=workers,
         collate_fn=_whole,
         pin_memory=pin_memory,
@@ -266,6 +270,8 @@ def watched(loader: DataLoader) -> Iterator[Batch]:
         if loader.num_workers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for batch in batches:
+            if isinstance(batch, DataError):  # of a broken shard
+                raise batch
             yield batch
             count += 1
     except RuntimeError as error:
@@ -335,15 +341,19 @@ def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageF
     Raises:
         LayoutError: as `open_folders`, or other classes.
     """
-    found = check_layout(data_dir)
+    refuse_other_classes(data_dir, check_layout(data_dir), classes)
+    transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    return ImageFiles(Path(data_dir) / "val", classes, transform)
+
+
+def refuse_other_classes(data_dir: str | Path, found: list[str], classes: list[str]) -> None:
+    """LayoutError if the classes found are not those of a checkpoint."""
     if found != classes:
         odd = sorted(set(found) ^ set(classes))
         raise LayoutError(
             f"{data_dir}: {len(found)} classes, not the {len(classes)} of the checkpoint; {odd[0]} "
             "is in only one of the two"
         )
-    transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
-    return ImageFiles(Path(data_dir) / "val", classes, transform)
 
 
 class Preprocess:

@@ -56,7 +56,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return _tell(f"stopped: {error}", STOPPED)
     except KeyboardInterrupt:
         return _tell("interrupted; the same command goes on from what was saved", INTERRUPTED)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         return _tell(f"error: {_of_system(error)}", BAD_USAGE)
     except OSError as error:
         return _tell(f"error: {_of_system(error)}", BAD_DATA)

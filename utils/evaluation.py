@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
-from utils import distributed
+from utils import distributed, inputs
 from utils.data import (
     Batch,
     CorruptImageError,
-    EvalBatches,
     Preprocess,
-    make_loader,
-    open_val,
     readable,
+    watched,
 )
 from utils.recipe import Recipe
 
@@ -115,7 +113,7 @@ def evaluate_checkpoint(
     crop_px = recipe.eval_crop_px if size_px is None else size_px
     if crop_px < 1:
         raise ValueError(f"size={crop_px} must be at least 1 pixel")
-    val = open_val(data_dir, config["classes"], recipe.tested_at(crop_px))
+    val = inputs.open_val_data(data_dir, config["classes"], recipe.tested_at(crop_px))
     device = device or distributed.pick_device()
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     try:
@@ -126,11 +124,11 @@ def evaluate_checkpoint(
     average = AveragedModel(model, use_buffers=True)
     average.load_state_dict(checkpoint["ema"])
     batch_size = min(recipe.batch_size, 256)
-    loader = make_loader(val, EvalBatches(len(val), batch_size), workers, device.type == "cuda")
+    loader = inputs.eval_loader(val, batch_size, workers, device.type == "cuda")
     skipped: dict[str, None] = {}
     results = evaluate(
         {"raw": model, "EMA": average.module},
-        readable(loader, skip_corrupt, skipped),
+        readable(watched(loader), skip_corrupt, skipped),
         Preprocess(device, len(val.classes), recipe.channels_last),
         autocast_dtype(device, recipe.precision),
     )

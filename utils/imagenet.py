@@ -56,7 +56,7 @@ def sort_val(
     if not val_dir.is_dir():
         raise NotADirectoryError(f"{val_dir} is not a folder: give the one that holds val's images")
     labels = read_solution(solution_path)
-    with _lock(val_dir):
+    with lock(val_dir):
         moves, left_alone = plan(labels, val_dir, undo=undo)
         if not dry_run:
             apply(moves, val_dir, progress=progress)
@@ -92,12 +92,12 @@ def plan(
     named |= {path: "file" for pair in pairs for path in pair}
     if wrong := [path for path, kind in named.items() if found.get(path, kind) != kind]:
         raise LayoutError(
-            f"{val_dir}: names in the way: {_few(wrong)}: an image must be a plain file and a "
+            f"{val_dir}: names in the way: {few(wrong)}: an image must be a plain file and a "
             "class folder a real folder, no links"
         )
     if missing := [a for a, b in pairs if a not in found and b not in found]:
         raise LayoutError(
-            f"{val_dir}: images of the CSV missing: {_few(missing)}: each must be directly in this "
+            f"{val_dir}: images of the CSV missing: {few(missing)}: each must be directly in this "
             "folder or in its class folder"
         )
     twice = [(a, b) for a, b in pairs if a in found and b in found]
@@ -105,7 +105,7 @@ def plan(
         f"{a} and {b}" for a, b in twice if (val_dir / a).read_bytes() != (val_dir / b).read_bytes()
     ]:
         raise LayoutError(
-            f"{val_dir}: same image with different bytes: {_few(differing)}: nothing is "
+            f"{val_dir}: same image with different bytes: {few(differing)}: nothing is "
             "overwritten; take the wrong ones away"
         )
     unnamed = [p for p in found.keys() - named if found[p] != "folder" and _is_image(p)]
@@ -114,7 +114,7 @@ def plan(
         "left alone, same bytes already in place": [source for source, _ in twice],
     }
     moves = [(source, target) for source, target in pairs if target not in found]
-    return moves, [f"{text}: {_few(paths)}" for text, paths in lines.items() if paths]
+    return moves, [f"{text}: {few(paths)}" for text, paths in lines.items() if paths]
 
 
 def apply(moves: Moves, val_dir: str | Path, *, progress: bool = False) -> None:
@@ -170,7 +170,7 @@ def read_solution(path: str | Path) -> dict[str, str]:
         raise LayoutError(f"{path}: line {reader.line_num} is not CSV: {error}") from error
     if problems or not labels:
         raise LayoutError(
-            f"{path}: bad lines: {_few(problems or ['no images'])}: expected each image once, as "
+            f"{path}: bad lines: {few(problems or ['no images'])}: expected each image once, as "
             "in ILSVRC2012_val_00000001,n01440764 1 2 3 4"
         )
     return labels
@@ -192,7 +192,7 @@ def read_synsets(path: str | Path) -> dict[str, str]:
             names[wnid] = text.strip()
     if problems or not names:
         raise LayoutError(
-            f"{path}: bad lines: {_few(problems or ['no classes'])}: expected each class once, as "
+            f"{path}: bad lines: {few(problems or ['no classes'])}: expected each class once, as "
             "in n01440764 tench, Tinca tinca"
         )
     return names
@@ -219,14 +219,14 @@ def check_layout(data_dir: str | Path) -> list[str]:
         if split == "val" and flat:
             state = "half sorted" if classes[split] else "not sorted into class folders"
             raise LayoutError(
-                f"{folder} is {state}: images directly in it: {_few(flat)}: run python "
+                f"{folder} is {state}: images directly in it: {few(flat)}: run python "
                 "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
                 f"--val_image_dir {shlex.quote(str(folder))}"
                 + (" and take away what the CSV does not name" if classes[split] else "")
             )
     for one, other in (("train", "val"), ("val", "train")):
         if only := sorted(classes[one] - classes[other]):
-            raise LayoutError(f"{data_dir}: classes in {one}/ and not in {other}/: {_few(only)}")
+            raise LayoutError(f"{data_dir}: classes in {one}/ and not in {other}/: {few(only)}")
     if not classes["train"]:
         raise LayoutError(f"{data_dir}: train/ and val/ are empty: expected a folder per class")
     return sorted(classes["train"])
@@ -245,7 +245,7 @@ def _scan(folder: str | Path, prefix: str = "") -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """Waits until no other run works in the folder. The lock ends with the process, even killed."""
     with contextlib.ExitStack() as stack:
         # Windows has no fcntl, and some network drives lock no folders. There two runs may get in
@@ -273,7 +273,7 @@ def _is_image(path: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _few(items: Sequence[str]) -> str:
+def few(items: Sequence[str]) -> str:
     """Returns the count and the first three, as in "5 (a, b, c, ...)", on one printable line."""
     shown = [item if item.isprintable() else ascii(item) for item in items[:3]]
     return f"{len(items)} ({', '.join(shown + ['...'] * (len(items) > 3))})"

@@ -38,14 +38,17 @@ class CorruptImageError(DataError):
     """A file that is no readable image; the message holds its path."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The image in a file, its header read and its pixels not yet decoded.
+
+    Args:
+        content: the file's bytes, where they do not lie at `path`, which then only names them.
 
     Raises:
         CorruptImageError: the file is missing or no image.
     """
-    with _one_clear_line(path):
-        image = Image.open(io.BytesIO(Path(path).read_bytes()))
+    with one_clear_line(path):
+        image = Image.open(io.BytesIO(Path(path).read_bytes() if content is None else content))
         image.filename = str(path)
         return image
 
@@ -74,7 +77,7 @@ def pixels(image: Image.Image, enough_px: tuple[int, int] | None = None) -> Tens
                 content.getbuffer(), "RGB", min_width=width_px, min_height=height_px, min_factor=2
             )
             return torch.from_numpy(rgb).permute(2, 0, 1)
-    with _one_clear_line(getattr(image, "filename", "image")):
+    with one_clear_line(getattr(image, "filename", "image")):
         return from_pillow(image.convert("RGB"))
 
 
@@ -99,7 +102,7 @@ def from_pillow(image: Image.Image) -> Tensor:
 
 
 @contextmanager
-def _one_clear_line(path: str | Path) -> Iterator[None]:
+def one_clear_line(path: str | Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine

@@ -18,7 +18,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from utils.data import ImageFiles
-from utils.imagenet import _few, _lock, check_layout
+from utils.imagenet import check_layout, few, lock
 from utils.images import pixels
 from utils.progress import progress_bar
 from utils.shards import FORMAT, INDEX_KEY, SPLITS, Index, ShardError, Shards, read_index
@@ -61,7 +61,7 @@ def make_shards(
     jobs = _plan(Path(data_dir), images_per_shard, seed)
     output_dir.mkdir(parents=True, exist_ok=True)
     total = sum(len(job.order) for job in jobs.values())
-    with _lock(output_dir), progress_bar(total=total, unit=" images", disable=not progress) as bar:
+    with lock(output_dir), progress_bar(total=total, unit=" images", disable=not progress) as bar:
         sums = _read_sums(output_dir)
         present = _refuse_others(output_dir, jobs, sums)
         sums = {name: sums[name] for name in present & sums.keys()}
@@ -82,7 +82,7 @@ def make_shards(
     anew = sorted(present & set(packed))
     summary = f"{len(jobs)} shards of {total} images: packed {len(packed)}, "
     summary += f"{len(jobs) - len(packed)} were there already"
-    return summary + (f"; packed anew, as their checksum was wrong: {_few(anew)}" if anew else "")
+    return summary + (f"; packed anew, as their checksum was wrong: {few(anew)}" if anew else "")
 
 
 def _plan(data_dir: Path, images_per_shard: int, seed: int) -> dict[str, _Job]:

@@ -14,12 +14,11 @@ all classes, and an epoch reads the shards in a new order, through a shuffle buf
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import IO, NamedTuple
@@ -44,8 +43,9 @@ from utils.data import (
     stream_seed,
 )
 from utils.distributed import rank, world_size
-from utils.imagenet import _few
-from utils.images import _one_clear_line, eval_transform, train_transform
+from utils.errors import DataError
+from utils.imagenet import few
+from utils.images import eval_transform, open_image, train_transform
 from utils.recipe import Recipe
 
 SPLITS = ("train", "val")
@@ -57,7 +57,7 @@ SHARD_NAME = re.compile(r"(?<![A-Za-z0-9])(train|val)-(\d+)\.tar")
 EXAMPLE = "shards/{train-{000000..001281},val-{000000..000049}}.tar"
 
 
-class ShardError(ValueError):
+class ShardError(DataError):
     """Shards that cannot be used; the text is one line for the user and names the file."""
 
 
@@ -86,7 +86,7 @@ class Index:
         here, there = f"{self.split} shard {self.shard}", f"{wanted.split} shard {wanted.shard}"
         if self.classes != wanted.classes:
             odd = sorted(set(self.classes) ^ set(wanted.classes))
-            return f"its classes differ: {_few(odd)}"
+            return f"its classes differ: {few(odd)}"
         if self.files != wanted.files:
             return "it was made from a tree with other files"
         if self.seed != wanted.seed:
@@ -242,7 +242,7 @@ class Shards:
         if odd := sorted(numbers ^ all_numbers):
             raise ShardError(
                 f"{urls[0]}: one of {len(all_numbers)} {self.index.split} shards, not of "
-                f"{len(urls)}: name all of them; missing or too many: {_few(list(map(str, odd)))}"
+                f"{len(urls)}: name all of them; missing or too many: {few(list(map(str, odd)))}"
             )
         self._refuse(0, self.index)
 
@@ -305,10 +305,10 @@ class Shards:
         path = os.fsdecode(packed.path)
         name = f"{self.path(packed.index)} ({path if path.isprintable() else ascii(path)})"
         try:
-            with _one_clear_line(name):
-                image = Image.open(io.BytesIO(packed.content))
-                image.filename = name
-            with image, seeded(SAMPLE_STREAM, self.seed, epoch, packed.index):
+            with (
+                open_image(name, packed.content) as image,
+                seeded(SAMPLE_STREAM, self.seed, epoch, packed.index),
+            ):
                 return self.transform(image), packed.label
         except CorruptImageError as error:
             return CorruptImageError(str(error))
@@ -329,7 +329,7 @@ class ShardStream(IterableDataset):
     In training the images that fill no batch, at the end of the row, are left out of this epoch.
     In evaluation every image comes once, in order within a worker, and parts may be uneven.
 
-    A shard's error comes in the place of a batch: `batches_of` raises it in the main process.
+    A shard's error comes in the place of a batch: `utils.data.watched` raises it.
 
     Args:
         batch_size: images per step over all processes.
@@ -386,26 +386,8 @@ class ShardStream(IterableDataset):
         try:
             images = islice(images, skip * self.batch_size, None)
             while chosen := list(islice(images, self.batch_size)):
-                yield _to_batch(
-                    [self.shards.decode(each, epoch) for each in chosen],
-                    [each.index for each in chosen],
-                )
+                samples = [self.shards.decode(each, epoch) for each in chosen]
+                yield collate(samples, [each.index for each in chosen])
         except ShardError as error:
             # Given, not raised: through a worker it would lose its one clear line.
             yield ShardError(str(error))
-
-
-def _to_batch(samples: list[tuple[Tensor, int] | CorruptImageError], indices: list[int]) -> Batch:
-    return collate(samples)
-
-
-def batches_of(loader: Iterable[Batch | ShardError]) -> Iterator[Batch]:
-    """Passes a loader's batches on.
-
-    Raises:
-        ShardError: a worker met one.
-    """
-    for batch in loader:
-        if isinstance(batch, ShardError):
-            raise batch
-        yield batch

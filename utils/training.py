@@ -22,17 +22,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import distributed, runs
+from utils import distributed, inputs, runs
 from utils.data import (
     STEP_STREAM,
     Batch,
     CorruptImageError,
-    EvalBatches,
     ImageNetFolders,
     Preprocess,
-    TrainBatches,
     WorkerError,
-    make_loader,
     readable,
     stream_seed,
     watched,
@@ -398,7 +395,7 @@ def fit(
     run_dir = Path(run_dir)
     device = device or distributed.pick_device()
     train_loader, val_loader = make_loaders(data, recipe, seed, workers, device, timeout_s)
-    steps = len(train_loader.batch_sampler)
+    steps = len(train_loader)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     trainer = Trainer(
         model.to(device), recipe, steps, len(data.classes), seed, skip_corrupt, **options
@@ -471,7 +468,7 @@ def _run_epoch(
     """Trains one epoch, evaluates the raw and the averaged weights, and adds a row of each."""
     epoch = trainer.epoch
     progress.set_description_str(f"epoch {epoch + 1}/{trainer.recipe.epochs}")
-    train_loader.batch_sampler.begin(epoch, trainer.step_in_epoch)
+    inputs.begin(train_loader, epoch, trainer.step_in_epoch)
     trainer.start_s = time.perf_counter()
     train_loss = train_one_epoch(trainer, watched(train_loader), progress, after_step)
     train_time_s, start_s = trainer.train_time_s, time.perf_counter()
@@ -539,11 +536,9 @@ def make_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of training and validation batches."""
     options = (workers, device.type == "cuda", timeout_s)
-    train_batches = TrainBatches(len(data.train), recipe.batch_size, seed)
-    val_batches = EvalBatches(len(data.val), recipe.batch_size // distributed.world_size())
     return (
-        make_loader(data.train, train_batches, *options),
-        make_loader(data.val, val_batches, *options),
+        inputs.train_loader(data.train, recipe.batch_size, seed, *options),
+        inputs.eval_loader(data.val, recipe.batch_size, *options),
     )
 
 
@@ -552,6 +547,7 @@ def _describe(trainer: Trainer, data: ImageNetFolders, workers: int) -> dict[str
         "recipe": dataclasses.asdict(trainer.recipe),
         "seed": trainer.seed,
         "classes": data.classes,
+        "shards": inputs.describe(data.train, workers),
         "train_images": len(data.train),
         "val_images": len(data.val),
         "autocast": str(trainer.dtype or torch.float32).removeprefix("torch."),

@@ -1,0 +1,80 @@
+"""Images from class folders or from shards, opened and loaded in the same way."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from utils.data import (
+    EvalBatches,
+    ImageFiles,
+    ImageNetFolders,
+    TrainBatches,
+    make_loader,
+    open_folders,
+    open_val,
+    refuse_other_classes,
+)
+from utils.distributed import world_size
+from utils.recipe import Recipe
+from utils.shards import Shards, ShardStream, is_shards, open_shards
+
+
+def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNetFolders:
+    """Training and validation images of a folder, or of a brace pattern or pipe of shards.
+
+    Raises:
+        LayoutError, ShardError: they are not as they should be.
+    """
+    if not is_shards(str(data_dir)):
+        return open_folders(data_dir, recipe, seed)
+    return ImageNetFolders(*open_shards(str(data_dir), recipe, seed))
+
+
+def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles | Shards:
+    """The validation images of `open_data`, whose classes must be `classes`."""
+    if not is_shards(str(data_dir)):
+        return open_val(data_dir, classes, recipe)
+    _, val, found = open_shards(str(data_dir), recipe)
+    refuse_other_classes(data_dir, found, classes)
+    return val
+
+
+def train_loader(
+    images: ImageFiles | Shards, batch_size: int, seed: int, *options: Any
+) -> DataLoader:
+    """A loader of this process's share of every training batch; see `begin`.
+
+    Args:
+        batch_size: images per step over all processes.
+        options: of `utils.data.make_loader`.
+    """
+    if isinstance(images, Shards):
+        return make_loader(ShardStream(images, batch_size, train=True), None, *options)
+    return make_loader(images, TrainBatches(len(images), batch_size, seed), *options)
+
+
+def eval_loader(images: ImageFiles | Shards, batch_size: int, *options: Any) -> DataLoader:
+    """A loader of this process's share of all images, each once."""
+    if isinstance(images, Shards):
+        return make_loader(ShardStream(images, batch_size, train=False), None, *options)
+    batches = EvalBatches(len(images), max(1, batch_size // world_size()))
+    return make_loader(images, batches, *options)
+
+
+def begin(loader: DataLoader, epoch: int, first_step: int = 0) -> None:
+    """Sets the epoch of a training loader's next pass, and how many batches it leaves out."""
+    (loader.batch_sampler or loader.dataset).begin(epoch, first_step)
+
+
+def describe(images: ImageFiles | Shards, workers: int) -> dict[str, Any] | None:
+    """What the order of shards depends on beside the seed; None for folders, where it is all."""
+    if not isinstance(images, Shards):
+        return None
+    index = images.index
+    return {
+        "files": index.files,
+        "packing_seed": index.seed,
+        "images_per_shard": index.counts[0],
+        "workers": max(1, workers),
+    }
