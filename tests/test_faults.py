@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -341,33 +342,49 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, 
     assert_same_run(pair, tmp_path / "run")
 
 
-@pytest.mark.faults
-def test_two_nodes_on_loopback_are_two_processes(folders, pair, tmp_path):
-    import socket
-
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launchers = [
-        ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
-         "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        for rank in range(2)
-    ]  # fmt: skip
-    found = []
+        return free.getsockname()[1]
 
-    def node(rank):
-        # The run's folder is on the first node's disk; the second never looks at its own.
-        args = command(folders, tmp_path / f"run{rank}")
-        found.append(launch([TRAIN, *args], launcher=launchers[rank]))
 
-    threads = [threading.Thread(target=node, args=(rank,)) for rank in range(2)]
+def launch_nodes(script, folders, run_dirs, *options, env=None):
+    """A torchrun for each of two "nodes", both on loopback, with one process each."""
+    found = [None, None]
+
+    def node(k):
+        launcher = ["--nnodes", "2", "--nproc-per-node", "1", *options]
+        if "--rdzv-backend" not in options:
+            launcher += ["--node-rank", k]
+        found[k] = launch([script, *command(folders, run_dirs[k])], launcher=launcher, env=env)
+
+    threads = [threading.Thread(target=node, args=(k,)) for k in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [done.returncode for done in found] == [0, 0], [done.stderr for done in found]
-    assert_same_run(pair, tmp_path / "run0")
-    assert not (tmp_path / "run1").exists()
+
+
+@pytest.mark.faults
+def test_two_nodes_on_loopback_are_two_processes(folders, pair, tmp_path):
+    # The run's folder is on the first node's disk; the second never looks at its own.
+    run_dirs = [tmp_path / "run0", tmp_path / "run1"]
+    where = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
+    launch_nodes(TRAIN, folders, run_dirs, *where)
+    assert_same_run(pair, run_dirs[0])
+    assert not run_dirs[1].exists()
+
+
+@pytest.mark.faults
+def test_a_killed_rank_of_one_node_restarts_both(folders, pair, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY_RANK)
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    options = [*where, "--rdzv-id", "faults", "--max-restarts", 3]
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launch_nodes(script, folders, [tmp_path / "run"] * 2, *options, env=env)
+    assert_same_run(pair, tmp_path / "run")
 
 
 @pytest.mark.faults
@@ -400,8 +417,6 @@ def test_a_stopped_job_of_two_processes_goes_on(folders, pair, tmp_path):
     ids=["no folder", "port in use", "no address"],
 )
 def test_launchers_mistakes_are_one_line(folders, tmp_path, env, args, code, words):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
