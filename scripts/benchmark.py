@@ -12,6 +12,7 @@ All sides run by turns in one run; a ratio says how many times better ours is, w
     step       a classifier's training step, and its peak memory, against torchvision's and timm's
     input      images/s of one core from JPEG files of ImageNet's size, against torchvision's preset
     loop       input and step together, against torchvision's
+    shards     reading from shards, against the class folders that they are packed from
     listing    folders of a thousand to a million files: start, memory, images/s
     import     import backbones, over importing torch and torchvision
     epoch      scripts/train.py as a whole against torchvision's and timm's scripts, given as files
@@ -155,6 +156,12 @@ def input_speed(args: argparse.Namespace) -> list[contest.Row]:
         return show(contest.input_speed(Path(folder), chosen_recipe(args), args.rounds, args.steps))
 
 
+def shards(args: argparse.Namespace) -> list[contest.Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        rest = (chosen_recipe(args), args.rounds, args.steps, args.workers)
+        return show(contest.shards_speed(args.data_dir, Path(folder), *rest))
+
+
 def loop(args: argparse.Namespace) -> list[contest.Row]:
     rows, data, chosen = [], open_data(args), chosen_recipe(args)
     for name in args.backbones:
@@ -237,9 +244,15 @@ def kept_by(args: argparse.Namespace, task: str) -> str:
 
 TASKS = {
     **{"inference": inference, "step": step, "input": input_speed, "loop": loop},
-    **{"listing": listing, "import": imports, "epoch": epoch, "networks": networks},
+    **{
+        "shards": shards,
+        "listing": listing,
+        "import": imports,
+        "epoch": epoch,
+        "networks": networks,
+    },
 }
-NEED_DATA = ("input", "loop", "listing", "epoch")
+NEED_DATA = ("input", "shards", "loop", "listing", "epoch")
 
 
 def show(rows: list[contest.Row]) -> list[contest.Row]:

@@ -275,6 +275,13 @@ def test_whole_scripts_are_timed(tmp_path):
         contest.epochs("net", commands, PLAIN, 1, tmp_path)
 
 
+def test_shards_are_read_beside_their_folders(folders, tmp_path):
+    (row,) = contest.shards_speed(folders, tmp_path, PLAIN, rounds=2, steps=9, workers=0)
+    assert (row["ours"], row["peer"], row["unit"]) == ("shards", "folders", "images/s")
+    assert row["setting"].startswith("48 images")
+    assert row["ratio_min"] > 0
+
+
 def test_our_epoch_is_a_command_of_train(folders, tmp_path):
     """The flags that benchmark.py gives to scripts/train.py are the recipe's."""
     chosen = dataclasses.replace(
@@ -342,7 +349,7 @@ def test_wrong_usage_is_told(capsys, command, message):
 )
 def test_script_refuses_in_one_line(folders, capsys, option, value, message):
     command = ["--task", "loop", "--data-dir", str(folders), *SMALL]
-    assert benchmark.main([*command, option, value]) == 1
+    assert benchmark.main([*command, option, value]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error

@@ -182,21 +182,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(folders, whole, tmp_path, n
     assert_same_run(whole[0], tmp_path / "run")
 
 
-def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(folders, whole, tmp_path):
-    """As a terminal's Ctrl-C and a cluster's manager send it: workers live until all is saved."""
-    args = command(folders, tmp_path / "run", "--workers", 2, "--epochs", 50)
+def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(folders, tmp_path):
+    """As a terminal's Ctrl-C and a cluster's manager send it: what is done is saved."""
+    six = ["--workers", 2, "--epochs", 6, "--checkpoint-steps", 3]
+    assert finish(start(command(folders, tmp_path / "whole", *six))) == 0
+    args = command(folders, tmp_path / "run", *six)
     words = [sys.executable, ROOT / "scripts" / "train.py", *args]
     process = subprocess.Popen(
         list(map(str, words)), env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while not (tmp_path / "run" / "last.pt").exists():
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75
     assert told.strip().splitlines()[-1].startswith("stopped: SIGTERM, all is saved at step ")
     assert "Traceback" not in told
+    assert finish(start(args)) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 # ---- the disk ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from utils import peers
+from utils import inputs, peers
 from utils.data import (
     Batch,
     ImageFiles,
@@ -44,6 +44,7 @@ from utils.measure import (
     throughputs,
     time_by_turns,
 )
+from utils.packing import make_shards
 from utils.recipe import Recipe
 from utils.training import Trainer, train_one_epoch
 
@@ -406,6 +407,32 @@ def input_speed(folder: Path, recipe: Recipe, rounds: int, steps: int) -> list[R
     return compare(
         speeds, [("ours", "torchvision preset")], "images/s per core", more_is_better=True,
         task="input", what=what, setting=f"crop {recipe.train_crop_px} px",
+    )  # fmt: skip
+
+
+def shards_speed(
+    data_dir: Path, folder: Path, recipe: Recipe, rounds: int, steps: int, workers: int
+) -> list[Row]:
+    """Images per second from shards, beside the class folders that they are packed from.
+
+    Args:
+        folder: an empty one, for the shards.
+    """
+    make_shards(data_dir, folder)
+    names = ",".join(sorted(path.stem for path in folder.glob("*.tar")))
+    reads = {}
+    for side, source in {"shards": f"{folder}/{{{names}}}.tar", "folders": data_dir}.items():
+        images = inputs.open_data(source, recipe).train
+        loader = inputs.train_loader(images, recipe.batch_size, 0, workers)
+        reads[side] = by_steps(list, loader)
+    settle_steps = 2 * workers + 1
+    speeds = throughputs(
+        reads, recipe.batch_size, steps=steps, rounds=rounds, settle_steps=settle_steps
+    )
+    setting = f"{len(images)} images, crop {recipe.train_crop_px} px, {workers} workers"
+    return compare(
+        speeds, [("shards", "folders")], "images/s", more_is_better=True,
+        task="shards", what="class folders", setting=setting,
     )  # fmt: skip
 
 

@@ -137,12 +137,15 @@ def by_steps(
 
     Args:
         train: trains on the batches it is given.
-        loader: read again and again; its batch sampler is told the number of the epoch.
+        loader: read again and again; its batch sampler, or its dataset if that makes the batches,
+            is told the number of the epoch.
     """
 
     def endless() -> Iterator[Any]:
         for epoch in itertools.count():
-            loader.batch_sampler.epoch = epoch  # read by TrainBatches, unused by PyTorch's own
+            ours = loader.batch_sampler or loader.dataset
+            if hasattr(ours, "begin"):  # PyTorch's own sampler has its own order
+                ours.begin(epoch)
             yield from loader
 
     batches = endless()

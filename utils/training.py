@@ -205,7 +205,7 @@ class Trainer:
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to end in the same bits."""
+        """Everything that a resumed run needs to end in the same bits, as `settle` left it."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -252,13 +252,14 @@ class Trainer:
         """Steps of the epoch under way that are done."""
         return self.step - self.epoch * self.steps_per_epoch
 
-    def check_finite(self) -> None:
-        """Waits for the device, and for the other processes.
+    def settle(self) -> None:
+        """Waits for the device and the other processes, so that `state_dict` is of all of them.
 
         Raises:
             DivergedError: a loss of the epoch under way is not finite, or a weight is not; in all
                 processes, if in one.
         """
+        self.skipped = distributed.union(self.skipped)
         norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
         self.meter.check(bad_weights=~torch.isfinite(norms).all())
 
@@ -337,7 +338,7 @@ def train_one_epoch(
         if progress is not None:
             progress.update(trainer.recipe.batch_size)
         after_step()
-    trainer.check_finite()
+    trainer.settle()
     mean = torch.tensor(trainer.meter.mean(), device=trainer.device, dtype=torch.float64)
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
 
@@ -404,13 +405,7 @@ def fit(
     # Of many machines, one alone needs to see the run's folder.
     checkpoint = distributed.of_rank_0(lambda: runs.open_run(run_dir, config, keep_every))
     if checkpoint:
-        try:
-            trainer.load_state_dict(checkpoint)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise runs.RunError(
-                f"{run_dir / 'last.pt'}: its weights are not those of its own config; put best.pt "
-                "in its place, or start again in another folder"
-            ) from error
+        _resume(trainer, checkpoint, run_dir)
 
     def save() -> None:
         if distributed.rank() == 0:
@@ -419,11 +414,10 @@ def fit(
     def after_step() -> None:
         stopping = stop.agreed()
         due = checkpoint_steps and trainer.step % checkpoint_steps == 0
-        if stopping or (due and trainer.step_in_epoch < steps):
-            trainer.check_finite()
-        if stopping:
-            raise Requested
-        if due and trainer.step_in_epoch < steps:
+        if stopping or (due and trainer.step_in_epoch < steps):  # else the epoch's end saves
+            trainer.settle()
+            if stopping:
+                raise Requested
             save()
 
     with (
@@ -446,8 +440,10 @@ def fit(
                     if tensorboard:
                         runs.log_tensorboard(run_dir, trainer.metrics[-1], trainer.speed[-1])
         except (Requested, WorkerError) as error:
-            if isinstance(error, WorkerError) and not stop.signal:
-                raise  # else the signal ended the workers, too, and no step is under way
+            if isinstance(error, WorkerError):
+                if not stop.signal or distributed.world_size() > 1:
+                    raise
+                trainer.settle()  # the signal ended the workers, too, and no step is under way
             save()
             raise Stopped(
                 f"{stop.signal or 'a signal to another process'}, all is saved at step "
@@ -455,6 +451,16 @@ def fit(
                 "goes on"
             ) from None
     return trainer
+
+
+def _resume(trainer: Trainer, checkpoint: dict[str, Any], run_dir: Path) -> None:
+    try:
+        trainer.load_state_dict(checkpoint)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise runs.RunError(
+            f"{run_dir / 'last.pt'}: its weights are not those of its own config; put best.pt in "
+            "its place, or start again in another folder"
+        ) from error
 
 
 def _run_epoch(
