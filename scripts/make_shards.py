@@ -17,27 +17,36 @@ import argparse
 import sys
 from pathlib import Path
 
+from utils.errors import DataError, Parser, exit_code, whole_number
 from utils.packing import make_shards, verify_shards
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with train/ and val/")
     what.add_argument("--verify", action="store_true", help="read the shards back and check them")
     add = parser.add_argument
     add("--output-dir", type=Path, metavar="DIR", required=True, help="the folder of the shards")
-    add("--images-per-shard", type=int, default=1000, help="in all but the last (%(default)s)")
-    add("--seed", type=int, default=0, help="of the training images' order (%(default)s)")
+    add(
+        "--images-per-shard",
+        type=whole_number(1),
+        default=1000,
+        metavar="N",
+        help="in all but the last (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        help="of the training images' order (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
-    for name, least in (("images_per_shard", 1), ("seed", 0)):
-        if (value := getattr(args, name)) < least:
-            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    return exit_code(lambda: pack_or_verify(args))
+
+
+def pack_or_verify(args: argparse.Namespace) -> None:
     try:
         if args.verify:
             summary = verify_shards(args.output_dir, progress=True)
@@ -45,11 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             summary = make_shards(
                 args.data_dir, args.output_dir, args.images_per_shard, args.seed, progress=True
             )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, FileExistsError | NotADirectoryError) else 1
+    except ValueError as error:  # options are checked by now: images or shards are not right
+        raise DataError(str(error)) from error
     print(summary)
-    return 0
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_mistake_is_one_clear_line(folders, tmp_path, capsys, script, args, co
 def test_an_output_dir_that_is_a_file_is_one_clear_line(folders, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     args = ["--data-dir", folders, *SMALL, "--output-dir", tmp_path / "file"]
-    assert run("train.py", *args) == 1
+    assert run("train.py", *args) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
