@@ -207,6 +207,11 @@ IMAGE_FILES = {
 }  # fmt: skip
 
 TREES = {
+    "an empty class": (
+        lambda: [path.unlink() for path in Path("data/train", B).iterdir()],
+        TRAIN, 1, f"data/train/{B}: no image in this class folder",
+    ),
+    "a link that leads nowhere": (instead(FIRST, link("gone.JPEG")), TRAIN, 1, NOT_READABLE),
     "spaces in names": (named(b"  a b .JPEG"), TRAIN, 0),
     "a name that is not UTF-8": (named(b"caf\xe9\xff.JPEG"), TRAIN, 0),
     "a broken image whose name is not UTF-8": (
@@ -409,6 +414,10 @@ CHECKPOINTS = {
     "an average of another model": (
         last(lambda c: c.update(ema={})), EVALUATE, 1, "not those of its"
     ),
+    "the checkpoint names an unknown model": (
+        set_config(backbone="darknet54"), EVALUATE, 1, "names no network", "nearest: darknet53"
+    ),
+    "the checkpoint names no model": (set_config(options=None), EVALUATE, 1, "names no network"),
     "the checkpoint names another model": (
         set_config(backbone="darknet19"), EVALUATE, 1, "not those of its own config"
     ),
@@ -426,6 +435,9 @@ RUN_FOLDERS = {
     "resumes half a checkpoint": (half_of_last, RESUME, 1, LAST),
     "resumes changed bits": (flip_bits, RESUME, 1, LAST, "damaged"),
     "resumes a pipe": (instead("done/last.pt", os.mkfifo), RESUME, 1, LAST),
+    "resumes weights of another model": (
+        last(other_shapes), RESUME, 1, "last.pt: its weights are not"
+    ),
     "no config.json": (move("done/config.json", "away"), RESUME, 1, "done/config.json: missing"),
     "half a config.json": (
         lambda: Path("done/config.json").write_text("{"), RESUME, 1, "config.json: missing or not"
@@ -540,6 +552,7 @@ OTHER_SCRIPTS = {
     "a damaged shard": (damage_shard, VERIFY, 1, "train-000000.tar: damaged"),
     "unknown study": (None, "ablate.py nothing --data-dir data", 2, "'nothing'"),
     "a study without data": (None, f"{STUDY} --data-dir nowhere", 2, "nowhere is not a folder"),
+    "a study of too few images": (None, STUDY, 1, f"{A}: fewer than 10 images to cut from"),
     "a study of no seeds": (None, f"{STUDY} --seeds 0", 2, "--seeds 0: 1 to"),
     "a study by no processes": (
         None, f"{STUDY} --processes 0", 2, "processes=0 must be at least 1"

@@ -74,7 +74,7 @@ def command_line() -> str:
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
-def open_run(run_dir: Path, config: dict[str, Any], keep_every: int = 0) -> dict[str, Any] | None:
+def open_run(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Readies a run's folder, and returns the checkpoint to go on from if it holds one.
 
     Raises:
@@ -87,7 +87,6 @@ def open_run(run_dir: Path, config: dict[str, Any], keep_every: int = 0) -> dict
         refuse_other_run(run_dir, _read_config(path), config)
         checkpoint = load_checkpoint(last)
         refuse_other_run(last, checkpoint["config"], config)
-        _end_save(run_dir, checkpoint, keep_every)  # a kill may have come between the two
         return checkpoint
     # Without a checkpoint nothing of an earlier start is worth keeping.
     ours = (path.name, path.name + PARTIAL, last.name + PARTIAL, DIVERGED)
@@ -110,10 +109,10 @@ def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any], keep_every: int =
         OSError: the disk is full, or the folder cannot be written.
     """
     _replace(run_dir / "last.pt", lambda aside: _save_tensors(checkpoint, aside))
-    _end_save(run_dir, checkpoint, keep_every)
+    end_save(run_dir, checkpoint, keep_every)
 
 
-def _end_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> None:
+def end_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> None:
     """All that follows from last.pt, and may be done again."""
     rows = checkpoint["metrics"]
     if not rows:

@@ -14,7 +14,6 @@ all classes, and an epoch reads the shards in a new order, through a shuffle buf
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import random
@@ -44,8 +43,9 @@ from utils.data import (
     stream_seed,
 )
 from utils.distributed import rank, world_size
+from utils.errors import DataError, printable
 from utils.imagenet import _few
-from utils.images import _one_clear_line, eval_transform, train_transform
+from utils.images import _one_clear_line, eval_transform, image_of, train_transform
 from utils.recipe import Recipe
 
 SPLITS = ("train", "val")
@@ -57,7 +57,7 @@ SHARD_NAME = re.compile(r"(?<![A-Za-z0-9])(train|val)-(\d+)\.tar")
 EXAMPLE = "shards/{train-{000000..001281},val-{000000..000049}}.tar"
 
 
-class ShardError(ValueError):
+class ShardError(DataError):
     """Shards that cannot be used; the text is one line for the user and names the file."""
 
 
@@ -303,11 +303,10 @@ class Shards:
     def decode(self, packed: Packed, epoch: int) -> tuple[Tensor, int] | CorruptImageError:
         """Image and label, or the error, as of `utils.data.ImageFiles`."""
         path = os.fsdecode(packed.path)
-        name = f"{self.path(packed.index)} ({path if path.isprintable() else ascii(path)})"
+        name = f"{self.path(packed.index)} ({printable(path)})"
         try:
             with _one_clear_line(name):
-                image = Image.open(io.BytesIO(packed.content))
-                image.filename = name
+                image = image_of(packed.content, name)
             with image, seeded(SAMPLE_STREAM, self.seed, epoch, packed.index):
                 return self.transform(image), packed.label
         except CorruptImageError as error:

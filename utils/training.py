@@ -405,7 +405,7 @@ def fit(
     )
     config = {**(config or {}), **_describe(trainer, data, workers), **options}
     # Of many machines, one alone needs to see the run's folder.
-    checkpoint = distributed.of_rank_0(lambda: runs.open_run(run_dir, config, keep_every))
+    checkpoint = distributed.of_rank_0(lambda: runs.open_run(run_dir, config))
     if checkpoint:
         try:
             trainer.load_state_dict(checkpoint)
@@ -414,6 +414,8 @@ def fit(
                 f"{run_dir / 'last.pt'}: its weights are not those of its own config; put best.pt "
                 "in its place, or start again in another folder"
             ) from error
+        if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
+            runs.end_save(run_dir, checkpoint, keep_every)
 
     def save() -> None:
         if distributed.rank() == 0:
