@@ -37,7 +37,7 @@ from backbones.deploy import keep_freed_memory, optimize
 from utils import contest, costs, evaluation, peers, recipe, runs, studies
 from utils.data import ImageNetFolders, open_folders
 from utils.distributed import pick_device
-from utils.errors import Parser, exit_code
+from utils.errors import Parser, exit_code, whole_number
 
 KEY = [
     "task",
@@ -54,7 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add, count = parser.add_argument, whole_number(1)
     default = ["inference", "step", "input", "loop", "listing", "import"]
     add("--task", dest="tasks", nargs="+", default=default, choices=TASKS, help="what to measure, "
         f"see above (default: {' '.join(default)})")  # fmt: skip
@@ -66,17 +66,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--keep-freed-memory", action="store_true", help="of inference and step: all "
         "sides after deploy.keep_freed_memory()")  # fmt: skip
     add("--recipe", default="imagenet", choices=recipe.RECIPES, help="preset (default: imagenet)")
-    add("--train-crop-px", type=int, help="side of the crops, pixels (default: the preset's)")
-    add("--batch-size", type=int, default=16, help="images per training step (default: 16)")
-    add("--batch-sizes", type=int, nargs="+", default=[8, 1], help="of inference (default: 8 1)")
-    add("--image-px", type=int, default=224, help="side of inference's images (default: 224)")
+    add("--train-crop-px", type=count, help="side of the crops, pixels (default: the preset's)")
+    add("--batch-size", type=count, default=16, help="images per training step (default: 16)")
+    add("--batch-sizes", type=count, nargs="+", default=[8, 1], help="of inference (default: 8 1)")
+    add("--image-px", type=count, default=224, help="side of inference's images (default: 224)")
     add("--width", type=float, help="factor on the channels of networks (default: the preset's)")
-    add("--rounds", type=int, default=7, help="turns of each side (default: 7)")
-    add("--steps", type=int, default=8, help="steps per turn, of input and loop (default: 8)")
+    add("--rounds", type=count, default=7, help="turns of each side (default: 7)")
+    add("--steps", type=count, default=8, help="steps per turn, of input and loop (default: 8)")
     add("--workers", type=int, default=1, help="decoding processes: of both sides in loop, of the "
         "others' scripts in epoch, where ours has its default (default: 1)")  # fmt: skip
-    add("--files", type=int, nargs="+", default=[1000, 100_000], help="how many to list")
-    add("--threads", type=int, default=2, help="of each side (default: 2)")
+    add("--files", type=count, nargs="+", default=[1000, 100_000], help="how many to list")
+    add("--threads", type=count, default=2, help="of each side (default: 2)")
     add("--device", default="cpu", help="of inference and step (default: cpu)")
     add("--torchvision-script", type=Path, help="references/classification/train.py, for epoch")
     add("--timm-script", type=Path, help="train.py of pytorch-image-models, for epoch")
@@ -283,8 +283,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    if args.threads < 1:
-        raise ValueError(f"threads={args.threads} must be at least 1")
     if unknown := sorted(set(args.backbones) - set(peers.SHARED)):
         raise ValueError(f"{unknown[0]!r} is not one of {', '.join(peers.SHARED)}")
     if args.keep_freed_memory:

@@ -32,7 +32,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> None:
     checkpoint = runs.load_checkpoint(args.checkpoint)
     config = checkpoint["config"]
-    model = create_classifier(config["backbone"], len(config["classes"]), **config["options"])
+    try:
+        model = create_classifier(config["backbone"], len(config["classes"]), **config["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise runs.RunError(f"{args.checkpoint}: its config names no network: {error}") from error
     results, skipped = evaluation.evaluate_checkpoint(
         model,
         checkpoint,

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.errors import Parser, exit_code, whole_number
+from utils.errors import DataError, Parser, exit_code, whole_number
 from utils.packing import make_shards, verify_shards
 
 
@@ -33,24 +33,30 @@ def main(argv: list[str] | None = None) -> int:
         "--images-per-shard",
         type=whole_number(1),
         default=1000,
-        help="in all but the last (%(default)s)",
+        metavar="N",
+        help="in all but the last (default: %(default)s)",
     )
     add(
         "--seed",
         type=whole_number(0),
         default=0,
-        help="of the training images' order (%(default)s)",
+        help="of the training images' order (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    return exit_code(lambda: print(run(args)))
+    return exit_code(lambda: pack_or_verify(args))
 
 
-def run(args: argparse.Namespace) -> str:
-    if args.verify:
-        return verify_shards(args.output_dir, progress=True)
-    return make_shards(
-        args.data_dir, args.output_dir, args.images_per_shard, args.seed, progress=True
-    )
+def pack_or_verify(args: argparse.Namespace) -> None:
+    try:
+        if args.verify:
+            summary = verify_shards(args.output_dir, progress=True)
+        else:
+            summary = make_shards(
+                args.data_dir, args.output_dir, args.images_per_shard, args.seed, progress=True
+            )
+    except ValueError as error:  # options are checked by now: images or shards are not right
+        raise DataError(str(error)) from error
+    print(summary)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,18 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from utils.errors import Parser
+from utils.errors import DataError, Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def execute(path: Path) -> list[str]:
     """Runs a notebook in its own folder, saves it, and returns what a reader would trip over."""
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:  # not JSON, no notebook of any version, and more
+        raise DataError(f"{path}: not a notebook ({type(error).__name__})") from error
     NotebookClient(
         notebook,
         timeout=1800,
@@ -73,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             warnings = execute(path.resolve())
         except CellExecutionError as error:
             warnings = [f"{error.ename}: {error.evalue}"]
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+            continue
         print(f"{path.name}: {time.perf_counter() - start_s:.0f} s")
         for warning in warnings:
             print(f"error: {path.name}: {warning}", file=sys.stderr)

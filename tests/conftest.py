@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 REAL_TAR = Path(__file__).parents[2] / "shared" / "data" / "imagenette2-224sq.tar"
+
+# A few examples, the same in every run; many new ones with --hypothesis-profile long.
+_ALWAYS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("few", max_examples=60, derandomize=True, **_ALWAYS)
+settings.register_profile("long", max_examples=5000, **_ALWAYS)
+settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import run
 from PIL import Image
 
 import backbones
@@ -342,14 +343,13 @@ def test_wrong_usage_is_told(capsys, command, message):
     [
         ("--batch-size", "49", "batch_size=49 is more than the 48 training images"),
         ("--backbones", "cspdarknet91", "'cspdarknet91' is not one of cspdarknet53, darknet53"),
-        ("--steps", "0", "steps=0 must be at least 1"),
-        ("--threads", "0", "threads=0 must be at least 1"),
+        ("--steps", "0", "--steps: '0' must be a whole number"),
+        ("--threads", "0", "--threads: '0' must be a whole number"),
         ("--data-dir", "nowhere", "nowhere"),
     ],
 )
 def test_script_refuses_in_one_line(folders, capsys, option, value, message):
-    command = ["--task", "loop", "--data-dir", str(folders), *SMALL]
-    assert benchmark.main([*command, option, value]) == 2
+    assert run("benchmark.py", "--task", "loop", "--data-dir", folders, *SMALL, option, value) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error

@@ -165,7 +165,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(folders, whole, tmp_path, n
     code = STOPS_ITSELF.format(target=target, n=4, name=name)
     script = tmp_path / "stopped.py"
     script.write_text(
-        f"import os, signal, sys, torch\ntorch.set_num_threads(1)\n{code}\n"
+        "import os, signal, sys, torch\ntorch.set_num_threads(1)\n"
+        # A test that runs in the background may have been told to ignore it.
+        f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}\n"
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom helpers import run\n"
         "sys.exit(run('train.py', *sys.argv[1:]))\n"
     )

@@ -35,6 +35,25 @@ def test_decode_takes_what_imagenet_holds(tmp_path, mode, format):
     assert abs(difference).mean() < (12 if format == "JPEG" else 1)
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path, format):
+    """Pillow's own conversion makes all above 255 white."""
+    path = tmp_path / "image.JPEG"
+    Image.fromarray(np.array([[0, 255, 256, 40_000, 65_535]], dtype=np.uint16)).save(path, format)
+    found = np.asarray(images.decode(path))
+    assert found[0].tolist() == [[level] * 3 for level in (0, 0, 1, 156, 255)]
+
+
+@pytest.mark.parametrize("size_px", [(3000, 2), (2, 3000), (40, 30), (640, 40)])
+def test_evaluation_takes_lines_of_pixels_by_their_middle(size_px):
+    """As the resized whole would give it, which may have no room in memory."""
+    rgb = images.from_pillow(picture(size_px=size_px))
+    expected = v2.Compose([v2.Resize(16), v2.CenterCrop(14)])(rgb)
+    found = images.eval_transform(16, 14)(images.to_pillow(rgb))
+    assert found.shape == (3, 14, 14)
+    assert (found.int() - expected.int()).abs().float().mean() < 4
+
+
 def test_decode_takes_broken_exif_and_does_not_rotate(tmp_path, recwarn):
     path = tmp_path / "image.JPEG"
     picture().save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff\x00\x01")

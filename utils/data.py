@@ -85,7 +85,7 @@ class ImageFiles(Dataset):
         seed: of the transform's random numbers.
 
     Raises:
-        DataError: a class folder holds no image.
+        LayoutError: a class folder holds no image.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ImageFiles(Dataset):
         for label, name in enumerate(classes):
             files = _image_names(folder / name)
             if not files:
-                raise DataError(f"{folder / name}: no image in this class folder")
+                raise LayoutError(f"{folder / name}: no image in this class folder")
             names += [os.fsencode(os.path.join(name, file)) for file in files]
             labels += [label] * len(files)
         # One block of bytes, not a million str: a worker touching a str copies its memory page.
@@ -131,8 +131,13 @@ class ImageFiles(Dataset):
 
 def _image_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+        names = [e.name for e in entries if not e.name.startswith(".") and _may_be_read(e)]
     return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _may_be_read(entry: os.DirEntry) -> bool:
+    """Files, and links that lead nowhere, of which the reader tells; never a pipe."""
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
 
 
 def collate(
@@ -317,7 +322,8 @@ def hold_out(data: ImageNetFolders, recipe: Recipe, every: int) -> ImageNetFolde
     read with the validation's transform: choices are made on these, and `val` is kept for the end.
 
     Raises:
-        ValueError: `every` is below 2, or a class would keep nothing on one of the two sides.
+        ValueError: `every` is below 2.
+        LayoutError: a class would keep nothing on one of the two sides.
     """
     if every < 2:
         raise ValueError(f"every={every} must be at least 2")
@@ -326,7 +332,7 @@ def hold_out(data: ImageNetFolders, recipe: Recipe, every: int) -> ImageNetFolde
     held = place % every == every - 1
     for label, name in enumerate(data.classes):
         if not held[labels == label].any():
-            raise ValueError(f"{data.train.folder / name}: fewer than {every} images to cut from")
+            raise LayoutError(f"{data.train.folder / name}: fewer than {every} images to cut from")
     val = copy.copy(data.train)
     val.transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
     val.names, val.labels = data.train.names[held], labels[held]

@@ -6,6 +6,7 @@ usage: an option, a value or a path that is not there; 75, stopped by a signal w
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -48,8 +49,16 @@ def whole_number(least: int) -> Callable[[str], int]:
     return convert
 
 
+def printable(text: str) -> str:
+    """One line that any terminal shows: line breaks, controls and stray bytes are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def exit_code(work: Callable[[], int | None]) -> int:
     """Runs `work` and returns its exit code; what a user can mend is told in one line."""
+    for stream in (sys.stdout, sys.stderr):  # a folder's name may hold any bytes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work() or OK
     except Stopped as error:
@@ -60,6 +69,8 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return _tell(f"error: {_of_system(error)}", BAD_USAGE)
     except OSError as error:
         return _tell(f"error: {_of_system(error)}", BAD_DATA)
+    except MemoryError as error:
+        return _tell(f"error: not enough memory {error}".strip(), BAD_DATA)
     except (DataError, ArithmeticError) as error:
         return _tell(f"error: {error}", BAD_DATA)
     except ValueError as error:
@@ -74,5 +85,5 @@ def _of_system(error: OSError) -> str:
 
 
 def _tell(line: str, code: int) -> int:
-    print(" ".join(line.splitlines()), file=sys.stderr)
+    print(printable(" ".join(line.splitlines())), file=sys.stderr)
     return code

@@ -18,6 +18,7 @@ from utils.data import (
     readable,
     watched,
 )
+from utils.errors import DataError
 from utils.recipe import Recipe
 
 
@@ -106,10 +107,15 @@ def evaluate_checkpoint(
         `evaluate`'s results for "raw" and "EMA", and a message per image that was left out.
 
     Raises:
-        ValueError: the validation classes are not those of the checkpoint, or a bad size.
+        DataError: weights or recipe are not what the checkpoint's config says, or the validation
+            classes are others.
+        ValueError: a bad size.
     """
     config = checkpoint["config"]
-    recipe = Recipe(**config["recipe"])
+    try:
+        recipe = Recipe(**config["recipe"])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the checkpoint's recipe is of another version ({error})") from error
     crop_px = recipe.eval_crop_px if size_px is None else size_px
     if crop_px < 1:
         raise ValueError(f"size={crop_px} must be at least 1 pixel")
@@ -118,11 +124,12 @@ def evaluate_checkpoint(
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     try:
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise ValueError("the checkpoint's weights are not those of its own config") from error
+        average = AveragedModel(model, use_buffers=True)
+        average.load_state_dict(checkpoint["ema"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise DataError("the checkpoint's weights are not those of its own config") from error
     model = model.to(device, memory_format=memory_format)
-    average = AveragedModel(model, use_buffers=True)
-    average.load_state_dict(checkpoint["ema"])
+    average = average.to(device, memory_format=memory_format)
     batch_size = min(recipe.batch_size, 256)
     loader = inputs.eval_loader(val, batch_size, workers, device.type == "cuda")
     skipped: dict[str, None] = {}

@@ -24,12 +24,18 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from utils.errors import DataError
+from utils.errors import DataError, printable
 from utils.recipe import Recipe
 
 # Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).
 MEAN_RGB = (123.675, 116.28, 103.53)
 STD_RGB = (58.395, 57.12, 57.375)
+
+# What is read, whatever the file's name: Pillow knows others that run programs, such as EPS.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "PPM", "TIFF")
+# Longer than so many times their shorter side, images are evaluated by their middle: at full length
+# a line of 1 x 65,000 pixels would be resized to ten gigabytes.
+MAX_ASPECT = 16
 
 cv2.setNumThreads(0)  # the loader's processes share the cores out
 
@@ -48,7 +54,8 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
         CorruptImageError: the file is missing or no image.
     """
     with one_clear_line(path):
-        image = Image.open(io.BytesIO(Path(path).read_bytes() if content is None else content))
+        content = Path(path).read_bytes() if content is None else content
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         image.filename = str(path)
         return image
 
@@ -78,6 +85,8 @@ def pixels(image: Image.Image, enough_px: tuple[int, int] | None = None) -> Tens
             )
             return torch.from_numpy(rgb).permute(2, 0, 1)
     with one_clear_line(getattr(image, "filename", "image")):
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         return from_pillow(image.convert("RGB"))
 
 
@@ -106,11 +115,16 @@ def one_clear_line(path: str | Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine
+            # Above 89 million pixels; ImageNet's largest image has 61 million.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except UnidentifiedImageError as error:  # its own message holds an address in memory
-        raise CorruptImageError(f"{path}: not a readable image (of no known format)") from error
+        raise CorruptImageError(
+            f"{printable(str(path))}: not a readable image (of no known format)"
+        ) from error
     except Exception as error:  # Pillow's readers raise more than OSError on broken files
-        raise CorruptImageError(f"{path}: not a readable image ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CorruptImageError(printable(f"{path}: not a readable image ({reason})")) from error
 
 
 class RandomCrop:
@@ -263,4 +277,12 @@ def train_transform(recipe: Recipe) -> v2.Compose:
 
 def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
     """Shorter side to `resize_px`, then the centre crop, from an image to uint8."""
-    return v2.Compose([pixels, v2.Resize(resize_px), v2.CenterCrop(crop_px)])
+    return v2.Compose([pixels, _middle, v2.Resize(resize_px), v2.CenterCrop(crop_px)])
+
+
+def _middle(rgb: Tensor) -> Tensor:
+    """The image, or its middle where it is longer than MAX_ASPECT has it."""
+    longest = MAX_ASPECT * min(rgb.shape[1:])
+    if max(rgb.shape[1:]) <= longest:
+        return rgb
+    return functional.center_crop(rgb, [min(edge, longest) for edge in rgb.shape[1:]])

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
+MAX_PX = 4096
+
 
 def _field(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
@@ -48,8 +50,11 @@ class Recipe:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
         counts = ("epochs", "batch_size", "accumulate")
-        for name in (*counts, "train_crop_px", "eval_resize_px", "eval_crop_px"):
+        sizes = ("train_crop_px", "eval_resize_px", "eval_crop_px")
+        for name in (*counts, *sizes):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in sizes:  # beyond, a single image takes gigabytes
+            self._check(name, getattr(self, name) <= MAX_PX, f"at most {MAX_PX}")
         for name in ("lr_per_1024", "width"):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("weight_decay", "norm_weight_decay", "cutmix_alpha", "mixup_alpha"):

@@ -18,6 +18,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,13 @@ from utils.errors import DataError
 # What may differ between two starts of one run: where and by whom it is run, not what it computes.
 PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
 
-CHECKPOINT_KEYS = {
-    *("config", "model", "ema", "optimizer", "schedule"),
-    *("step", "metrics", "speed", "skipped", "under_way"),
+# What a checkpoint holds, and what everything that reads one needs of its config.
+CHECKPOINTED = {
+    **dict.fromkeys(("config", "model", "ema", "optimizer", "schedule", "under_way"), dict),
+    **dict.fromkeys(("metrics", "speed", "skipped"), list),
+    "step": int,
 }
-
+CONFIGURED = {"recipe": dict, "classes": list}
 
 PARTIAL = ".partial"  # of a file that is being written
 DIVERGED = "diverged.json"  # the images of the step at which a loss was not finite
@@ -70,7 +74,7 @@ def command_line() -> str:
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
-def open_run(run_dir: Path, config: dict[str, Any], keep_every: int = 0) -> dict[str, Any] | None:
+def open_run(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Readies a run's folder, and returns the checkpoint to go on from if it holds one.
 
     Raises:
@@ -83,7 +87,6 @@ def open_run(run_dir: Path, config: dict[str, Any], keep_every: int = 0) -> dict
         refuse_other_run(run_dir, _read_config(path), config)
         checkpoint = load_checkpoint(last)
         refuse_other_run(last, checkpoint["config"], config)
-        _end_save(run_dir, checkpoint, keep_every)  # a kill may have come between the two
         return checkpoint
     # Without a checkpoint nothing of an earlier start is worth keeping.
     ours = (path.name, path.name + PARTIAL, last.name + PARTIAL, DIVERGED)
@@ -106,10 +109,10 @@ def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any], keep_every: int =
         OSError: the disk is full, or the folder cannot be written.
     """
     _replace(run_dir / "last.pt", lambda aside: _save_tensors(checkpoint, aside))
-    _end_save(run_dir, checkpoint, keep_every)
+    end_save(run_dir, checkpoint, keep_every)
 
 
-def _end_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> None:
+def end_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> None:
     """All that follows from last.pt, and may be done again."""
     rows = checkpoint["metrics"]
     if not rows:
@@ -157,23 +160,54 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         RunError: it is no checkpoint, or not one of this project.
     """
+    path = Path(path)
+    if not path.is_file():  # a pipe would keep us waiting
+        if path.exists():
+            raise RunError(f"{path}: not a checkpoint, no file at all")
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such checkpoint") from error
+        if damage := _damage(path):
+            raise RunError(f"{path}: not a whole checkpoint ({damage})")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles: what comes of them is looked at below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise RunError(f"{path}: not a checkpoint, or cut short") from error
     except pickle.UnpicklingError as error:
         raise RunError(f"{path}: not a checkpoint, or one that would run code") from error
     except Exception as error:  # torch raises many types for broken files
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{path}: not a readable checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINTED.keys():
         raise RunError(f"{path}: not a checkpoint of scripts/train.py")
+    for key, kind in CHECKPOINTED.items():
+        if not isinstance(checkpoint[key], kind):
+            raise RunError(f"{path}: not a checkpoint of scripts/train.py ({key} is no {kind})")
+    for key, kind in CONFIGURED.items():
+        if not isinstance(checkpoint["config"].get(key), kind):
+            raise RunError(f"{path}: not a checkpoint of scripts/train.py (its config's {key})")
     return checkpoint
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the zip archive that a checkpoint is; PyTorch checks no checksums.
+
+    Raises:
+        Exception: it is no zip archive at all, or broken.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():  # PyTorch packs nothing; a small file could unpack to much
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                return f"{info.filename} in it is compressed"
+        bad = archive.testzip()
+    return bad and f"{bad} in it is damaged"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):

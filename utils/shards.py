@@ -43,7 +43,7 @@ from utils.data import (
     stream_seed,
 )
 from utils.distributed import rank, world_size
-from utils.errors import DataError
+from utils.errors import DataError, printable
 from utils.imagenet import few
 from utils.images import eval_transform, open_image, train_transform
 from utils.recipe import Recipe
@@ -303,7 +303,7 @@ class Shards:
     def decode(self, packed: Packed, epoch: int) -> tuple[Tensor, int] | CorruptImageError:
         """Image and label, or the error, as of `utils.data.ImageFiles`."""
         path = os.fsdecode(packed.path)
-        name = f"{self.path(packed.index)} ({path if path.isprintable() else ascii(path)})"
+        name = f"{self.path(packed.index)} ({printable(path)})"
         try:
             with (
                 open_image(name, packed.content) as image,

@@ -403,9 +403,11 @@ def fit(
     )
     config = {**(config or {}), **_describe(trainer, data, workers), **options}
     # Of many machines, one alone needs to see the run's folder.
-    checkpoint = distributed.of_rank_0(lambda: runs.open_run(run_dir, config, keep_every))
+    checkpoint = distributed.of_rank_0(lambda: runs.open_run(run_dir, config))
     if checkpoint:
         _resume(trainer, checkpoint, run_dir)
+        if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
+            runs.end_save(run_dir, checkpoint, keep_every)
 
     def save() -> None:
         if distributed.rank() == 0:

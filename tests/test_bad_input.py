@@ -1,0 +1,696 @@
+"""Whatever is wrong with what a user gives: one clear line, an exit code, and nothing half done.
+
+One table: what is done to a good folder, the command that meets it, its exit code, and words of its
+one line. What must be taken as it is stands in the same table with exit code 0. A port in use and
+other mistakes of launchers are in tests/test_faults.py.
+"""
+
+import io
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import stat
+import struct
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import run
+from PIL import Image
+
+A, B = "n00000000", "n00000001"
+FIRST = Path("data/train") / A / "0.JPEG"
+HEAD = "ImageId,PredictionString\n"
+IMAGES = {f"ILSVRC2012_val_0000000{k}": (A, B)[k % 2] for k in range(4)}
+ONE = next(iter(IMAGES))  # in A
+
+TRAIN = (
+    "train.py --data-dir data --output-dir new --recipe quick --epochs 1 --warmup-epochs 0 "
+    "--batch-size 8 --train-crop-px 32 --eval-resize-px 36 --eval-crop-px 32 --width 0.125 "
+    "--workers 0 --device cpu"
+)
+RESUME = f"{TRAIN} --output-dir done"
+EVALUATE = "evaluate.py --checkpoint done/last.pt --data-dir data --workers 0 --device cpu"
+SORT = "imagenet.py --val_solution_path solution.csv --val_image_dir flat"
+PACK = "make_shards.py --data-dir data --output-dir new"
+VERIFY = "make_shards.py --verify --output-dir shards"
+STUDY = "ablate.py csp_split --data-dir data --runs-dir runs --output new.csv --devices cpu"
+BENCH = "benchmark.py --backbones resnet18 --device cpu --output new.csv"
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def picture(mode="RGB", size_px=(40, 32)):
+    pixels = np.random.default_rng(1).integers(0, 256, (size_px[1], size_px[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def saved(format, mode="RGB", size_px=(40, 32), **options):
+    buffer = io.BytesIO()
+    picture(mode, size_px).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def first(content):
+    """The first training image holds this."""
+    return lambda: FIRST.write_bytes(content)
+
+
+def cut_short():
+    FIRST.write_bytes(FIRST.read_bytes()[:-300])
+
+
+def png(width, height, depth=8, colour=0, rows=b""):
+    """A PNG file that claims a size, whatever it holds."""
+
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def jpeg_claiming(width, height):
+    """A small JPEG file whose header claims another size."""
+    content = saved("JPEG")
+    at = content.index(b"\xff\xc0") + 5
+    return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
+
+
+def sixteen_bits(channels):
+    pixels = np.full((32, 40, channels), 40_000, np.uint16).squeeze()
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def named(name, content=None):
+    """A further training image under an odd name; broken if `content` is."""
+
+    def prepare():
+        path = os.path.join(b"data/train", A.encode(), name)
+        with open(path, "wb") as file:
+            file.write(saved("JPEG") if content is None else content)
+
+    return prepare
+
+
+def second_names():
+    """The same name in two classes, and names that differ in case or suffix alone."""
+    for name in ("0.jpeg", "0.jpg", "0.Jpeg"):
+        shutil.copy(FIRST, FIRST.with_name(name))
+
+
+def instead(path, make):
+    """Something else in the place of a file or folder."""
+
+    def prepare():
+        shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+        make(path)
+
+    return prepare
+
+
+def link(target):
+    return lambda path: Path(path).symlink_to(target)
+
+
+def all_broken():
+    for path in Path("data/train").glob("*/*"):
+        path.write_bytes(b"\xff\xd8\xff")
+
+
+def move(source, target):
+    return lambda: Path(source).rename(target)
+
+
+def make_folder(path):
+    return lambda: Path(path).mkdir(parents=True)
+
+
+def new_class(split):
+    return lambda: shutil.copytree(f"data/{split}/{A}", f"data/{split}/n00000009")
+
+
+def rename_class(name):
+    def prepare():
+        for split in (b"train", b"val"):
+            folder = os.path.join(b"data", split)
+            os.rename(os.path.join(folder, B.encode()), os.path.join(folder, name))
+
+    return prepare
+
+
+def odd_root():
+    os.rename("data", b"d\xe9 1")
+    os.symlink(b"d\xe9 1", "data")
+
+
+NOT_READABLE = "0.JPEG: not a readable image"
+IMAGE_FILES = {
+    "cut short": (cut_short, TRAIN, 1, NOT_READABLE, "--skip-corrupt"),
+    "cut short, skipped": (cut_short, f"{TRAIN} --skip-corrupt", 0),
+    "cut short in val": (
+        lambda: Path(f"data/val/{B}/1.JPEG").write_bytes(saved("JPEG")[:200]),
+        EVALUATE, 1, f"val/{B}/1.JPEG: not a readable image",
+    ),
+    "all broken, skipped": (all_broken, f"{TRAIN} --skip-corrupt", 1, "JPEG: not a readable image"),
+    "zero bytes": (first(b""), TRAIN, 1, NOT_READABLE, "of no known format"),
+    "text": (first(b"no image\n"), TRAIN, 1, NOT_READABLE),
+    "a web page": (first(b"<!DOCTYPE html><html>404"), TRAIN, 1, NOT_READABLE),
+    "a header alone": (first(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"), TRAIN, 1, NOT_READABLE),
+    "zeros behind a header": (first(saved("JPEG")[:400] + bytes(4000)), TRAIN, 1, NOT_READABLE),
+    "EPS, which is a program": (first(saved("EPS")), TRAIN, 1, NOT_READABLE),
+    "PNG with a broken checksum": (
+        first(saved("PNG")[:-300] + bytes(300)), TRAIN, 1, NOT_READABLE
+    ),
+    "PNG of no width": (first(png(0, 9)), TRAIN, 1, NOT_READABLE),
+    "PNG bomb": (first(png(20_000, 20_000)), TRAIN, 1, NOT_READABLE, "exceeds limit"),
+    "PNG bomb of one bit": (
+        first(png(20_000, 20_000, 1, rows=bytes(2501 * 20_000))), TRAIN, 1, "exceeds limit"
+    ),
+    "PNG bomb below Pillow's limit": (
+        first(png(13_000, 13_000, 8, 6)), TRAIN, 1, NOT_READABLE, "exceeds limit"
+    ),
+    "JPEG bomb": (first(jpeg_claiming(65_500, 65_500)), TRAIN, 1, NOT_READABLE, "exceeds limit"),
+    # As Pillow takes it: what is missing is grey.
+    "JPEG claiming more than it has": (first(jpeg_claiming(3000, 3000)), TRAIN, 0),
+    "a line of pixels": (first(saved("JPEG", size_px=(60_000, 1))), TRAIN, 0),
+    "a line of pixels in val": (
+        lambda: Path(f"data/val/{B}/1.JPEG").write_bytes(saved("JPEG", size_px=(1, 60_000))),
+        f"{EVALUATE} --size 96", 0,
+    ),
+    **{f"{kind} under .JPEG": (first(saved(kind)), TRAIN, 0)
+       for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")},
+    "palette with a transparent colour": (first(saved("PNG", "P", transparency=3)), TRAIN, 0),
+    "alpha": (first(saved("PNG", "RGBA")), TRAIN, 0),
+    "grey": (first(saved("JPEG", "L")), TRAIN, 0),
+    "CMYK": (first(saved("JPEG", "CMYK")), TRAIN, 0),
+    "16 bits, grey": (first(sixteen_bits(1)), TRAIN, 0),
+    "16 bits, RGB": (first(sixteen_bits(3)), TRAIN, 0),
+    "1 x 1": (first(saved("JPEG", size_px=(1, 1))), TRAIN, 0),
+    "broken EXIF": (
+        first(saved("JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff\x00\x01")), TRAIN, 0
+    ),
+    "EXIF is text": (first(saved("JPEG", exif=b"Exif\x00\x00no directory")), TRAIN, 0),
+    "progressive": (first(saved("JPEG", progressive=True)), TRAIN, 0),
+}  # fmt: skip
+
+TREES = {
+    "an empty class": (
+        lambda: [path.unlink() for path in Path("data/train", B).iterdir()],
+        TRAIN, 1, f"data/train/{B}: no image in this class folder",
+    ),
+    "a link that leads nowhere": (instead(FIRST, link("gone.JPEG")), TRAIN, 1, NOT_READABLE),
+    "spaces in names": (named(b"  a b .JPEG"), TRAIN, 0),
+    "a name that is not UTF-8": (named(b"caf\xe9\xff.JPEG"), TRAIN, 0),
+    "a broken image whose name is not UTF-8": (
+        named(b"caf\xe9\xff.JPEG", b""), f"{TRAIN} --batch-size 9", 1, r"caf\udce9\udcff.JPEG: not"
+    ),
+    "such an image, skipped": (
+        named(b"caf\xe9\xff.JPEG", b""), f"{TRAIN} --batch-size 9 --skip-corrupt", 0
+    ),
+    "a line break in a broken image's name": (
+        named(b"a\nb\x1b[31m.JPEG", b""), f"{TRAIN} --batch-size 9", 1, r"a\nb\x1b[31m.JPEG: not"
+    ),
+    "duplicate names": (second_names, TRAIN, 0),
+    "a class whose name is not UTF-8": (rename_class(b"caf\xe9 1"), TRAIN, 0),
+    "a root whose name is not UTF-8": (odd_root, f"{TRAIN} --data-dir d\udce9\\ 1", 0),
+    # Neither is read: opening a pipe would wait for ever.
+    "a pipe among the images": (lambda: os.mkfifo(FIRST.with_name("pipe.JPEG")), TRAIN, 0),
+    "a folder called .JPEG": (make_folder(FIRST.with_name("folder.JPEG")), TRAIN, 0),
+    "a link to an image": (instead(FIRST, link("1.JPEG")), TRAIN, 0),
+    "an image that links to itself": (
+        instead(FIRST, link("0.JPEG")), TRAIN, 1, "0.JPEG", "symbolic links"
+    ),
+    "a folder that links to its parent": (
+        lambda: Path(f"data/train/{A}/up").symlink_to(".."), TRAIN, 0
+    ),
+    "a class that links to itself": (
+        instead(f"data/train/{A}", link(A)), TRAIN, 1, f"train/{A}", "symbolic links"
+    ),
+    "a class in val only": (new_class("val"), TRAIN, 1, "in val/ and not in train/: 1 (n00000009)"),
+    "a class in train only": (
+        new_class("train"), TRAIN, 1, "in train/ and not in val/: 1 (n00000009)"
+    ),
+    "no data": (move("data", "away"), TRAIN, 2, "data is not a folder"),
+    "data is a file": (
+        instead("data", lambda path: Path(path).touch()), TRAIN, 2, "data is not a folder"
+    ),
+    "no val": (move("data/val", "away"), TRAIN, 1, "data/val is missing"),
+    "train is a file": (
+        instead("data/train", lambda path: Path(path).touch()), TRAIN, 1, "data/train is missing"
+    ),
+    "no classes": (
+        lambda: [shutil.rmtree(path) for path in Path("data").glob("*/*")],
+        TRAIN, 1, "data: train/ and val/ are empty",
+    ),
+    "val not sorted": (
+        instead("data/val", lambda path: shutil.copytree("flat", path)), TRAIN, 1, "not sorted"
+    ),
+    "val half sorted": (
+        lambda: shutil.copy(FIRST, "data/val"), TRAIN, 1, "data/val is half sorted"
+    ),
+    "other classes than the checkpoint's": (
+        rename_class(b"n00000007"),
+        EVALUATE, 1, "data: 2 classes, not the 2 of the checkpoint; n00000001",
+    ),
+}  # fmt: skip
+
+
+# ---- the CSV -------------------------------------------------------------------------------------
+
+
+def rows(separator=",", end="\n"):
+    return "".join(f"{name}{separator}{wnid} 1 2 3 4{end}" for name, wnid in IMAGES.items())
+
+
+def csv(text, encoding="utf-8"):
+    return lambda: Path("solution.csv").write_bytes(text.encode(encoding))
+
+
+SOLUTIONS = {
+    "a byte order mark": (csv(HEAD + rows(), "utf-8-sig"), SORT, 0),
+    "CRLF": (csv(HEAD.replace("\n", "\r\n") + rows(end="\r\n")), SORT, 0),
+    "extra spaces": (csv(" ImageId , PredictionString \n" + rows(" ,  ", "  \n")), SORT, 0),
+    "quotes": (csv(HEAD + rows('","').replace("ILSVRC", '"ILSVRC').replace("\n", '"\n')), SORT, 0),
+    "blank lines": (csv(HEAD + "\n" + rows(end="\n\n")), SORT, 0),
+    "no newline at the end": (csv((HEAD + rows()).rstrip()), SORT, 0),
+    "further columns": (csv("ImageId,PredictionString,note\n" + rows(end=",x\n")), SORT, 0),
+    "zero bytes of CSV": (csv(""), SORT, 1, "solution.csv: columns []"),
+    "a missing column": (csv("ImageId\n" + rows()), SORT, 1, "expected ImageId,PredictionString"),
+    "no header": (csv(rows()), SORT, 1, "expected ImageId,PredictionString"),
+    "a CSV of a header alone": (csv(HEAD), SORT, 1, "no images"),
+    "a cell too many": (csv(HEAD + rows(end=",1\n")), SORT, 1, "bad lines: 4", "line 2"),
+    "an image too many": (
+        csv(f"{HEAD}{rows()}extra,{A}\n"), SORT, 1, "images of the CSV missing: 1"
+    ),
+    "an image twice": (csv(HEAD + rows() + rows()), SORT, 1, "bad lines: 4", f"{ONE} again"),
+    "an image that leads out": (csv(f"{HEAD}../x,{A}\n"), SORT, 1, "'../x,"),
+    "a class that leads out": (csv(f"{HEAD}{ONE},../../{A}\n"), SORT, 1, "bad lines: 1"),
+    "an absolute class": (csv(f"{HEAD}{ONE},/tmp/{A}\n"), SORT, 1, "bad lines: 1"),
+    "null bytes": (csv(f"{HEAD}{ONE}\0,{A}\n"), SORT, 1, "line"),
+    "a huge cell": (csv(f"{HEAD}{'x' * 200_000},{A}\n"), SORT, 1, "not CSV: field larger than"),
+    "an open quote": (csv(f'{HEAD}"{rows()}'), SORT, 1, "not CSV"),
+    "UTF-16": (csv(HEAD + rows(), "utf-16"), SORT, 1, "solution.csv is not UTF-8 text"),
+    "latin-1": (csv(HEAD + f"\xe9,{A}\n", "latin-1"), SORT, 1, "not UTF-8 text"),
+    "binary": (lambda: Path("solution.csv").write_bytes(bytes(range(256))), SORT, 1, "not UTF-8"),
+    "no CSV": (move("solution.csv", "away"), SORT, 2, "solution.csv is not a file"),
+    "the CSV is a pipe": (
+        instead("solution.csv", os.mkfifo), SORT, 2, "solution.csv is not a file"
+    ),
+    "the CSV links to itself": (
+        instead("solution.csv", link("solution.csv")), SORT, 2, "solution.csv is not a file"
+    ),
+    "no folder of images": (move("flat", "away"), SORT, 2, "flat is not a folder"),
+    "an image is missing": (move(f"flat/{ONE}.JPEG", "away"), SORT, 1, "missing: 1", ONE),
+    "a class folder's name is taken": (
+        lambda: Path("flat", A).touch(), SORT, 1, f"in the way: 1 ({A})"
+    ),
+}  # fmt: skip
+
+
+# ---- run folders and checkpoints -----------------------------------------------------------------
+
+
+class Trap:
+    """Makes a file when a pickle is loaded that may run code."""
+
+    def __reduce__(self):
+        return (open, ("sprung", "w"))
+
+
+def last(change):
+    """Changes what done/last.pt holds, and saves it as a whole file again."""
+
+    def prepare():
+        checkpoint = torch.load("done/last.pt", weights_only=True)
+        changed = change(checkpoint)
+        torch.save(checkpoint if changed is None else changed, "done/last.pt")
+
+    return prepare
+
+
+def packed_tightly():
+    """The same archive, deflated: it could unpack to any size."""
+    with zipfile.ZipFile("done/last.pt") as old:
+        content = {info.filename: old.read(info) for info in old.infolist()}
+    with zipfile.ZipFile("done/last.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in content.items():
+            new.writestr(name, data)
+
+
+def flip_bits():
+    """In the middle of the largest tensor, which PyTorch itself would not notice."""
+    with zipfile.ZipFile("done/last.pt") as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(Path("done/last.pt").read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 0x55
+    Path("done/last.pt").write_bytes(content)
+
+
+def last_is(content):
+    return lambda: Path("done/last.pt").write_bytes(content)
+
+
+def set_config(**entries):
+    return last(lambda checkpoint: checkpoint["config"].update(entries))
+
+
+def other_shapes(checkpoint):
+    checkpoint["model"] = {
+        key: value[:1] for key, value in checkpoint["model"].items() if value.ndim
+    }
+
+
+def half_of_last():
+    content = Path("done/last.pt").read_bytes()
+    Path("done/last.pt").write_bytes(content[: len(content) // 2])
+
+
+LAST = "done/last.pt: not a"
+CHECKPOINTS = {
+    "no checkpoint": (move("done", "away"), EVALUATE, 2, "done/last.pt: no such checkpoint"),
+    "the checkpoint is a folder": (instead("done/last.pt", os.mkdir), EVALUATE, 1, LAST, "no file"),
+    "the checkpoint is a pipe": (instead("done/last.pt", os.mkfifo), EVALUATE, 1, LAST, "no file"),
+    "a checkpoint of zero bytes": (last_is(b""), EVALUATE, 1, LAST),
+    "a checkpoint of text": (last_is(b"no checkpoint\n"), EVALUATE, 1, LAST),
+    "half a checkpoint": (half_of_last, EVALUATE, 1, LAST),
+    "a checkpoint with changed bits": (flip_bits, EVALUATE, 1, LAST, "damaged"),
+    "a compressed checkpoint": (packed_tightly, EVALUATE, 1, LAST, "compressed"),
+    "pickle with code": (
+        last_is(b"cbuiltins\nopen\n(Vsprung\nVw\ntR."), EVALUATE, 1, LAST
+    ),
+    "a checkpoint with code": (
+        last(lambda c: {**c, "extra": Trap()}), EVALUATE, 1, "would run code"
+    ),
+    "a state dict": (
+        last(lambda c: c["model"]), EVALUATE, 1, "not a checkpoint of scripts/train.py"
+    ),
+    "a checkpoint that is a list": (
+        last(lambda c: [1, 2]), EVALUATE, 1, "not a checkpoint of scripts/train.py"
+    ),
+    "a checkpoint whose config is text": (
+        last(lambda c: c.update(config="x")), EVALUATE, 1, "config"
+    ),
+    "a checkpoint without classes": (set_config(classes=None), EVALUATE, 1, "classes"),
+    "a checkpoint of another recipe's version": (
+        set_config(recipe={"epochz": 1}), EVALUATE, 1, "recipe is of another version", "epochz"
+    ),
+    "a checkpoint whose recipe is impossible": (
+        last(lambda c: c["config"]["recipe"].update(epochs=-1)), EVALUATE, 1, "epochs=-1 must be"
+    ),
+    "weights of another model": (last(other_shapes), EVALUATE, 1, "not those of its own config"),
+    "an average of another model": (
+        last(lambda c: c.update(ema={})), EVALUATE, 1, "not those of its"
+    ),
+    "the checkpoint names an unknown model": (
+        set_config(backbone="darknet54"), EVALUATE, 1, "names no network", "nearest: darknet53"
+    ),
+    "the checkpoint names no model": (set_config(options=None), EVALUATE, 1, "names no network"),
+    "the checkpoint names another model": (
+        set_config(backbone="darknet19"), EVALUATE, 1, "not those of its own config"
+    ),
+}  # fmt: skip
+RUN_FOLDERS = {
+    "goes on": (None, RESUME, 0),
+    "a run of another recipe": (
+        None, f"{RESUME} --momentum 0.5", 1, "done: holds a run with momentum=0.9"
+    ),
+    "a run of another backbone": (
+        None, f"{RESUME} --backbone darknet19", 1, "backbone='cspdarknet19'"
+    ),
+    "a run of other data": (new_class("val"), f"{RESUME}", 1, "in val/ and not in train/"),
+    "one image more": (named(b"9.JPEG"), RESUME, 1, "done: holds a run with train_images=8, not 9"),
+    "resumes half a checkpoint": (half_of_last, RESUME, 1, LAST),
+    "resumes changed bits": (flip_bits, RESUME, 1, LAST, "damaged"),
+    "resumes a pipe": (instead("done/last.pt", os.mkfifo), RESUME, 1, LAST),
+    "resumes weights of another model": (
+        last(other_shapes), RESUME, 1, "last.pt: its weights are not"
+    ),
+    "no config.json": (move("done/config.json", "away"), RESUME, 1, "done/config.json: missing"),
+    "half a config.json": (
+        lambda: Path("done/config.json").write_text("{"), RESUME, 1, "config.json: missing or not"
+    ),
+    "config.json is a list": (
+        lambda: Path("done/config.json").write_text("[]"), RESUME, 1, "config.json: missing or"
+    ),
+    "config.json is a pipe": (
+        instead("done/config.json", os.mkfifo), RESUME, 1, "config.json: missing or not"
+    ),
+    "a folder of other files": (
+        None, f"{TRAIN} --output-dir flat", 1, "flat: holds other files and no run"
+    ),
+    "a folder where nobody may write": (
+        None, f"{TRAIN} --output-dir /proc/new", 2, "/proc/new: No such file"
+    ),
+    "the run folder is a file": (
+        None, f"{TRAIN} --output-dir solution.csv", 2, "solution.csv: File exists"
+    ),
+    "the run folder is in a file": (
+        None, f"{TRAIN} --output-dir solution.csv/new", 2, "solution.csv/new: Not a"
+    ),
+    "the run folder links to itself": (
+        instead("loop", link("loop")), f"{TRAIN} --output-dir loop", 2, "loop: File exists"
+    ),
+    "the run folder's name is too long": (
+        None, f"{TRAIN} --output-dir {'x' * 300}", 1, "File name too long"
+    ),
+}  # fmt: skip
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "NaN learning rate": (None, f"{TRAIN} --lr-per-1024 nan", 2, "lr_per_1024=nan must be"),
+    "infinite learning rate": (None, f"{TRAIN} --lr-per-1024 1e999", 2, "lr_per_1024=inf must be"),
+    "learning rate of text": (None, f"{TRAIN} --lr-per-1024 fast", 2, "--lr-per-1024", "'fast'"),
+    "negative epochs": (None, f"{TRAIN} --epochs -1", 2, "epochs=-1 must be at least 1"),
+    "epochs and a half": (None, f"{TRAIN} --epochs 1.5", 2, "--epochs", "'1.5'"),
+    "a number of 5000 digits": (None, f"{TRAIN} --epochs {'9' * 5000}", 2, "--epochs"),
+    "warm-up beyond the epochs": (None, f"{TRAIN} --warmup-epochs 1", 2, "below epochs=1"),
+    "batch larger than the data": (
+        None, f"{TRAIN} --batch-size 9", 2, "batch_size=9 is more than the 8"
+    ),
+    "batch of nothing": (None, f"{TRAIN} --batch-size 0", 2, "batch_size=0 must be at least 1"),
+    "smoothing of all": (
+        None, f"{TRAIN} --label-smoothing 1", 2, "label_smoothing=1.0 must be in [0, 1)"
+    ),
+    "a crop that no memory holds": (None, f"{TRAIN} --train-crop-px 1000000", 2, "at most 4096"),
+    "a test size that no memory holds": (
+        None, f"{EVALUATE} --size 1099511627776", 2, "at most 4096"
+    ),
+    "a test size of 0": (None, f"{EVALUATE} --size 0", 2, "--size: '0' must be a whole number"),
+    "a width that no memory holds": (
+        None, f"{TRAIN} --width 1e15", 2, "width=1000000000000000.0 must be"
+    ),
+    "a width the family has not": (
+        None, f"{TRAIN} --backbone resnet18", 2, "resnet18 takes no 'width'"
+    ),
+    "unknown precision": (None, f"{TRAIN} --precision fp8", 2, "--precision", "'fp8'"),
+    "unknown backbone": (
+        None, f"{TRAIN} --backbone darknet54", 2, "'darknet54'; nearest: darknet53"
+    ),
+    "unknown recipe": (None, f"{TRAIN} --recipe slow", 2, "--recipe", "'slow'"),
+    "unknown device": (None, f"{TRAIN} --device gpu", 2, "device='gpu' is not a device"),
+    "a device that is not here": (None, f"{TRAIN} --device cuda:99", 2, "device='cuda:99'"),
+    "unknown option": (None, f"{TRAIN} --leanring-rate 1", 2, "--leanring-rate"),
+    "an option without its value": (None, f"{TRAIN} --seed", 2, "--seed", "expected one argument"),
+    "negative seed": (None, f"{TRAIN} --seed -1", 2, "--seed: '-1' must be"),
+    "half a worker": (None, f"{TRAIN} --workers 0.5", 2, "--workers: '0.5' must be"),
+    "nothing given": (None, "train.py", 2, "--data-dir"),
+}  # fmt: skip
+
+
+def damage_shard():
+    assert run("make_shards.py", "--data-dir", "data", "--output-dir", "shards") == 0
+    path = Path("shards/train-000000.tar")
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content)
+
+
+def sums(text):
+    def prepare():
+        Path("shards").mkdir()
+        Path("shards/SHA256SUMS").write_text(text)
+
+    return prepare
+
+
+OTHER_SCRIPTS = {
+    "nothing to pack": (None, f"{PACK} --data-dir nowhere", 2, "nowhere is not a folder"),
+    "packs a class in val only": (new_class("val"), PACK, 1, "in val/ and not in train/"),
+    "packs into a file": (
+        None, f"{PACK} --output-dir solution.csv", 2, "solution.csv: File exists"
+    ),
+    "packs below a file": (None, f"{PACK} --output-dir solution.csv/x", 2, "solution.csv/x: Not a"),
+    "packs where nobody may write": (
+        None, f"{PACK} --output-dir /proc/new", 2, "/proc/new: No such"
+    ),
+    "shards of nothing": (
+        None, f"{PACK} --images-per-shard 0", 2, "--images-per-shard: '0' must be"
+    ),
+    "packs and verifies": (None, f"{PACK} --verify", 2, "not allowed with"),
+    "no folder of shards": (None, VERIFY, 2, "shards is not a folder"),
+    "an empty folder of shards": (make_folder("shards"), VERIFY, 1, "names no train or no val"),
+    "a list of checksums that is none": (sums("??\n"), VERIFY, 1, "SHA256SUMS: line 1 is not"),
+    "a shard that is missing": (
+        sums(f"{'0' * 64}  train-000000.tar\n{'0' * 64}  val-000000.tar\n"),
+        VERIFY, 1, "train-000000.tar",
+    ),
+    "a damaged shard": (damage_shard, VERIFY, 1, "train-000000.tar: damaged"),
+    "unknown study": (None, "ablate.py nothing --data-dir data", 2, "'nothing'"),
+    "a study without data": (None, f"{STUDY} --data-dir nowhere", 2, "nowhere is not a folder"),
+    "a study of too few images": (None, STUDY, 1, f"{A}: fewer than 10 images to cut from"),
+    "a study of no seeds": (None, f"{STUDY} --seeds 0", 2, "--seeds 0: 1 to"),
+    "a study by no processes": (
+        None, f"{STUDY} --processes 0", 2, "processes=0 must be at least 1"
+    ),
+    "a study on an unknown device": (None, f"{STUDY} --devices gpu", 2, "device='gpu' is not"),
+    "a benchmark of an unknown backbone": (
+        None, f"{BENCH} --task inference --backbones nothing", 2, "'nothing' is not one of"
+    ),
+    "a benchmark without data": (None, f"{BENCH} --task input", 2, "input needs --data-dir"),
+    "a benchmark of data elsewhere": (
+        None, f"{BENCH} --task input --data-dir nowhere", 2, "nowhere is not a folder"
+    ),
+    "a benchmark of negative batches": (
+        None, f"{BENCH} --task inference --batch-sizes -1", 2, "--batch-sizes: '-1' must be"
+    ),
+    "a benchmark of no rounds": (None, f"{BENCH} --task inference --rounds 0", 2, "--rounds: '0'"),
+    "no such notebook": (None, "run_notebooks.py x.ipynb", 2, "x.ipynb: no such notebook"),
+    "a notebook of text": (
+        None, "run_notebooks.py solution.csv", 1, "solution.csv: not a notebook"
+    ),
+    "a notebook of other JSON": (
+        lambda: Path("x.ipynb").write_text('{"cells": 3}'),
+        "run_notebooks.py x.ipynb", 1, "x.ipynb: not a notebook",
+    ),
+}  # fmt: skip
+
+CASES = {
+    **IMAGE_FILES, **TREES, **SOLUTIONS, **CHECKPOINTS, **RUN_FOLDERS, **OPTIONS, **OTHER_SCRIPTS
+}  # fmt: skip
+
+
+# ---- what becomes of them ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    """Class folders, a flat val with its CSV, and a finished run; read only."""
+    root = tmp_path_factory.mktemp("good")
+    paths = [
+        f"data/{split}/{name}/{k}.JPEG"
+        for split, count in (("train", 4), ("val", 2))
+        for name in (A, B)
+        for k in range(count)
+    ]
+    for path in paths + [f"flat/{name}.JPEG" for name in IMAGES]:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(saved("JPEG"))
+    (root / "solution.csv").write_text(HEAD + rows())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert run(*shlex.split(f"{TRAIN} --output-dir done")) == 0
+    return root
+
+
+@pytest.fixture
+def folder(good, tmp_path, monkeypatch):
+    """A copy that may be spoilt, as the working directory; what hangs there fails."""
+
+    def hangs(*args):
+        raise AssertionError("it hangs")
+
+    root = shutil.copytree(good, tmp_path / "here")
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["a script"])
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    yield root
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def state(root):
+    """What stands under each name, links not followed."""
+    found = {}
+    for parent, folders, files in os.walk(os.fsencode(root)):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            mode = os.lstat(path).st_mode
+            content = open(path, "rb").read() if stat.S_ISREG(mode) else stat.S_IFMT(mode)  # noqa: SIM115
+            found[os.fsdecode(os.path.relpath(path, os.fsencode(root)))] = content
+    return found
+
+
+def told(captured):
+    """Lines of stderr but for progress bars."""
+    lines = captured.err.splitlines()  # at carriage returns, too
+    return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_input_is_taken_or_ends_in_one_line(folder, capsys, name):
+    prepare, command, code, *words = CASES[name]
+    if prepare:
+        prepare()
+    capsys.readouterr()
+    before, before_mb = state(folder), peak_mb()
+    script, *args = shlex.split(command)
+    assert run(script, *args) == code
+    captured = capsys.readouterr()
+    assert peak_mb() < before_mb + 500
+    assert "Traceback" not in captured.err + captured.out
+    assert not Path("sprung").exists()
+    after, lines = state(folder), told(captured)
+    assert not [path for path in after if path.endswith(".partial")]
+    if code == 0:
+        assert lines == []
+        assert_done(script, args, before, after)
+        return
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    assert lines[0].isprintable()
+    assert [word for word in words if word not in lines[0]] == []
+    # A run that met a broken image has its config.json: the same command goes on from there.
+    new = {path: after.pop(path) for path in ("new", "new/config.json") if path in after}
+    assert after == before
+    assert not new or (script == "train.py" and "not a readable image" in lines[0])
+
+
+def assert_done(script, args, before, after):
+    """All that an accepted input is for has been made of it."""
+    if script == "imagenet.py":
+        gone = {f"flat/{name}.JPEG" for name in IMAGES}
+        moved = {f"flat/{wnid}/{name}.JPEG" for name, wnid in IMAGES.items()}
+        assert before.keys() - after.keys() == gone
+        assert after.keys() - before.keys() == moved | {f"flat/{A}", f"flat/{B}"}
+    elif script == "train.py":
+        run_dir = args[len(args) - args[::-1].index("--output-dir")]
+        names = ("config.json", "metrics.csv", "last.pt", "best.pt", "curves.png")
+        assert {f"{run_dir}/{name}" for name in names} <= after.keys()
+    else:
+        assert after == before
+
+
+def test_there_are_kinds_enough():
+    """Which the table would not tell if two rows had one name."""
+    tables = (IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, OTHER_SCRIPTS)
+    assert len(CASES) == sum(map(len, tables)) >= 40
