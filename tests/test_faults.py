@@ -314,6 +314,10 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_in_time(folders, whole, tmp_pa
 # ---- many processes ------------------------------------------------------------------------------
 
 TRAIN = ROOT / "scripts" / "train.py"
+AS_TRAIN = f"""
+sys.argv[0] = {str(TRAIN)!r}
+sys.exit(runpy.run_path({str(TRAIN)!r})["main"](sys.argv[1:]))
+"""
 FAULTY_RANK = f"""
 import os, runpy, signal, sys
 import utils.training as t
@@ -323,9 +327,7 @@ def step(self, batch, f=t.Trainer.train_step):
         os.kill(os.getpid(), signal.SIGKILL)
     return f(self, batch)
 t.Trainer.train_step = step
-sys.argv[0] = {str(TRAIN)!r}
-sys.exit(runpy.run_path({str(TRAIN)!r})["main"](sys.argv[1:]))
-"""
+{AS_TRAIN}"""
 
 
 @pytest.fixture(scope="module")
@@ -393,20 +395,48 @@ def test_a_killed_rank_of_one_node_restarts_both(folders, pair, tmp_path):
     assert_same_run(pair, tmp_path / "run")
 
 
+# Ranks that wait: for their images, or one in its evaluation for the other.
+SLOW = {
+    "input": """
+import pathlib, runpy, sys, time
+import utils.data as d
+def get(self, keys, f=d.ImageFiles.__getitems__):
+    if keys[0].epoch == 1:
+        (pathlib.Path(__file__).parent / "now").touch()
+        time.sleep(1.5)
+    return f(self, keys)
+d.ImageFiles.__getitems__ = get
+""",
+    "evaluation": """
+import os, pathlib, runpy, sys, time
+import utils.evaluation as e
+def count(logits, labels, f=e._count):
+    if os.environ["RANK"] == "1":
+        (pathlib.Path(__file__).parent / "now").touch()
+        time.sleep(1.5)
+    return f(logits, labels)
+e._count = count
+""",
+}
+
+
 @pytest.mark.faults
-def test_a_stopped_job_of_two_processes_goes_on(folders, pair, tmp_path):
-    args = command(folders, tmp_path / "run", "--checkpoint-steps", 100)
+@pytest.mark.parametrize("where", SLOW)
+def test_a_stopped_job_of_two_processes_goes_on(folders, pair, tmp_path, where):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW[where] + AS_TRAIN)
+    args = command(folders, tmp_path / "run", "--checkpoint-steps", 100, "--workers", 1)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     process = subprocess.Popen(
-        list(map(str, [*words, TRAIN, *args])), env=ENV, stderr=subprocess.PIPE, text=True
+        list(map(str, [*words, script, *args])), env=ENV, stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "run" / "last.pt").exists():
+    while not (tmp_path / "now").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     stopped = re.findall(r"stopped: .* all is saved at step (\d+)", told)
-    assert len(stopped) == 2
+    assert len(stopped) == 2, told
     assert len(set(stopped)) == 1  # both after the same step
     done = launch([TRAIN, *args])
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -306,6 +307,33 @@ def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, stop_after):
     torch.rand(7)
     fit(make_model(seed=8), data, TINY, tmp_path / "parts", seed=3, workers=2)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_time_is_charged_to_the_epoch_that_took_it(folders, tmp_path, monkeypatch):
+    """Also where a slow evaluation lies between, and a stop after it."""
+    import utils.training as training
+
+    def slow(*args, f=training.evaluate):
+        time.sleep(2)
+        return f(*args)
+
+    monkeypatch.setattr(training, "evaluate", slow)
+    data = open_folders(folders, TINY)
+    save, saves = runs.save_checkpoint, []
+
+    def save_and_stop(*args):
+        save(*args)
+        saves.append(args)
+        if len(saves) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(), data, TINY, tmp_path)
+    fit(make_model(), data, TINY, tmp_path)
+    speed = pd.read_csv(tmp_path / "speed.csv")
+    assert (speed.train_time_s < 2).all()
+    assert (speed.eval_time_s >= 2).all()
 
 
 def test_a_finished_run_is_left_as_it_is(folders, tmp_path):

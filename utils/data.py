@@ -6,10 +6,12 @@ and mixes them on the device.
 """
 
 import copy
+import itertools
 import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,6 +224,9 @@ class EvalBatches(Sampler[list[Key]]):
             yield [Key(0, index) for index in self.indices[i : i + self.batch_size]]
 
 
+LOOK_S = 5.0  # between two looks at workers that give nothing
+
+
 class WorkerError(ChildProcessError):
     """A decoding process died or gave no batch in time; the text is one line."""
 
@@ -237,7 +242,7 @@ def make_loader(
 
     Args:
         batches: which images make a batch; None if the dataset gives whole batches, one by one.
-        timeout_s: how long to wait for a worker's batch before an error; 0 for ever.
+        timeout_s: of `watched`, which is to read it; 0 for ever.
     """
     # A stream makes batches of its own, and is asked for them one by one.
     of_what = {"batch_size": None} if batches is None else {"batch_sampler": batches}
@@ -248,8 +253,8 @@ def make_loader(
         collate_fn=_whole,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        timeout=timeout_s if workers else 0,
-        worker_init_fn=_ignore_interrupts,
+        timeout=min(timeout_s, LOOK_S) if workers else 0,
+        worker_init_fn=_ready_worker,
         generator=torch.Generator(),  # else every epoch would draw from the global one
     )
 
@@ -258,39 +263,64 @@ def _whole(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes; the trainer saves first, and needs its workers."""
+def _ready_worker(worker: int) -> None:
+    """Terminals and torchrun signal whole groups; the trainer saves first, with its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
-def watched(loader: DataLoader) -> Iterator[Batch]:
-    """A loader's batches; WorkerError names a worker that dies, or that hangs for too long.
+def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Batch]:
+    """A loader's batches; an error of a worker's comes in the place of its batch.
 
-    It comes in the place of a batch. By itself PyTorch would raise an error at the moment of a
-    worker's death, amid a step for one, through SIGCHLD.
+    By itself PyTorch would raise it at the moment of a worker's death, amid a step for one, through
+    SIGCHLD.
+
+    Args:
+        timeout_s: how long to wait for a batch before an error; 0 for ever.
+
+    Raises:
+        WorkerError: a worker died, or gave nothing for so long.
+        DataError: of a broken shard.
     """
-    count = 0
+    at_once = loader.num_workers and threading.current_thread() is threading.main_thread()
+    batches = iter(loader)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if at_once else None
     try:
-        batches = iter(loader)
-        if loader.num_workers and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for batch in batches:
-            if isinstance(batch, DataError):  # of a broken shard
+        for count in itertools.count():
+            batch = _next(batches, loader, count, timeout_s)
+            if batch is None:
+                return
+            if isinstance(batch, DataError):
                 raise batch
             yield batch
-            count += 1
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):
-            raise
-        if "timed out" in str(error):  # batch k is from worker k % workers
-            raise WorkerError(
-                f"decoding process {count % loader.num_workers} of {loader.num_workers} gave no "
-                f"batch in {loader.timeout:g} s; is its disk there? --timeout-s sets the time"
-            ) from error
-        dead = re.findall(r"\d+", str(error))
-        raise WorkerError(
-            f"a decoding process died (pid {', '.join(dead)}); out of memory? try fewer --workers"
-        ) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _next(
+    batches: Iterator[Batch], loader: DataLoader, count: int, timeout_s: float
+) -> Batch | DataError | None:
+    """Batch number `count`, or None at the end."""
+    start_s = time.monotonic()
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            if "timed out" not in str(error):
+                dead = ", ".join(re.findall(r"\d+", str(error)))
+                raise WorkerError(
+                    f"a decoding process died (pid {dead}); out of memory? try fewer --workers"
+                ) from error
+            if timeout_s and time.monotonic() - start_s >= timeout_s:
+                worker = count % loader.num_workers  # whose turn it is
+                raise WorkerError(
+                    f"decoding process {worker} of {loader.num_workers} gave no batch in "
+                    f"{timeout_s:g} s; is its disk there? --timeout-s sets the time"
+                ) from error
 
 
 @dataclass(frozen=True)

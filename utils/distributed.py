@@ -176,4 +176,5 @@ def data_parallel(
 
 def no_sync(net: nn.Module) -> AbstractContextManager:
     """Leaves the gradients of `data_parallel`'s result to be averaged by a later backward pass."""
+    net = getattr(net, "_orig_mod", net)  # of torch.compile
     return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()

@@ -222,7 +222,7 @@ def refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]
         if key in PROVENANCE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            key = next(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            key = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
             old, new = old.get(key), new.get(key)
         raise RunError(
             f"{run_dir}: holds a run with {key}={old!r}, not {new!r}; "
@@ -242,6 +242,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+        aside.unlink(missing_ok=True)  # still there if both were names of one file
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)  # a full disk needs the room

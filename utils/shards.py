@@ -30,7 +30,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.gopen import gopen, set_options
+from webdataset.gopen import Pipe, gopen, set_options
 from webdataset.tariterators import tar_file_iterator
 
 from utils.data import (
@@ -204,7 +204,12 @@ def _files(url: str, wanted: Callable[[str], bool] | None = None) -> Iterator[tu
 def _open(url: str) -> IO[bytes]:
     try:
         # The library would take a folder "a:b" for a protocol.
-        return open(url, "rb") if os.path.exists(url) else gopen(url)
+        if os.path.exists(url):
+            return open(url, "rb")
+        if url.startswith("pipe:"):  # Ctrl-C is for the trainer, which saves first
+            command = url.removeprefix("pipe:")
+            return Pipe(command, mode="rb", shell=True, start_new_session=True)
+        return gopen(url)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ShardError(f"{url}: cannot be opened: {reason}") from error

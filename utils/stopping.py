@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM as a request to stop after the step at hand, by all processes together."""
 
 import contextlib
+import datetime
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,16 +24,20 @@ class StopRequest:
 
     Args:
         catch: whether to; else nothing is ever requested.
+        timeout_s: how long the processes wait for each other's flags.
 
     Attributes:
         signal: name of the signal that came to this process, or None.
     """
 
-    def __init__(self, catch: bool = True) -> None:
+    def __init__(self, catch: bool = True, timeout_s: float = 600) -> None:
         self.signal: str | None = None
         self._catches = catch and threading.current_thread() is threading.main_thread()
         self._before: dict[signal.Signals, object] = {}
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = None
+        if dist.is_initialized():
+            timeout = datetime.timedelta(seconds=timeout_s)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._flag = torch.zeros(())
         self._work: dist.Work | None = None
 
@@ -49,7 +54,7 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None is one that C has set
         if self._work and error is None:
             with contextlib.suppress(RuntimeError):  # the others may have ended already
                 self._work.wait()
@@ -76,8 +81,16 @@ class StopRequest:
         return stop
 
     def watch(self, items: Iterator) -> Iterator:
-        """Passes items on until this process is to stop, which raises `Requested`."""
+        """Passes items on, fewer if this process is to stop, and then raises `Requested` in all.
+
+        Every process comes to the end of its items, and there they agree.
+        """
         for item in items:
             if self.signal:
-                raise Requested
+                break
             yield item
+        stop = torch.tensor(float(self.signal is not None))
+        if self._group is not None:
+            dist.all_reduce(stop, group=self._group)
+        if stop:
+            raise Requested

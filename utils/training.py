@@ -165,8 +165,9 @@ class Trainer:
         self.skip_corrupt = skip_corrupt
         self.step = 0
         self.meter = LossMeter(self.device)
-        self.start_s = time.perf_counter()  # of the epoch under way, in this process
-        self.earlier_s = 0.0  # of the epoch under way, in processes before this one
+        # Of the training of the epoch under way: since when, if it runs, and for how long before.
+        self.start_s: float | None = None
+        self.earlier_s = 0.0
         self.metrics: list[dict[str, float]] = []
         self.speed: list[dict[str, float]] = []
         self.skipped: dict[str, None] = {}  # a set that keeps its order
@@ -231,7 +232,7 @@ class Trainer:
         """Adds the rows of the epoch under way, which ends it."""
         self.metrics.append(metrics)
         self.speed.append(speed)
-        self.meter, self.earlier_s = LossMeter(self.device), 0.0
+        self.meter, self.start_s, self.earlier_s = LossMeter(self.device), None, 0.0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step."""
@@ -239,8 +240,9 @@ class Trainer:
 
     @property
     def train_time_s(self) -> float:
-        """Time that the epoch under way has been trained, over all processes that did."""
-        return self.earlier_s + time.perf_counter() - self.start_s
+        """Time that the epoch under way has been trained, also before the run was resumed."""
+        running_s = 0.0 if self.start_s is None else time.perf_counter() - self.start_s
+        return self.earlier_s + running_s
 
     @property
     def epoch(self) -> int:
@@ -260,7 +262,8 @@ class Trainer:
                 processes, if in one.
         """
         self.skipped = distributed.union(self.skipped)
-        norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
+        with torch.no_grad():
+            norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
         self.meter.check(bad_weights=~torch.isfinite(norms).all())
 
 
@@ -429,12 +432,13 @@ def fit(
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         ) as progress,
-        StopRequest(catch_signals) as stop,
+        StopRequest(catch_signals, timeout_s) as stop,
         _naming_images(trainer, data, run_dir),
     ):
         try:
             while trainer.epoch < recipe.epochs:
-                _run_epoch(trainer, train_loader, val_loader, progress, after_step, stop)
+                loaders = train_loader, val_loader
+                _run_epoch(trainer, *loaders, progress, after_step, stop, timeout_s)
                 save()
                 if distributed.rank() == 0:
                     if not quiet:
@@ -472,19 +476,23 @@ def _run_epoch(
     progress: tqdm,
     after_step: Callable[[], None],
     stop: StopRequest,
+    timeout_s: float,
 ) -> None:
     """Trains one epoch, evaluates the raw and the averaged weights, and adds a row of each."""
     epoch = trainer.epoch
     progress.set_description_str(f"epoch {epoch + 1}/{trainer.recipe.epochs}")
     inputs.begin(train_loader, epoch, trainer.step_in_epoch)
     trainer.start_s = time.perf_counter()
-    train_loss = train_one_epoch(trainer, watched(train_loader), progress, after_step)
-    train_time_s, start_s = trainer.train_time_s, time.perf_counter()
+    train_batches = watched(train_loader, timeout_s)
+    train_loss = train_one_epoch(trainer, train_batches, progress, after_step)
+    trainer.earlier_s, trainer.start_s = trainer.train_time_s, None
+    start_s = time.perf_counter()
     # Each process has statistics of its own images; rank 0's are those that are saved.
     distributed.broadcast_buffers(trainer.model, trainer.ema)
     models = {"": trainer.model, "ema_": trainer.ema.module}
-    batches = readable(stop.watch(watched(val_loader)), trainer.skip_corrupt, trainer.skipped)
-    results = evaluate(models, batches, trainer.eval_preprocess, trainer.dtype)
+    val_batches = stop.watch(watched(val_loader, timeout_s))
+    val_batches = readable(val_batches, trainer.skip_corrupt, trainer.skipped)
+    results = evaluate(models, val_batches, trainer.eval_preprocess, trainer.dtype)
     first_lr = trainer.lr_at(epoch * trainer.steps_per_epoch)
     row = {"epoch": epoch + 1, "step": trainer.step, "first_lr": first_lr, "train_loss": train_loss}
     for prefix, result in results.items():
@@ -497,18 +505,21 @@ def _run_epoch(
     images = trainer.steps_per_epoch * trainer.recipe.batch_size
     speed = {
         "epoch": epoch + 1,
-        "train_time_s": train_time_s,
+        "train_time_s": trainer.train_time_s,
         "eval_time_s": time.perf_counter() - start_s,
-        "train_images_per_s": images / train_time_s,
+        "train_images_per_s": images / trainer.train_time_s,
     }
     trainer.end_epoch(row, speed)
 
 
 @contextmanager
 def _naming_images(trainer: Trainer, data: ImageNetFolders, run_dir: Path) -> Iterator[None]:
-    """Names the images of a step gone wrong."""
+    """Names the images of a step gone wrong, and what helps where memory runs out."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        parts = 2 * trainer.recipe.accumulate
+        raise MemoryError(f"on {trainer.device}; try --accumulate {parts}") from error
     except DivergedError as error:
         if error.step is None:
             raise
