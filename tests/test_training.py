@@ -192,14 +192,16 @@ from utils.training import Trainer
 import dataclasses
 recipe = dataclasses.replace(TINY, precision="float32", cutmix_alpha=0.0, mixup_alpha=0.0,
                              accumulate=int(sys.argv[2]))
-with distributed.process_group(torch.device("cpu")):
-    rank, world = distributed.rank(), distributed.world_size()
-    trainer = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
-    for step in range(3):
-        images, labels, _, _ = make_batch(seed=step)
-        trainer.train_step(Batch(images[rank::world], labels[rank::world], []))
-    if rank == 0:
-        torch.save(trainer.model.state_dict(), sys.argv[1])
+def main():
+    with distributed.process_group(torch.device("cpu")):
+        rank, world = distributed.rank(), distributed.world_size()
+        trainer = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
+        for step in range(3):
+            images, labels, _, _ = make_batch(seed=step)
+            trainer.train_step(Batch(images[rank::world], labels[rank::world], []))
+        if rank == 0:
+            torch.save(trainer.model.state_dict(), sys.argv[1])
+main()  # or what holds the process group would end with the interpreter, which may abort
 """
 
 
