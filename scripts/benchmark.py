@@ -243,14 +243,15 @@ def kept_by(args: argparse.Namespace, task: str) -> str:
 
 
 TASKS = {
-    **{"inference": inference, "step": step, "input": input_speed, "loop": loop},
-    **{
-        "shards": shards,
-        "listing": listing,
-        "import": imports,
-        "epoch": epoch,
-        "networks": networks,
-    },
+    "inference": inference,
+    "step": step,
+    "input": input_speed,
+    "loop": loop,
+    "shards": shards,
+    "listing": listing,
+    "import": imports,
+    "epoch": epoch,
+    "networks": networks,
 }
 NEED_DATA = ("input", "shards", "loop", "listing", "epoch")
 

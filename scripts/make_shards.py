@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.errors import DataError, Parser, exit_code, whole_number
+from utils.errors import Parser, exit_code, whole_number
 from utils.packing import make_shards, verify_shards
 
 
@@ -43,20 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         help="of the training images' order (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    return exit_code(lambda: pack_or_verify(args))
+    return exit_code(lambda: print(pack_or_verify(args)))
 
 
-def pack_or_verify(args: argparse.Namespace) -> None:
-    try:
-        if args.verify:
-            summary = verify_shards(args.output_dir, progress=True)
-        else:
-            summary = make_shards(
-                args.data_dir, args.output_dir, args.images_per_shard, args.seed, progress=True
-            )
-    except ValueError as error:  # options are checked by now: images or shards are not right
-        raise DataError(str(error)) from error
-    print(summary)
+def pack_or_verify(args: argparse.Namespace) -> str:
+    if args.verify:
+        return verify_shards(args.output_dir, progress=True)
+    return make_shards(
+        args.data_dir, args.output_dir, args.images_per_shard, args.seed, progress=True
+    )
 
 
 if __name__ == "__main__":

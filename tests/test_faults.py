@@ -49,6 +49,13 @@ def finish(process, timeout_s=120):
     return process.exitcode
 
 
+def until(path, exit_code):
+    """Waits for a file that a process makes, which must still run by then."""
+    while not path.exists():
+        assert exit_code() is None
+        time.sleep(0.01)
+
+
 def command(folders, run_dir, *more):
     options = ["--epochs", 3, "--checkpoint-steps", 2, "--device", "cpu", "--seed", 3]
     return ["--data-dir", folders, "--output-dir", run_dir, *SMALL, *options, *more]
@@ -193,9 +200,7 @@ def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(folders, tmp_path)
     process = subprocess.Popen(
         list(map(str, words)), env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not (tmp_path / "run" / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    until(tmp_path / "run" / "last.pt", process.poll)
     os.killpg(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75
@@ -208,16 +213,10 @@ def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(folders, tmp_path)
 # ---- the disk ------------------------------------------------------------------------------------
 
 
-def until_saved(process, run_dir):
-    while not (run_dir / "metrics.csv").exists():
-        assert process.exitcode is None
-        time.sleep(0.02)
-
-
 def test_a_disk_quota_ends_the_run_and_keeps_its_checkpoint(folders, tmp_path, whole, monkeypatch):
     args = command(folders, tmp_path / "run", "--checkpoint-steps", 1)
     process = start(args, log=tmp_path / "log")
-    until_saved(process, tmp_path / "run")
+    until(tmp_path / "run" / "metrics.csv", lambda: process.exitcode)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
     assert finish(process) == 1
     told = (tmp_path / "log").read_text().strip().splitlines()[-1]
@@ -430,9 +429,7 @@ def test_a_stopped_job_of_two_processes_goes_on(folders, pair, tmp_path, where):
     process = subprocess.Popen(
         list(map(str, [*words, script, *args])), env=ENV, stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "now").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    until(tmp_path / "now", process.poll)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
     stopped = re.findall(r"stopped: .* all is saved at step (\d+)", told)

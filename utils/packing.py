@@ -4,7 +4,6 @@ Packing may be killed at any moment and started again: a shard gets its name whe
 its checksum stands in SHA256SUMS, and what has both is left alone.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,6 +20,7 @@ from utils.data import ImageFiles
 from utils.imagenet import check_layout, few, lock
 from utils.images import pixels
 from utils.progress import progress_bar
+from utils.runs import put_in_place
 from utils.shards import FORMAT, INDEX_KEY, SPLITS, Index, ShardError, Shards, read_index
 
 SUMS_NAME = "SHA256SUMS"  # as sha256sum writes it and --check reads it
@@ -53,9 +53,9 @@ def make_shards(
 
     Raises:
         NotADirectoryError: there is no such `data_dir`.
-        LayoutError: see `utils.imagenet.check_layout`.
+        LayoutError: see `utils.imagenet.check_layout`; or a class folder holds no image.
         ShardError: `output_dir` holds shards of another tree or other options.
-        ValueError: `images_per_shard` is below 1, or a class folder holds no image.
+        ValueError: `images_per_shard` is below 1.
     """
     output_dir = Path(output_dir)
     jobs = _plan(Path(data_dir), images_per_shard, seed)
@@ -73,11 +73,10 @@ def make_shards(
             aside = output_dir / f"{name}.partial"
             with aside.open("wb") as file:
                 _pack(file, job, bar.update)
-                _sync(file)
             # Before the shard has its name: one that is there and has no checksum is not ours.
             sums[name] = _sha256(aside)
             _write_sums(output_dir, sums)
-            _put_in_place(aside, output_dir / name)
+            put_in_place(aside, output_dir / name)
             packed.append(name)
     anew = sorted(present & set(packed))
     summary = f"{len(jobs)} shards of {total} images: packed {len(packed)}, "
@@ -193,27 +192,10 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 def _write_sums(folder: Path, sums: dict[str, str]) -> None:
     aside = folder / f"{SUMS_NAME}.partial"
-    with aside.open("wb") as file:
-        file.write("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
-        _sync(file)
-    _put_in_place(aside, folder / SUMS_NAME)
+    aside.write_bytes("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
+    put_in_place(aside, folder / SUMS_NAME)
 
 
 def _sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _put_in_place(aside: Path, path: Path) -> None:
-    os.replace(aside, path)
-    with contextlib.suppress(OSError):  # Windows opens no folders
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

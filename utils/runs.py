@@ -239,14 +239,19 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         aside.unlink(missing_ok=True)  # of a kill; it may be a link to a file that is kept
         write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-        aside.unlink(missing_ok=True)  # still there if both were names of one file
+        put_in_place(aside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)  # a full disk needs the room
         raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Renames a whole file, and returns when its bytes and its name are on the disk."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+    aside.unlink(missing_ok=True)  # still there if both were names of one file
     with contextlib.suppress(OSError):  # not every system opens folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
