@@ -35,7 +35,7 @@ import backbones
 from backbones.classifier import create_classifier
 from backbones.deploy import keep_freed_memory, optimize
 from utils import contest, costs, evaluation, peers, recipe, runs, studies
-from utils.data import ImageNetFolders, open_folders
+from utils.data import Splits, open_folders
 from utils.distributed import pick_device
 from utils.errors import Parser, exit_code, whole_number
 
@@ -146,7 +146,7 @@ def step(args: argparse.Namespace) -> list[contest.Row]:
     return rows
 
 
-def open_data(args: argparse.Namespace) -> ImageNetFolders:
+def open_data(args: argparse.Namespace) -> Splits:
     return open_folders(args.data_dir, chosen_recipe(args))
 
 

@@ -549,6 +549,12 @@ OTHER_SCRIPTS = {
         sums(f"{'0' * 64}  train-000000.tar\n{'0' * 64}  val-000000.tar\n"),
         VERIFY, 1, "train-000000.tar",
     ),
+    "a folder of shards for images": (
+        damage_shard, f"{TRAIN} --data-dir shards", 1, "shards are given by a brace pattern"
+    ),
+    "a brace pattern that the shell has spread": (
+        None, f"{TRAIN} --data-dir train-0.tar train-1.tar val-0.tar", 2, "quote the brace pattern"
+    ),
     "a damaged shard": (damage_shard, VERIFY, 1, "train-000000.tar: damaged"),
     "unknown study": (None, "ablate.py nothing --data-dir data", 2, "'nothing'"),
     "a study without data": (None, f"{STUDY} --data-dir nowhere", 2, "nowhere is not a folder"),

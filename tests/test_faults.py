@@ -3,6 +3,7 @@
 docs/reliability.md lists what they show. The long ones are marked `faults` (make faults).
 """
 
+import json
 import multiprocessing
 import os
 import random
@@ -15,12 +16,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_run, run
 from test_imagenet import make, sorted_tree
+
+from utils.locks import lock
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Processes made by fork, with PyTorch imported already: a start takes no time.
@@ -209,6 +213,25 @@ def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(folders, tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_two_runs_in_one_folder_are_kept_apart_while_the_first_lives(folders, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    args = command(folders, run_dir, "--epochs", 100, "--workers", 2)
+    process = start(args)
+    until(run_dir / "last.pt", lambda: process.exitcode)
+    config = (run_dir / "config.json").read_bytes()
+    assert run("train.py", *args) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {run_dir}: another process is at work in this folder; ")
+    assert told.count("\n") == 1
+    assert (run_dir / "config.json").read_bytes() == config
+    assert process.exitcode is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    finish(process)
+    with lock(run_dir, wait=False):  # decoding processes that outlive it keep nothing
+        assert any(Path("/proc", child).exists() for child in children)
+
+
 # ---- the disk ------------------------------------------------------------------------------------
 
 
@@ -346,6 +369,18 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, 
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr or "Signal 9" in done.stderr
     assert_same_run(pair, tmp_path / "run")
+
+
+@pytest.mark.faults
+def test_ranks_that_diverge_name_the_images_of_all(folders, tmp_path):
+    args = command(folders, tmp_path / "run", "--lr-per-1024", "1e30", "--warmup-epochs", 0)
+    done = launch([TRAIN, *args])
+    assert done.returncode == 1
+    told = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert len(set(told["images"])) == 8  # 4 of each
+    step = f"error: the loss is not finite at step {told['step']}; "
+    assert done.stderr.count(step) == 2
+    assert "Traceback" not in done.stderr
 
 
 def free_port():

@@ -30,8 +30,8 @@ from utils import inputs, peers
 from utils.data import (
     Batch,
     ImageFiles,
-    ImageNetFolders,
     Preprocess,
+    Splits,
     TrainBatches,
     make_loader,
 )
@@ -327,7 +327,7 @@ def _peer_step(
 def loop(
     name: str,
     model: nn.Module,
-    data: ImageNetFolders,
+    data: Splits,
     recipe: Recipe,
     rounds: int,
     steps: int,

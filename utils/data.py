@@ -324,7 +324,7 @@ def _next(
 
 
 @dataclass(frozen=True)
-class ImageNetFolders:
+class Splits:
     """Training and validation images of one `data_dir`, with their class names."""
 
     train: ImageFiles
@@ -332,7 +332,7 @@ class ImageNetFolders:
     classes: list[str]
 
 
-def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNetFolders:
+def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
     """Opens `data_dir/train` and `data_dir/val` with the recipe's transforms.
 
     Raises:
@@ -342,10 +342,10 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNe
     classes = check_layout(data_dir)
     train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
     val = open_val(data_dir, classes, recipe)
-    return ImageNetFolders(train, val, classes)
+    return Splits(train, val, classes)
 
 
-def hold_out(data: ImageNetFolders, recipe: Recipe, every: int) -> ImageNetFolders:
+def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
     """`data` with a slice of its training images in the place of its validation images.
 
     Each `every`-th training image of a class, in the order of names, is taken out of training and
@@ -368,7 +368,7 @@ def hold_out(data: ImageNetFolders, recipe: Recipe, every: int) -> ImageNetFolde
     val.names, val.labels = data.train.names[held], labels[held]
     train = copy.copy(data.train)
     train.names, train.labels = data.train.names[~held], labels[~held]
-    return ImageNetFolders(train, val, data.classes)
+    return Splits(train, val, data.classes)
 
 
 def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles:

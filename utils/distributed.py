@@ -129,13 +129,17 @@ def broadcast_buffers(*modules: nn.Module) -> None:
                 dist.broadcast(buffer, src=0)
 
 
+def gather_objects(item: Any) -> list[Any]:
+    """What each process passes, in order of rank."""
+    found = [item] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(found, item)
+    return found
+
+
 def union(items: dict[str, None]) -> dict[str, None]:
     """The keys that any process has, in order of rank."""
-    if not dist.is_initialized():
-        return items
-    gathered: list[dict[str, None]] = [{}] * world_size()
-    dist.all_gather_object(gathered, items)
-    return {key: None for keys in gathered for key in keys}
+    return {key: None for keys in gather_objects(items) for key in keys}
 
 
 def of_rank_0(make: Callable[[], Any]) -> Any:

@@ -30,6 +30,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments") and ".tar" in message:
+            message = "many .tar arguments where one is taken: quote the brace pattern"
         print(f"error: {message}; --help lists the options", file=sys.stderr)
         sys.exit(BAD_USAGE)
 

@@ -12,17 +12,17 @@ Sorting plans first, checks everything, and then only renames. Every image has a
 name, its old or its new one, so a run may be killed at any moment and started again.
 """
 
-import contextlib
 import csv
 import errno
 import io
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import DataError
+from utils.locks import lock
 from utils.progress import progress_bar
 
 WNID = re.compile(r"n[0-9]{8}")
@@ -212,7 +212,8 @@ def check_layout(data_dir: str | Path) -> list[str]:
     for split in ("train", "val"):
         folder = Path(data_dir) / split
         if not folder.is_dir():
-            raise LayoutError(f"{folder} is missing: {data_dir} must hold train/ and val/")
+            hint = "; shards are given by a brace pattern" * any(Path(data_dir).glob("*.tar"))
+            raise LayoutError(f"{folder} is missing: {data_dir} must hold train/ and val/{hint}")
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes[split] = {entry.name for entry in entries if entry.is_dir()}
         flat = sorted(e.name for e in entries if e.name not in classes[split] and _is_image(e.name))
@@ -242,21 +243,6 @@ def _scan(folder: str | Path, prefix: str = "") -> dict[str, str]:
         else:
             found[path] = "file" if entry.is_file(follow_symlinks=False) else "other"
     return found
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Waits until no other run works in the folder. The lock ends with the process, even killed."""
-    with contextlib.ExitStack() as stack:
-        # Windows has no fcntl, and some network drives lock no folders. There two runs may get in
-        # each other's way and stop, but lose nothing: a source can be renamed only once.
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY)  # the folder itself: leaves no lock file behind
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _read_text(path: str | Path) -> str:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from utils.data import (
     EvalBatches,
     ImageFiles,
-    ImageNetFolders,
+    Splits,
     TrainBatches,
     make_loader,
     open_folders,
@@ -20,7 +20,7 @@ from utils.recipe import Recipe
 from utils.shards import Shards, ShardStream, is_shards, open_shards
 
 
-def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNetFolders:
+def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
     """Training and validation images of a folder, or of a brace pattern or pipe of shards.
 
     Raises:
@@ -28,7 +28,7 @@ def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> ImageNetFo
     """
     if not is_shards(str(data_dir)):
         return open_folders(data_dir, recipe, seed)
-    return ImageNetFolders(*open_shards(str(data_dir), recipe, seed))
+    return Splits(*open_shards(str(data_dir), recipe, seed))
 
 
 def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles | Shards:

@@ -17,8 +17,9 @@ import numpy as np
 from webdataset import TarWriter
 
 from utils.data import ImageFiles
-from utils.imagenet import check_layout, few, lock
+from utils.imagenet import check_layout, few
 from utils.images import pixels
+from utils.locks import lock
 from utils.progress import progress_bar
 from utils.runs import put_in_place
 from utils.shards import FORMAT, INDEX_KEY, SPLITS, Index, ShardError, Shards, read_index

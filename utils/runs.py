@@ -10,6 +10,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import torch
 import torchvision
 
 from utils.errors import DataError
+from utils.locks import lock
 
 # What may differ between two starts of one run: where and by whom it is run, not what it computes.
 PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
@@ -74,13 +76,21 @@ def command_line() -> str:
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
-def open_run(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Readies a run's folder, and returns the checkpoint to go on from if it holds one.
+@contextlib.contextmanager
+def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """Keeps a run's folder for this process, and gives the checkpoint to go on from, if any.
 
     Raises:
         RunError: the folder holds another run or something else; the message names the first entry
             that differs. Nothing in it has changed.
+        DataError: another process trains there.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with lock(run_dir, wait=False):
+        yield _ready(run_dir, config)
+
+
+def _ready(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     path, last = run_dir / "config.json", run_dir / "last.pt"
     config = json.loads(json.dumps(config))
     if last.exists():
@@ -90,9 +100,8 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         return checkpoint
     # Without a checkpoint nothing of an earlier start is worth keeping.
     ours = (path.name, path.name + PARTIAL, last.name + PARTIAL, DIVERGED)
-    if run_dir.is_dir() and any(entry.name not in ours for entry in run_dir.iterdir()):
+    if any(entry.name not in ours for entry in run_dir.iterdir()):
         raise RunError(f"{run_dir}: holds other files and no run; choose another --output-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
     return None
 
@@ -224,6 +233,10 @@ def refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]
         if isinstance(old, dict) and isinstance(new, dict):
             key = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
             old, new = old.get(key), new.get(key)
+        if isinstance(old, list) and isinstance(new, list):  # of classes: long, and alike
+            pairs = enumerate(itertools.zip_longest(old, new))
+            place, (old, new) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+            key = f"{key}[{place}]"
         raise RunError(
             f"{run_dir}: holds a run with {key}={old!r}, not {new!r}; "
             "repeat its command, or choose another folder"

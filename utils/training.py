@@ -10,7 +10,7 @@ import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from utils.data import (
     STEP_STREAM,
     Batch,
     CorruptImageError,
-    ImageNetFolders,
     Preprocess,
+    Splits,
     WorkerError,
     readable,
     stream_seed,
@@ -55,8 +55,8 @@ class DivergedError(ArithmeticError):
     """The loss is not finite; the message names the step.
 
     Attributes:
-        step: the first such step, from 0; None if another process had it.
-        indices: the dataset's indices of its images.
+        step: the first such step, from 0, if known.
+        indices: the dataset's indices of its images, where its loss was not finite.
     """
 
     def __init__(self, text: str, step: int | None = None, indices: Sequence[int] = ()) -> None:
@@ -297,10 +297,12 @@ class LossMeter:
             return
         advice = "try a lower --lr-per-1024 or --precision float32, in another --output-dir"
         step = int(self.bad_step)
-        if step >= 0:
-            indices = dict(self.recent).get(step, ())
-            raise DivergedError(f"the loss is not finite at step {step}; {advice}", step, indices)
-        raise DivergedError(f"a loss or a weight is not finite; {advice}")
+        found = distributed.gather_objects((step, list(dict(self.recent).get(step, ()))))
+        step = min((step for step, _ in found if step >= 0), default=None)
+        if step is None:
+            raise DivergedError(f"a weight is not finite; {advice}")
+        indices = [i for at, some in found if at == step for i in some]
+        raise DivergedError(f"the loss is not finite at step {step}; {advice}", step, indices)
 
     def mean(self) -> float:
         """Mean over this process's steps; waits for the device."""
@@ -348,7 +350,7 @@ def train_one_epoch(
 
 def fit(
     model: nn.Module,
-    data: ImageNetFolders,
+    data: Splits,
     recipe: Recipe,
     run_dir: str | Path,
     *,
@@ -398,64 +400,40 @@ def fit(
             raise ValueError(f"{name}={value} must be at least 0")
     run_dir = Path(run_dir)
     device = device or distributed.pick_device()
-    train_loader, val_loader = make_loaders(data, recipe, seed, workers, device, timeout_s)
-    steps = len(train_loader)
+    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     trainer = Trainer(
-        model.to(device), recipe, steps, len(data.classes), seed, skip_corrupt, **options
+        model.to(device), recipe, len(loaders[0]), len(data.classes), seed, skip_corrupt, **options
     )
     config = {**(config or {}), **_describe(trainer, data, workers), **options}
-    # Of many machines, one alone needs to see the run's folder.
-    checkpoint = distributed.of_rank_0(lambda: runs.open_run(run_dir, config))
-    if checkpoint:
-        _resume(trainer, checkpoint, run_dir)
-        if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
-            runs.end_save(run_dir, checkpoint, keep_every)
-
-    def save() -> None:
-        if distributed.rank() == 0:
-            runs.save_checkpoint(run_dir, {"config": config, **trainer.state_dict()}, keep_every)
-
-    def after_step() -> None:
-        stopping = stop.agreed()
-        due = checkpoint_steps and trainer.step % checkpoint_steps == 0
-        if stopping or (due and trainer.step_in_epoch < steps):  # else the epoch's end saves
-            trainer.settle()
-            if stopping:
-                raise Requested
-            save()
-
-    with (
-        progress_bar(
-            total=recipe.epochs * steps * recipe.batch_size,
+    with ExitStack() as stack:
+        opened = runs.open_run(run_dir, config)
+        # Of many machines, one alone needs to see the run's folder.
+        checkpoint = distributed.of_rank_0(lambda: stack.enter_context(opened))
+        if checkpoint:
+            _resume(trainer, checkpoint, run_dir)
+            if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
+                runs.end_save(run_dir, checkpoint, keep_every)
+        bar = progress_bar(
+            total=recipe.epochs * trainer.steps_per_epoch * recipe.batch_size,
             initial=trainer.step * recipe.batch_size,
             unit=" images",
             disable=quiet or distributed.rank() > 0,
-        ) as progress,
-        StopRequest(catch_signals, timeout_s) as stop,
-        _naming_images(trainer, data, run_dir),
-    ):
-        try:
-            while trainer.epoch < recipe.epochs:
-                loaders = train_loader, val_loader
-                _run_epoch(trainer, *loaders, progress, after_step, stop, timeout_s)
-                save()
-                if distributed.rank() == 0:
-                    if not quiet:
-                        progress.write(describe_epoch(trainer))
-                    if tensorboard:
-                        runs.log_tensorboard(run_dir, trainer.metrics[-1], trainer.speed[-1])
-        except (Requested, WorkerError) as error:
-            if isinstance(error, WorkerError):
-                if not stop.signal or distributed.world_size() > 1:
-                    raise
-                trainer.settle()  # the signal ended the workers, too, and no step is under way
-            save()
-            raise Stopped(
-                f"{stop.signal or 'a signal to another process'}, all is saved at step "
-                f"{trainer.step}; the same command with --output-dir {shlex.quote(str(run_dir))} "
-                "goes on"
-            ) from None
+        )
+        stack.enter_context(_naming_images(trainer, data, run_dir))
+        _Run(
+            trainer,
+            *loaders,
+            run_dir,
+            config,
+            progress=stack.enter_context(bar),
+            stop=stack.enter_context(StopRequest(catch_signals, timeout_s)),
+            checkpoint_steps=checkpoint_steps,
+            keep_every=keep_every,
+            timeout_s=timeout_s,
+            tensorboard=tensorboard,
+            quiet=quiet,
+        ).train()
     return trainer
 
 
@@ -469,51 +447,113 @@ def _resume(trainer: Trainer, checkpoint: dict[str, Any], run_dir: Path) -> None
         ) from error
 
 
-def _run_epoch(
-    trainer: Trainer,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    progress: tqdm,
-    after_step: Callable[[], None],
-    stop: StopRequest,
-    timeout_s: float,
-) -> None:
-    """Trains one epoch, evaluates the raw and the averaged weights, and adds a row of each."""
-    epoch = trainer.epoch
-    progress.set_description_str(f"epoch {epoch + 1}/{trainer.recipe.epochs}")
-    inputs.begin(train_loader, epoch, trainer.step_in_epoch)
-    trainer.start_s = time.perf_counter()
-    train_batches = watched(train_loader, timeout_s)
-    train_loss = train_one_epoch(trainer, train_batches, progress, after_step)
-    trainer.earlier_s, trainer.start_s = trainer.train_time_s, None
-    start_s = time.perf_counter()
-    # Each process has statistics of its own images; rank 0's are those that are saved.
-    distributed.broadcast_buffers(trainer.model, trainer.ema)
-    models = {"": trainer.model, "ema_": trainer.ema.module}
-    val_batches = stop.watch(watched(val_loader, timeout_s))
-    val_batches = readable(val_batches, trainer.skip_corrupt, trainer.skipped)
-    results = evaluate(models, val_batches, trainer.eval_preprocess, trainer.dtype)
-    first_lr = trainer.lr_at(epoch * trainer.steps_per_epoch)
-    row = {"epoch": epoch + 1, "step": trainer.step, "first_lr": first_lr, "train_loss": train_loss}
-    for prefix, result in results.items():
-        row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
-    if not all(math.isfinite(value) for value in row.values()):
-        raise DivergedError(
-            f"the loss is not finite on the validation images, after step {trainer.step - 1}"
-        )
-    trainer.skipped = distributed.union(trainer.skipped)
-    images = trainer.steps_per_epoch * trainer.recipe.batch_size
-    speed = {
-        "epoch": epoch + 1,
-        "train_time_s": trainer.train_time_s,
-        "eval_time_s": time.perf_counter() - start_s,
-        "train_images_per_s": images / trainer.train_time_s,
-    }
-    trainer.end_epoch(row, speed)
+@dataclasses.dataclass
+class _Run:
+    """A trainer on its way through the epochs: what is saved and told, when, and how it stops."""
+
+    trainer: Trainer
+    train_loader: DataLoader
+    val_loader: DataLoader
+    run_dir: Path
+    config: dict[str, Any]
+    progress: tqdm
+    stop: StopRequest
+    checkpoint_steps: int
+    keep_every: int
+    timeout_s: float
+    tensorboard: bool
+    quiet: bool
+
+    def train(self) -> None:
+        """Trains to the last epoch, or until a signal comes."""
+        trainer = self.trainer
+        try:
+            while trainer.epoch < trainer.recipe.epochs:
+                train_loss = self._train_epoch()
+                self._evaluate_epoch(train_loss)
+                self._save()
+                self._tell()
+        except (Requested, WorkerError) as error:
+            if isinstance(error, WorkerError):
+                if not self.stop.signal or distributed.world_size() > 1:
+                    raise
+                trainer.settle()  # the signal ended the workers, too, and no step is under way
+            self._save()
+            raise Stopped(
+                f"{self.stop.signal or 'a signal to another process'}, all is saved at step "
+                f"{trainer.step}; the same command with --output-dir "
+                f"{shlex.quote(str(self.run_dir))} goes on"
+            ) from None
+
+    def _train_epoch(self) -> float:
+        """Trains the epoch under way to its end; returns its mean loss."""
+        trainer = self.trainer
+        self.progress.set_description_str(f"epoch {trainer.epoch + 1}/{trainer.recipe.epochs}")
+        inputs.begin(self.train_loader, trainer.epoch, trainer.step_in_epoch)
+        trainer.start_s = time.perf_counter()
+        batches = watched(self.train_loader, self.timeout_s)
+        train_loss = train_one_epoch(trainer, batches, self.progress, self._after_step)
+        trainer.earlier_s, trainer.start_s = trainer.train_time_s, None
+        return train_loss
+
+    def _after_step(self) -> None:
+        trainer, stopping = self.trainer, self.stop.agreed()
+        due = self.checkpoint_steps and trainer.step % self.checkpoint_steps == 0
+        # The last step of an epoch is saved with its evaluation.
+        if stopping or (due and trainer.step_in_epoch < trainer.steps_per_epoch):
+            trainer.settle()
+            if stopping:
+                raise Requested
+            self._save()
+
+    def _evaluate_epoch(self, train_loss: float) -> None:
+        """Evaluates the raw and the averaged weights, and ends the epoch with a row of each."""
+        trainer, start_s = self.trainer, time.perf_counter()
+        # Each process has statistics of its own images; rank 0's are those that are saved.
+        distributed.broadcast_buffers(trainer.model, trainer.ema)
+        models = {"": trainer.model, "ema_": trainer.ema.module}
+        batches = self.stop.watch(watched(self.val_loader, self.timeout_s))
+        batches = readable(batches, trainer.skip_corrupt, trainer.skipped)
+        results = evaluate(models, batches, trainer.eval_preprocess, trainer.dtype)
+        row = {
+            "epoch": trainer.epoch + 1,
+            "step": trainer.step,
+            "first_lr": trainer.lr_at(trainer.epoch * trainer.steps_per_epoch),
+            "train_loss": train_loss,
+        }
+        for prefix, result in results.items():
+            row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
+        if not all(math.isfinite(value) for value in row.values()):
+            raise DivergedError(
+                f"the loss is not finite on the validation images, after step {trainer.step - 1}"
+            )
+        trainer.skipped = distributed.union(trainer.skipped)
+        images = trainer.steps_per_epoch * trainer.recipe.batch_size
+        speed = {
+            "epoch": trainer.epoch + 1,
+            "train_time_s": trainer.train_time_s,
+            "eval_time_s": time.perf_counter() - start_s,
+            "train_images_per_s": images / trainer.train_time_s,
+        }
+        trainer.end_epoch(row, speed)
+
+    def _save(self) -> None:
+        if distributed.rank() == 0:
+            checkpoint = {"config": self.config, **self.trainer.state_dict()}
+            runs.save_checkpoint(self.run_dir, checkpoint, self.keep_every)
+
+    def _tell(self) -> None:
+        if distributed.rank() > 0:
+            return
+        if not self.quiet:
+            self.progress.write(describe_epoch(self.trainer))
+        if self.tensorboard:
+            rows = self.trainer.metrics[-1], self.trainer.speed[-1]
+            runs.log_tensorboard(self.run_dir, *rows)
 
 
 @contextmanager
-def _naming_images(trainer: Trainer, data: ImageNetFolders, run_dir: Path) -> Iterator[None]:
+def _naming_images(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[None]:
     """Names the images of a step gone wrong, and what helps where memory runs out."""
     try:
         yield
@@ -525,9 +565,10 @@ def _naming_images(trainer: Trainer, data: ImageNetFolders, run_dir: Path) -> It
             raise
         images = [str(data.train.path(i)) for i in error.indices]
         learning_rate = trainer.lr_at(error.step)
-        with suppress(OSError):
-            record = {"step": error.step, "learning_rate": learning_rate, "images": images}
-            runs.write_json(run_dir / runs.DIVERGED, record)
+        if distributed.rank() == 0:
+            with suppress(OSError):
+                record = {"step": error.step, "learning_rate": learning_rate, "images": images}
+                runs.write_json(run_dir / runs.DIVERGED, record)
         few = ", ".join(images[:3] + ["..."] * (len(images) > 3))
         raise DivergedError(
             f"{error}; learning rate {learning_rate:.4g}, images {few} "
@@ -546,7 +587,7 @@ def describe_epoch(trainer: Trainer) -> str:
 
 
 def make_loaders(
-    data: ImageNetFolders,
+    data: Splits,
     recipe: Recipe,
     seed: int,
     workers: int,
@@ -561,7 +602,7 @@ def make_loaders(
     )
 
 
-def _describe(trainer: Trainer, data: ImageNetFolders, workers: int) -> dict[str, Any]:
+def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
     return {
         "recipe": dataclasses.asdict(trainer.recipe),
         "seed": trainer.seed,

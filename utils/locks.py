@@ -1,0 +1,55 @@
+"""One process at a time in a folder."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import DataError
+
+_held: set[int] = set()  # open handles of this process's locked folders
+
+
+@contextlib.contextmanager
+def lock(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Keeps a folder for this process; the lock ends with the process, even killed.
+
+    It is on the folder itself, and leaves no file in it. Windows has no such locks, nor have some
+    network drives: there nothing is kept apart.
+
+    Args:
+        wait: until another process has left the folder, instead of an error.
+
+    Raises:
+        DataError: another process is at work there, and `wait` is false.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            _leave_to_parent()
+            handle = os.open(folder, os.O_RDONLY)
+            _held.add(handle)
+            stack.callback(_release, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise DataError(
+                    f"{folder}: another process is at work in this folder; "
+                    "wait until it ends, or choose another"
+                ) from error
+        yield
+
+
+@functools.cache
+def _leave_to_parent() -> None:
+    # A lock is shared with forked processes: decoding ones would keep it for seconds after the
+    # process that they decode for was killed.
+    os.register_at_fork(after_in_child=lambda: [_release(handle) for handle in tuple(_held)])
+
+
+def _release(handle: int) -> None:
+    if handle in _held:
+        _held.remove(handle)
+        os.close(handle)
