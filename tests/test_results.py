@@ -96,6 +96,10 @@ def test_every_aim_is_measured_and_no_verdict_is_ours():
         ("step: resnet50, peak memory, batch 16, 176 px", "timm bfloat16", "1.00"),
         ("input: 500 x 375 px", "torchvision preset", "2.00"),
         ("import: backbones", "import torch, torchvision", "0.91"),
+        ("epoch: resnet18, 1 epoch", "torchvision train.py", "2.22"),
+        ("epoch: resnet18, 1 epoch", "timm train.py", "1.10"),
+        ("epoch: cspdarknet53, 1 epoch", "torchvision train.py", "2.22"),
+        ("epoch: cspdarknet53, 1 epoch", "timm train.py", "1.10"),
     ):
         rows = found[
             found.contest.str.startswith(contest)
