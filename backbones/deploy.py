@@ -1,4 +1,4 @@
-"""A trained backbone or classifier made fast for inference.
+"""A trained backbone or classifier made fast for inference, or with named outputs for export.
 
 What `optimize` changes, and why it is faster:
 
@@ -267,6 +267,39 @@ def _is_plain(block: resnet.BasicBlock | resnet.Bottleneck) -> bool:
     """Whether its norms have been folded and its activation is its own."""
     norms = [child for name, child in block.named_children() if name.startswith("bn")]
     return type(block.relu) is nn.ReLU and all(type(norm) is nn.Identity for norm in norms)
+
+
+class NamedOutputs(nn.Module):
+    """A network whose outputs have names, as `torch.export` and ONNX keep them.
+
+    Args:
+        net: a `Backbone`, whose maps are called "stride_2", "stride_4" and so on by their strides,
+            or a `Classifier`, whose output is called "logits".
+
+    Attributes:
+        names: of the outputs, in order.
+        in_channels: of the images.
+
+    Raises:
+        ValueError: `net` is another module.
+    """
+
+    def __init__(self, net: Backbone | Classifier) -> None:
+        super().__init__()
+        if not isinstance(net, (Backbone, Classifier)):
+            raise ValueError(f"net is a {type(net).__name__}; expected a Backbone or a Classifier")
+        self.net = net
+        if isinstance(net, Backbone):
+            self.names = [f"stride_{stride}" for stride in net.strides]
+            self.in_channels = net.in_channels
+        else:
+            self.names, self.in_channels = ["logits"], net.backbone.in_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """`net`'s maps or logits of `images` `[N, in_channels, H, W]`, by name."""
+        outputs = self.net(images)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        return dict(zip(self.names, outputs, strict=True))
 
 
 def keep_freed_memory() -> bool:

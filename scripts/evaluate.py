@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from backbones.classifier import create_classifier
-from utils import distributed, evaluation, runs
+from utils import distributed, evaluation
 from utils.errors import Parser, exit_code, whole_number
+from utils.trained import load_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,19 +31,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    checkpoint = runs.load_checkpoint(args.checkpoint)
-    config = checkpoint["config"]
-    try:
-        model = create_classifier(config["backbone"], len(config["classes"]), **config["options"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise runs.RunError(f"{args.checkpoint}: its config names no network: {error}") from error
-    results, skipped = evaluation.evaluate_checkpoint(
-        model,
-        checkpoint,
+    device = distributed.pick_device(args.device)
+    results, skipped = evaluation.evaluate_trained(
+        load_trained(args.checkpoint, create_classifier, device),
         args.data_dir,
         size_px=args.size,
         workers=args.workers,
-        device=distributed.pick_device(args.device),
         skip_corrupt=args.skip_corrupt,
     )
     for message in skipped:

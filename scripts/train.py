@@ -4,6 +4,9 @@
     torchrun --nproc-per-node 8 scripts/train.py --data-dir ILSVRC/Data/CLS-LOC \\
         --recipe imagenet --output-dir runs/imagenet
 
+With --dry-run it tells what it would do, takes two steps, estimates the time of the whole run, and
+writes nothing.
+
 The folder holds train/ and val/, each with one folder per class; scripts/imagenet.py sorts
 ImageNet's flat val/. Shards are scripts/make_shards.py's, on a disk or behind a command:
 
@@ -27,7 +30,7 @@ import torch
 
 from backbones.classifier import create_classifier
 from backbones.deploy import keep_freed_memory
-from utils import distributed, plotting, recipe, runs, training
+from utils import distributed, plotting, recipe, rehearsal, runs, training
 from utils.errors import Parser, exit_code, whole_number
 from utils.inputs import open_data
 
@@ -81,10 +84,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="end after so long a wait for a process, seconds (default: %(default)s)",
     )
     add("--tensorboard", action="store_true", help="also log for TensorBoard")
+    add("--dry-run", action="store_true", help="two steps and an estimate; nothing is written")
     recipe.add_arguments(parser, chosen)
     args = parser.parse_args(argv)
     if args.output_dir is None:
-        if distributed.launched():  # every process, and every restart, must mean the same one
+        if (
+            distributed.launched() and not args.dry_run
+        ):  # every process, and every restart, must mean the same one
             parser.error("--output-dir is needed with torchrun")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"
@@ -109,7 +115,19 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = create_classifier(args.backbone, len(data.classes), **options)
     keep_freed_memory()  # every step allocates the same
+    how = {
+        "seed": args.seed,
+        "workers": args.workers,
+        "device": device,
+        "skip_corrupt": args.skip_corrupt,
+        "compile": args.compile,
+        "sync_batchnorm": args.sync_batchnorm,
+        "timeout_s": args.timeout_s,
+    }
     with distributed.process_group(device, args.timeout_s):
+        if args.dry_run:
+            rehearsal.rehearse(model, data, chosen, name=args.backbone, **how)
+            return
         trainer = training.fit(
             model,
             data,
@@ -121,16 +139,10 @@ def train(args: argparse.Namespace) -> None:
                 "command": runs.command_line(),
                 "data_dir": args.data_dir,
             },
-            seed=args.seed,
-            workers=args.workers,
-            device=device,
-            skip_corrupt=args.skip_corrupt,
-            compile=args.compile,
-            sync_batchnorm=args.sync_batchnorm,
             checkpoint_steps=args.checkpoint_steps,
             keep_every=args.keep_every,
-            timeout_s=args.timeout_s,
             tensorboard=args.tensorboard,
+            **how,
         )
         if distributed.rank() == 0:
             report(trainer, args.output_dir)

@@ -6,6 +6,7 @@ other mistakes of launchers are in tests/test_faults.py.
 """
 
 import io
+import math
 import os
 import re
 import resource
@@ -39,6 +40,8 @@ TRAIN = (
 )
 RESUME = f"{TRAIN} --output-dir done"
 EVALUATE = "evaluate.py --checkpoint done/last.pt --data-dir data --workers 0 --device cpu"
+PREDICT = f"predict.py {FIRST} --checkpoint done/last.pt --device cpu"
+EXPORT = "export.py --checkpoint done/last.pt --output new.pt2"
 SORT = "imagenet.py --val_solution_path solution.csv --val_image_dir flat"
 PACK = "make_shards.py --data-dir data --output-dir new"
 VERIFY = "make_shards.py --verify --output-dir shards"
@@ -528,6 +531,134 @@ def sums(text):
     return prepare
 
 
+DRY = f"{TRAIN} --dry-run"
+REHEARSALS = {
+    "rehearses": (None, DRY, 0),
+    "rehearses with a broken image": (cut_short, DRY, 1, NOT_READABLE, "--skip-corrupt"),
+    "rehearses without a broken image": (cut_short, f"{DRY} --skip-corrupt", 0),
+    "rehearses in nobody's folder": (None, f"{DRY} --output-dir /proc/new", 0),
+    "rehearses without data": (None, f"{DRY} --data-dir nowhere", 2, "nowhere is not a folder"),
+    "rehearses a batch larger than the data": (
+        None, f"{DRY} --batch-size 9", 2, "batch_size=9 is more than the 8"
+    ),
+    "rehearses a learning rate beyond all": (
+        None, f"{DRY} --lr-per-1024 1e38", 1, "not finite", "try a lower --lr-per-1024"
+    ),
+}  # fmt: skip
+
+PREDICTIONS = {
+    "predicts": (None, PREDICT, 0),
+    "predicts two images": (None, f"{PREDICT} {FIRST} --json", 0),
+    "predicts no image": (None, "predict.py --checkpoint done/last.pt", 2, "IMAGE"),
+    "predicts without a checkpoint": (None, f"predict.py {FIRST}", 2, "--checkpoint"),
+    "predicts an image that is not there": (
+        None, f"{PREDICT} nowhere.jpg", 2, "nowhere.jpg: no such image"
+    ),
+    "predicts a folder": (None, f"{PREDICT} data", 1, "data: not a readable image (no file"),
+    "predicts a pipe": (
+        lambda: os.mkfifo("pipe.jpg"), f"{PREDICT} pipe.jpg", 1, "pipe.jpg: not a readable image"
+    ),
+    "predicts half an image": (cut_short, PREDICT, 1, NOT_READABLE),
+    "predicts text": (first(b"no image\n"), PREDICT, 1, NOT_READABLE, "of no known format"),
+    "predicts a bomb": (first(png(20_000, 20_000)), PREDICT, 1, NOT_READABLE, "exceeds limit"),
+    "predicts an image whose name is not UTF-8": (
+        named(b"caf\xe9.JPEG"), f"{PREDICT} 'data/train/{A}/caf\udce9.JPEG'", 0
+    ),
+    "predicts by a checkpoint that is none": (
+        last_is(b"no checkpoint\n"), PREDICT, 1, LAST
+    ),
+    "predicts by a checkpoint that is not there": (
+        move("done", "away"), PREDICT, 2, "done/last.pt: no such checkpoint"
+    ),
+    "predicts by a state dict": (
+        last(lambda c: c["model"]), PREDICT, 1, "done/last.pt: not a checkpoint of scripts/train.py"
+    ),
+    "predicts by weights of another model": (
+        last(other_shapes), PREDICT, 1, "done/last.pt: its weights are not those of its own config"
+    ),
+    "predicts by weights that are not finite": (
+        last(lambda c: c["ema"].update({"module.head.bias": torch.full((2,), math.nan)})),
+        PREDICT, 1, "done/last.pt: its weights are not all finite",
+    ),
+    "predicts classes that are no names": (
+        set_config(classes=[A, {}]), PREDICT, 1, "done/last.pt: its config's classes"
+    ),
+    "predicts at a size of 0": (None, f"{PREDICT} --size 0", 2, "--size: '0' must be"),
+    "predicts at a size that no memory holds": (
+        None, f"{PREDICT} --size 1099511627776", 2, "at most 4096"
+    ),
+    "predicts on an unknown device": (None, f"{PREDICT} --device gpu", 2, "device='gpu'"),
+    "predicts without the words": (
+        None, f"{PREDICT} --synset-mapping words.txt", 2, "words.txt is not a file"
+    ),
+    "predicts with other words": (
+        None, f"{PREDICT} --synset-mapping solution.csv", 1, "solution.csv: bad lines: 5"
+    ),
+}  # fmt: skip
+
+BY_NAME = "export.py --backbone cspdarknet19 --output new.pt2"
+EXPORTS = {
+    "exports nothing": (None, "export.py --output new.pt2", 2, "--checkpoint", "--backbone"),
+    "exports two things": (None, f"{EXPORT} --backbone resnet18", 2, "not allowed with"),
+    "exports to nowhere": (None, "export.py --checkpoint done/last.pt", 2, "--output"),
+    "exports to an unknown format": (
+        None, f"{EXPORT} --output new.pb", 2, "new.pb: must end in .onnx or .pt2"
+    ),
+    "exports into no folder": (None, f"{EXPORT} --output no/new.pt2", 2, "no: no such folder"),
+    "exports below a file": (
+        None, f"{EXPORT} --output solution.csv/x.pt2", 2, "solution.csv: no such folder"
+    ),
+    "exports over a file": (
+        lambda: Path("new.pt2").touch(), EXPORT, 2, "new.pt2: is there already; --overwrite"
+    ),
+    "exports over a folder": (
+        make_folder("new.pt2"), f"{EXPORT} --overwrite", 2, "new.pt2: is there already"
+    ),
+    "exports where nobody may write": (
+        None, f"{EXPORT} --output /proc/new.pt2", 2, "/proc/new.pt2: cannot be written"
+    ),
+    "exports a checkpoint that is none": (last_is(b"no checkpoint\n"), EXPORT, 1, LAST),
+    "exports a checkpoint that is not there": (
+        move("done", "away"), EXPORT, 2, "done/last.pt: no such checkpoint"
+    ),
+    "exports an unknown backbone": (
+        None, f"{BY_NAME} --backbone darknet54", 2, "'darknet54'; nearest: darknet53"
+    ),
+    "exports weights that are not there": (
+        None, f"{BY_NAME} --weights nowhere.pt", 2, "nowhere.pt: there is no such file"
+    ),
+    "exports weights that are none": (
+        None, f"{BY_NAME} --weights solution.csv", 1, "solution.csv: not a file of weights"
+    ),
+    "exports weights of another width": (
+        None, f"{BY_NAME} --weights done/last.pt", 1, "stem.conv.weight [8, 3, 3, 3], here"
+    ),
+    "exports weights beside a checkpoint's": (
+        None, f"{EXPORT} --weights done/last.pt", 2, "--weights is for --backbone"
+    ),
+    "exports options that are no JSON": (
+        None, f"{BY_NAME} --options width=1", 2, "'width=1' must be a JSON object"
+    ),
+    "exports options that are a list": (
+        None, f"{BY_NAME} --options '[2]'", 2, "'[2]' must be a JSON object"
+    ),
+    "exports unknown options": (
+        None, BY_NAME + """ --options '{"depth": 2}'""", 2, "cspdarknet19 takes no 'depth'"
+    ),
+    "exports a map that is not there": (
+        None, EXPORT + """ --options '{"out_indices": [9]}'""", 2, "out_indices=(9,) must be"
+    ),
+    "exports an activation that is a list": (
+        None, BY_NAME + """ --options '{"act": []}'""", 2, "act=[] is not an activation"
+    ),
+    "exports options that are others'": (
+        None, BY_NAME + """ --options '{"weights": "x"}'""", 2, "--options takes no name"
+    ),
+    "exports the head of a backbone": (
+        None, f"{BY_NAME} --classifier", 2, "--classifier is for --checkpoint"
+    ),
+}  # fmt: skip
+
 OTHER_SCRIPTS = {
     "nothing to pack": (None, f"{PACK} --data-dir nowhere", 2, "nowhere is not a folder"),
     "packs a class in val only": (new_class("val"), PACK, 1, "in val/ and not in train/"),
@@ -586,7 +717,8 @@ OTHER_SCRIPTS = {
 }  # fmt: skip
 
 CASES = {
-    **IMAGE_FILES, **TREES, **SOLUTIONS, **CHECKPOINTS, **RUN_FOLDERS, **OPTIONS, **OTHER_SCRIPTS
+    **IMAGE_FILES, **TREES, **SOLUTIONS, **CHECKPOINTS, **RUN_FOLDERS, **OPTIONS, **REHEARSALS,
+    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS,
 }  # fmt: skip
 
 
@@ -688,7 +820,7 @@ def assert_done(script, args, before, after):
         moved = {f"flat/{wnid}/{name}.JPEG" for name, wnid in IMAGES.items()}
         assert before.keys() - after.keys() == gone
         assert after.keys() - before.keys() == moved | {f"flat/{A}", f"flat/{B}"}
-    elif script == "train.py":
+    elif script == "train.py" and "--dry-run" not in args:
         run_dir = args[len(args) - args[::-1].index("--output-dir")]
         names = ("config.json", "metrics.csv", "last.pt", "best.pt", "curves.png")
         assert {f"{run_dir}/{name}" for name in names} <= after.keys()
@@ -698,5 +830,6 @@ def assert_done(script, args, before, after):
 
 def test_there_are_kinds_enough():
     """Which the table would not tell if two rows had one name."""
-    tables = (IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, OTHER_SCRIPTS)
+    tables = [IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, REHEARSALS]
+    tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS]
     assert len(CASES) == sum(map(len, tables)) >= 40

@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+import torch
 from helpers import ROOT, SMALL, run
+
+from backbones.classifier import create_classifier
+from backbones.weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,74 @@ def test_evaluate_agrees_with_the_run_and_takes_other_sizes(trained, folders, ca
     assert "(18 images)" in capsys.readouterr().out
 
 
+def test_predict_is_right_as_often_as_the_run_says(trained, folders, capsys):
+    """All validation images at once, by the averaged weights."""
+    images = sorted((folders / "val").glob("*/*.JPEG"))
+    args = [*images, "--checkpoint", trained / "last.pt", "--device", "cpu", "--json"]
+    assert run("predict.py", *args) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["image"] for each in found] == [str(image) for image in images]
+    for each in found:
+        assert set(each) == {"image", "predictions"}
+        shares = [row["probability"] for row in each["predictions"]]
+        assert sorted(shares, reverse=True) == shares  # all three classes
+        assert sum(shares) == pytest.approx(1)
+        assert all(row["name"] == row["class"] for row in each["predictions"])
+    right = [
+        each["predictions"][0]["class"] == image.parent.name
+        for each, image in zip(found, images, strict=True)
+    ]
+    row = pd.read_csv(trained / "metrics.csv").iloc[-1]
+    assert 100 * sum(right) / len(right) == pytest.approx(row.ema_val_top1_pct)
+
+
+def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys):
+    mapping = tmp_path / "LOC_synset_mapping.txt"
+    mapping.write_text("n00000000 red, carmine\nn00000001 green\nn00000002 blue\n")
+    image = folders / "val" / "n00000000" / "0.JPEG"
+    args = [image, image, "--checkpoint", trained / "last.pt", "--synset-mapping", mapping]
+    assert run("predict.py", *args, "--size", 48) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == lines[4:]
+    assert lines[0] == str(image)
+    assert any(re.fullmatch(r" +\d+\.\d\d %  n00000000  red, carmine", line) for line in lines[1:4])
+    mapping.write_text("n00000000 red\nn00000001 green\n")
+    assert run("predict.py", *args) == 1
+    assert "has no words for n00000002, a class of the run" in capsys.readouterr().err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classifier", [False, True], ids=["backbone", "classifier"])
+def test_export_takes_the_averaged_weights(trained, tmp_path, capsys, classifier):
+    path, images = tmp_path / "net.pt2", torch.randn(2, 3, 64, 96)
+    args = ["--checkpoint", trained / "last.pt", "--output", path]
+    args += ["--classifier"] if classifier else ["--options", '{"out_indices": [2, -1]}']
+    path.write_text("an older one")
+    assert run("export.py", *args) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run("export.py", *args, "--overwrite") == 0
+    assert capsys.readouterr().out.startswith(f"{path}: ")
+    net = create_classifier("cspdarknet19", 3, width=0.125)
+    load_weights(net, trained / "last.pt", entry="ema")
+    net.eval()
+    expected = {"logits": net(images)}
+    if not classifier:
+        maps = net.backbone(images)
+        expected = {"stride_8": maps[2], "stride_32": maps[4]}
+    found = torch.export.load(path).module()(images)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_export_of_a_backbone_by_name_and_weights(trained, tmp_path):
+    """To ONNX; a run's checkpoint is a file of weights, too."""
+    path, options = tmp_path / "net.onnx", '{"width": 0.125, "out_indices": [1]}'
+    args = ["--backbone", "cspdarknet19", "--options", options, "--output", path]
+    assert run("export.py", *args, "--weights", trained / "last.pt") == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["net.onnx"]
+
+
 @pytest.mark.parametrize(
     ("script", "args", "code", "words"),
     [
@@ -86,8 +159,8 @@ def test_an_output_dir_that_is_a_file_is_one_clear_line(folders, tmp_path, capsy
 @pytest.mark.parametrize(
     "script",
     [
-        *("train.py", "evaluate.py", "imagenet.py", "make_shards.py", "ablate.py"),
-        *("run_notebooks.py", "benchmark.py"),
+        *("train.py", "evaluate.py", "predict.py", "export.py", "imagenet.py", "make_shards.py"),
+        *("ablate.py", "run_notebooks.py", "benchmark.py"),
     ],
 )
 def test_help_and_bad_usage(script, capsys):

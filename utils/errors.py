@@ -6,9 +6,11 @@ usage: an option, a value or a path that is not there; 75, stopped by a signal w
 """
 
 import argparse
+import importlib
 import io
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NoReturn
 
 OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -49,6 +51,18 @@ def whole_number(least: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def needed(package: str, what_for: str) -> ModuleType:
+    """A package that not everybody has, imported; ValueError where it is not installed.
+
+    Args:
+        what_for: ends the line that tells of it, such as "to compare with it".
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{package} is not installed: pip install {package} {what_for}") from error
 
 
 def printable(text: str) -> str:

@@ -1,25 +1,21 @@
 """Accuracy, predictions and confusions of trained classifiers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel
 
 from utils import distributed, inputs
-from utils.data import (
-    Batch,
-    CorruptImageError,
-    Preprocess,
-    readable,
-    watched,
-)
-from utils.errors import DataError
+from utils.data import Batch, Preprocess, collate, readable, watched
+from utils.images import CorruptImageError, eval_transform, open_image
 from utils.recipe import Recipe
+from utils.trained import Trained
+
+MOST_IMAGES = 256  # in a batch that is evaluated, whatever the recipe trains with
 
 
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
@@ -86,60 +82,42 @@ def _summarise(sums: Tensor) -> dict[str, float]:
     }
 
 
-def evaluate_checkpoint(
-    model: nn.Module,
-    checkpoint: dict[str, Any],
+def evaluate_trained(
+    trained: Trained,
     data_dir: str | Path,
     *,
     size_px: int | None = None,
     workers: int = 0,
-    device: torch.device | None = None,
     skip_corrupt: bool = False,
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Accuracy of a run's raw and EMA weights on `data_dir/val`.
 
     Args:
-        model: of the checkpoint's architecture; gets its raw weights.
-        checkpoint: from `runs.load_checkpoint`.
         size_px: side of the centre crop; images are resized in proportion. None for the recipe's.
 
     Returns:
         `evaluate`'s results for "raw" and "EMA", and a message per image that was left out.
 
     Raises:
-        DataError: weights or recipe are not what the checkpoint's config says, or the validation
-            classes are others.
+        DataError: the validation images are not as they should be, or have other classes.
         ValueError: a bad size.
     """
-    config = checkpoint["config"]
-    try:
-        recipe = Recipe(**config["recipe"])
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the checkpoint's recipe is of another version ({error})") from error
-    crop_px = recipe.eval_crop_px if size_px is None else size_px
-    if crop_px < 1:
-        raise ValueError(f"size={crop_px} must be at least 1 pixel")
-    val = inputs.open_val_data(data_dir, config["classes"], recipe.tested_at(crop_px))
-    device = device or distributed.pick_device()
-    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    try:
-        model.load_state_dict(checkpoint["model"])
-        average = AveragedModel(model, use_buffers=True)
-        average.load_state_dict(checkpoint["ema"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise DataError("the checkpoint's weights are not those of its own config") from error
-    model = model.to(device, memory_format=memory_format)
-    average = average.to(device, memory_format=memory_format)
-    batch_size = min(recipe.batch_size, 256)
+    recipe, device = trained.recipe, trained.device
+    val = inputs.open_val_data(data_dir, trained.classes, _tested_at(recipe, size_px))
+    batch_size = min(recipe.batch_size, MOST_IMAGES)
     loader = inputs.eval_loader(val, batch_size, workers, device.type == "cuda")
     skipped: dict[str, None] = {}
     results = evaluate(
-        {"raw": model, "EMA": average.module},
+        {"raw": trained.raw, "EMA": trained.average},
         readable(watched(loader), skip_corrupt, skipped),
         Preprocess(device, len(val.classes), recipe.channels_last),
         autocast_dtype(device, recipe.precision),
     )
     return results, list(skipped)
+
+
+def _tested_at(recipe: Recipe, size_px: int | None) -> Recipe:
+    return recipe if size_px is None else recipe.tested_at(size_px)
 
 
 @torch.inference_mode()
@@ -159,6 +137,48 @@ def predict(
         labels.append(targets.cpu())
         probabilities.append(logits.float().softmax(1).cpu())
     return torch.cat(labels), torch.cat(probabilities)
+
+
+def predict_files(
+    trained: Trained, paths: Sequence[str | Path], size_px: int | None = None
+) -> Tensor:
+    """Class probabilities `[N, num_classes]` of image files by a run's EMA weights, on the CPU.
+
+    The files are read, resized and cropped as in `evaluate_trained`.
+
+    Args:
+        size_px: side of the centre crop, as there.
+
+    Raises:
+        FileNotFoundError: there is no such file; nothing is computed then.
+        CorruptImageError: one of them is no readable image.
+        ValueError: a bad size.
+    """
+    recipe = _tested_at(trained.recipe, size_px)
+    for path in map(Path, paths):
+        if not path.is_file():  # a pipe could keep us waiting
+            if path.exists():
+                raise CorruptImageError(f"{path}: not a readable image (no file at all)")
+            raise FileNotFoundError(f"{path}: no such image")
+    _, probabilities = predict(
+        trained.average,
+        _batches_of(paths, eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)),
+        Preprocess(trained.device, len(trained.classes), recipe.channels_last),
+        autocast_dtype(trained.device, recipe.precision),
+    )
+    return probabilities
+
+
+def _batches_of(
+    paths: Sequence[str | Path], transform: Callable[[Image.Image], Tensor]
+) -> Iterator[Batch]:
+    """The images of files, whose classes nobody knows, labelled 0."""
+    for first in range(0, len(paths), MOST_IMAGES):
+        samples = []
+        for path in paths[first : first + MOST_IMAGES]:
+            with open_image(path) as image:
+                samples.append((transform(image), 0))
+        yield collate(samples)
 
 
 def confused_pairs(labels: Tensor, guesses: Tensor, names: list[str]) -> pd.DataFrame:

@@ -8,7 +8,6 @@ written here anew. What they leave open is set in its favour: workers live from 
 no progress is printed.
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,11 +25,13 @@ from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
+from utils.errors import needed
 from utils.recipe import Recipe
 from utils.training import param_groups
 
 # ImageNet's RGB values, 0 to 1, as the presets have them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TO_COMPARE = "to compare with it"
 EMA_STEPS = 32  # the default of --model-ema-steps
 
 
@@ -85,7 +86,7 @@ def torchvision_backbone(name: str) -> nn.Module:
 
 def onnxruntime_call(net: nn.Module, images: Tensor, threads: int) -> Callable[[], object]:
     """A forward pass of `net` in ONNX Runtime on the CPU, exported for the size of `images`."""
-    runtime = _needed("onnxruntime")
+    runtime = needed("onnxruntime", TO_COMPARE)
     program = torch.onnx.export(net.eval(), (images,), dynamo=True, verbose=False)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -97,17 +98,7 @@ def onnxruntime_call(net: nn.Module, images: Tensor, threads: int) -> Callable[[
 
 
 def _timm() -> Any:
-    return _needed("timm")
-
-
-def _needed(name: str) -> Any:
-    """A package that is only measured against; ValueError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"{name} is not installed; pip install {name} to compare with it"
-        ) from error
+    return needed("timm", TO_COMPARE)
 
 
 def torchvision_transform(recipe: Recipe) -> transforms.Compose:

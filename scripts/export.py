@@ -1,0 +1,98 @@
+"""Writes a backbone as ONNX or as torch.export's .pt2, one output per map: stride_2, stride_4, ...
+
+    python scripts/export.py --checkpoint runs/NAME/last.pt --output net.onnx
+    python scripts/export.py --checkpoint runs/NAME/last.pt --classifier --output net.pt2
+    python scripts/export.py --backbone resnet50 --weights IMAGENET1K_V2 --output resnet50.onnx \\
+        --options '{"out_indices": [2, 3, 4]}'
+
+A run's EMA weights are taken. The network takes float32 images [batch, channels, height, width] of
+any batch and size above 32 pixels. This project's own, and torchvision's, are trained on RGB of 0
+to 1 less the means (0.485, 0.456, 0.406), over the deviations (0.229, 0.224, 0.225).
+
+The file is read back, by ONNX Runtime or torch.export, and compared with its source at other batch
+and image sizes before it gets its name. Nothing that is there is replaced without --overwrite.
+ONNX takes the packages onnx, onnxscript and onnxruntime.
+
+Exit codes: 0, written; 1, a file is not right, or the export is not what its source is; 2, a wrong
+option or path.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import backbones
+from backbones.base import Backbone
+from backbones.classifier import Classifier, create_classifier
+from backbones.deploy import NamedOutputs
+from backbones.weights import WeightsError
+from utils import exporting
+from utils.errors import DataError, Parser, exit_code
+from utils.trained import load_trained
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="last.pt of a run of scripts/train.py")
+    source.add_argument("--backbone", help="a name of backbones.list_models()")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="PATH", help="a new .onnx or .pt2 file")
+    add("--weights", help="of --backbone: a file, or a name of torchvision's (default: random)")
+    add("--options", type=json_object, default={}, metavar="JSON", help="of backbones.create")
+    add("--classifier", action="store_true", help="of --checkpoint: with its head, to logits")
+    add("--overwrite", action="store_true", help="replace the file if it is there")
+    args = parser.parse_args(argv)
+    if args.weights and args.checkpoint:
+        parser.error("--weights is for --backbone; --checkpoint has weights")
+    if args.options.keys() & {"name", "weights"}:
+        parser.error("--options takes no name and no weights; --backbone and --weights are those")
+    if args.classifier and (args.backbone or args.options):
+        parser.error("--classifier is for --checkpoint, as it was trained, without --options")
+    return args
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"out_indices": [2, 3, 4]}'
+        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object, such as {example}")
+    return value
+
+
+def open_network(args: argparse.Namespace) -> Backbone | Classifier:
+    if args.checkpoint:
+        trained = load_trained(args.checkpoint, create_classifier, torch.device("cpu"))
+        if args.classifier:
+            return trained.average
+        options = {**trained.options, **args.options}
+        weights = trained.average.state_dict()
+        return backbones.create(trained.backbone, weights=weights, **options)
+    try:
+        return backbones.create(args.backbone, weights=args.weights, **args.options)
+    except WeightsError as error:
+        if Path(args.weights).exists():
+            raise DataError(str(error)) from error
+        raise
+
+
+def export(args: argparse.Namespace) -> None:
+    source = NamedOutputs(open_network(args)).eval()
+    source.to(memory_format=torch.contiguous_format)  # the layout of both formats
+    print(exporting.export(source, args.output, overwrite=args.overwrite))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return exit_code(lambda: export(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

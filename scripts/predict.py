@@ -1,0 +1,89 @@
+"""What is in these images? The five likeliest classes of each, by a trained run's EMA weights.
+
+    python scripts/predict.py photo.jpg --checkpoint runs/NAME/last.pt
+    python scripts/predict.py *.jpg --checkpoint runs/NAME/last.pt --json \\
+        --synset-mapping imagenet/LOC_synset_mapping.txt
+
+Images are read, resized and cropped as scripts/evaluate.py does it. A class is called by its
+folder's name, for ImageNet such as n01440764; with --synset-mapping also by its words.
+
+--json prints a list of {"image": path, "predictions": [{"class", "name", "probability"}, ...]},
+the likeliest class first; name is the words, or the class again.
+
+Exit codes: 0, done; 1, an image or a file is not right; 2, a wrong option or path.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from backbones.classifier import create_classifier
+from utils import distributed
+from utils.errors import DataError, Parser, exit_code, printable, whole_number
+from utils.evaluation import predict_files
+from utils.imagenet import read_synsets
+from utils.trained import load_trained
+
+MOST_CLASSES = 5
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file")
+    add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
+    add("--synset-mapping", metavar="PATH", help="LOC_synset_mapping.txt: words for classes")
+    add(
+        "--size",
+        type=whole_number(1),
+        help="side of the centre crop (default: the recipe's)",
+    )
+    add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add("--json", action="store_true", help="print JSON")
+    return parser.parse_intermixed_args(argv)  # images before and after options
+
+
+def class_names(classes: list[str], synset_mapping: str | None) -> list[str]:
+    """The words of each class, or the class itself if nobody says what it is called."""
+    if synset_mapping is None:
+        return classes
+    words = read_synsets(synset_mapping)
+    if unknown := [name for name in classes if name not in words]:
+        raise DataError(f"{synset_mapping}: has no words for {unknown[0]}, a class of the run")
+    return [words[name] for name in classes]
+
+
+def predict(args: argparse.Namespace) -> None:
+    trained = load_trained(args.checkpoint, create_classifier, distributed.pick_device(args.device))
+    names = class_names(trained.classes, args.synset_mapping)
+    likeliest = predict_files(trained, args.images, args.size).topk(min(MOST_CLASSES, len(names)))
+    found = [
+        {
+            "image": image,
+            "predictions": [
+                {"class": trained.classes[label], "name": names[label], "probability": share}
+                for label, share in zip(labels, shares, strict=True)
+            ],
+        }
+        for image, labels, shares in zip(
+            args.images, likeliest.indices.tolist(), likeliest.values.tolist(), strict=True
+        )
+    ]
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    for each in found:
+        print(printable(each["image"]))
+        for row in each["predictions"]:
+            words = "" if row["name"] == row["class"] else f"  {row['name']}"
+            print(printable(f"{100 * row['probability']:7.2f} %  {row['class']}{words}"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return exit_code(lambda: predict(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
