@@ -235,13 +235,13 @@ def test_refuses_other_modules_and_types():
 
 
 def page_faults(keep):
-    """Of the later ones of eight allocations of 64 MiB, in a process of its own."""
+    """Of the later eight of sixteen allocations of 64 MiB, in a process of its own."""
     code = (
         "import resource, torch\n"
         "from backbones.deploy import keep_freed_memory\n"
         f"print({keep} and keep_freed_memory())\n"
-        "for i in range(8):\n"
-        "    if i == 2: start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for i in range(16):\n"
+        "    if i == 8: start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.ones(16 << 20)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)\n"
     )
@@ -256,7 +256,10 @@ def page_faults(keep):
     reason="glibc alone is told to keep memory",
 )
 def test_freed_memory_is_kept():
-    """64 MiB are 16,384 pages of 4 KiB; six times that many are mapped anew, or none."""
-    pages = 6 * (64 << 20) // resource.getpagesize()
+    """64 MiB are 16,384 pages of 4 KiB; eight times that many are mapped anew, or none.
+
+    Or once, where a small block has come to lie in the room that was free.
+    """
+    pages = 8 * (64 << 20) // resource.getpagesize()
     assert page_faults(keep=False) > 0.9 * pages
-    assert page_faults(keep=True) < 0.01 * pages
+    assert page_faults(keep=True) < 0.2 * pages
