@@ -14,7 +14,8 @@ train: sample
 lab: $(BIN)/.installed
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/03_train_cspdarknet.ipynb
 
-test: $(BIN)/.installed
+# The sample first: two notebooks at a time would draw it into one folder.
+test: sample
 	$(BIN)/pytest -n 2 -m "not faults"
 	$(BIN)/pytest -n 2 --dist loadfile --nbval notebooks
 

@@ -380,7 +380,6 @@ def test_ranks_that_diverge_name_the_images_of_all(folders, tmp_path):
     assert len(set(told["images"])) == 8  # 4 of each
     step = f"error: the loss is not finite at step {told['step']}; "
     assert done.stderr.count(step) == 2
-    assert "Traceback" not in done.stderr
 
 
 def free_port():
