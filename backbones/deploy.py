@@ -67,8 +67,7 @@ def optimize(
     Raises:
         ValueError: `net` is another module, or `dtype` another type.
     """
-    if not isinstance(net, (Backbone, Classifier)):
-        raise ValueError(f"net is a {type(net).__name__}; expected a Backbone or a Classifier")
+    _refuse_others(net)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}")
     with torch.inference_mode(False), torch.no_grad():
@@ -269,6 +268,11 @@ def _is_plain(block: resnet.BasicBlock | resnet.Bottleneck) -> bool:
     return type(block.relu) is nn.ReLU and all(type(norm) is nn.Identity for norm in norms)
 
 
+def _refuse_others(net: object) -> None:
+    if not isinstance(net, (Backbone, Classifier)):
+        raise ValueError(f"net is a {type(net).__name__}; expected a Backbone or a Classifier")
+
+
 class NamedOutputs(nn.Module):
     """A network whose outputs have names, as `torch.export` and ONNX keep them.
 
@@ -286,8 +290,7 @@ class NamedOutputs(nn.Module):
 
     def __init__(self, net: Backbone | Classifier) -> None:
         super().__init__()
-        if not isinstance(net, (Backbone, Classifier)):
-            raise ValueError(f"net is a {type(net).__name__}; expected a Backbone or a Classifier")
+        _refuse_others(net)
         self.net = net
         if isinstance(net, Backbone):
             self.names = [f"stride_{stride}" for stride in net.strides]

@@ -88,9 +88,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     recipe.add_arguments(parser, chosen)
     args = parser.parse_args(argv)
     if args.output_dir is None:
-        if (
-            distributed.launched() and not args.dry_run
-        ):  # every process, and every restart, must mean the same one
+        # Every process, and every restart, must mean the same one.
+        if distributed.launched() and not args.dry_run:
             parser.error("--output-dir is needed with torchrun")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"

@@ -1,9 +1,12 @@
 """What more than one test file uses and no fixture can be."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
 import torch
+
+from utils.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 # Options of scripts/train.py for a run of seconds on the fixture `folders`: six steps an epoch.
@@ -11,6 +14,17 @@ SMALL = [
     *("--recipe", "quick", "--epochs", "2", "--batch-size", "8", "--train-crop-px", "32"),
     *("--eval-resize-px", "36", "--eval-crop-px", "32", "--width", "0.125", "--workers", "0"),
 ]
+# The whole recipe in small, for the same images: six steps an epoch.
+TINY = dataclasses.replace(
+    RECIPES["imagenet"],
+    epochs=3,
+    warmup_epochs=1.0,
+    batch_size=8,
+    train_crop_px=32,
+    eval_resize_px=36,
+    eval_crop_px=32,
+    width=0.125,
+)
 
 
 def run(script, *args):

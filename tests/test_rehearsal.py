@@ -7,27 +7,16 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, run
+from helpers import ROOT, SMALL, TINY, run
 
 from backbones.classifier import create_classifier
 from utils import rehearsal
 from utils.data import open_folders
 from utils.packing import make_shards
-from utils.recipe import RECIPES
 from utils.rehearsal import duration, rehearse
 from utils.training import LossMeter, Trainer, fit
 
 CPU = torch.device("cpu")
-TINY = dataclasses.replace(
-    RECIPES["imagenet"],
-    epochs=3,
-    warmup_epochs=1.0,
-    batch_size=8,
-    train_crop_px=32,
-    eval_resize_px=36,
-    eval_crop_px=32,
-    width=0.125,
-)
 
 
 def make_model():

@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, assert_same_run
+from helpers import ROOT, TINY, assert_same_run
 from torch import nn
 
 import backbones
 from backbones.classifier import Classifier
 from utils import runs
 from utils.data import Batch, CorruptImageError, open_folders
-from utils.recipe import RECIPES, Recipe
+from utils.recipe import Recipe
 from utils.training import (
     DivergedError,
     LossMeter,
@@ -33,16 +33,6 @@ from utils.training import (
 )
 
 CPU = torch.device("cpu")
-TINY = dataclasses.replace(
-    RECIPES["imagenet"],
-    epochs=3,
-    warmup_epochs=1.0,
-    batch_size=8,
-    train_crop_px=32,
-    eval_resize_px=36,
-    eval_crop_px=32,
-    width=0.125,
-)
 
 
 def make_model(seed=0, num_classes=3):

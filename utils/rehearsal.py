@@ -16,7 +16,7 @@ from utils.data import Batch, Splits, readable, watched
 from utils.evaluation import evaluate
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
-from utils.training import Trainer, make_loaders, train_one_epoch
+from utils.training import Trainer, advising_on_memory, make_loaders, train_one_epoch
 
 
 def rehearse(
@@ -140,18 +140,15 @@ def _paces(
     Raises:
         MemoryError: a step needs more than the device has.
     """
-    recipe, device, workers = trainer.recipe, trainer.device, loaders[0].num_workers
-    try:
+    workers = loaders[0].num_workers
+    with advising_on_memory(trainer):
         first_s, train_s = _pace(loaders[0], partial(train_one_epoch, trainer), timeout_s)
         _, eval_s = _pace(loaders[1], partial(_evaluate, trainer), timeout_s)
-    except torch.OutOfMemoryError as error:
-        parts = 2 * recipe.accumulate
-        raise MemoryError(f"on {device}; try --accumulate {parts}") from error
     paces_s = [first_s, train_s, eval_s, 0.0, 0.0]
     if workers:
-        alone = make_loaders(data, recipe, trainer.seed, 0, device)
+        alone = make_loaders(data, trainer.recipe, trainer.seed, 0, trainer.device)
         paces_s[3:] = [_pace(loader, list)[1] / workers for loader in alone]
-    return distributed.gather(torch.tensor(paces_s, device=device)).amax(0).tolist()
+    return distributed.gather(torch.tensor(paces_s, device=trainer.device)).amax(0).tolist()
 
 
 def _pace(

@@ -420,6 +420,7 @@ def fit(
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         )
+        stack.enter_context(advising_on_memory(trainer))
         stack.enter_context(_naming_images(trainer, data, run_dir))
         _Run(
             trainer,
@@ -553,13 +554,20 @@ class _Run:
 
 
 @contextmanager
-def _naming_images(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[None]:
-    """Names the images of a step gone wrong, and what helps where memory runs out."""
+def advising_on_memory(trainer: Trainer) -> Iterator[None]:
+    """Says what helps where the device's memory runs out, in a MemoryError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         parts = 2 * trainer.recipe.accumulate
         raise MemoryError(f"on {trainer.device}; try --accumulate {parts}") from error
+
+
+@contextmanager
+def _naming_images(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[None]:
+    """Names the images of a step gone wrong."""
+    try:
+        yield
     except DivergedError as error:
         if error.step is None:
             raise
