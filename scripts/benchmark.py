@@ -270,7 +270,7 @@ def save(path: Path, table: pd.DataFrame) -> None:
     """Adds rows to a table, in the place of those of the same `KEY`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        old = pd.read_csv(path)
+        old = pd.read_csv(path, dtype={"commit": str})  # some are all digits
         new = set(table[KEY].fillna("").itertuples(index=False, name=None))
         keys = old[KEY].fillna("").itertuples(index=False, name=None)
         table = pd.concat([old[[key not in new for key in keys]], table])

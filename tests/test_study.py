@@ -65,7 +65,7 @@ def test_a_row_per_run_and_test_size(finished):
     keys = table[["value", "seed", "test_crop_px"]].apply(tuple, axis=1)
     sizes = {("relu", 32), ("relu", 64), ("Mish, ours", 32)}
     assert set(keys) == {(value, seed, px) for value, px in sizes for seed in (0, 1)}
-    written = pd.read_csv(root / "out" / "tiny.csv")
+    written = pd.read_csv(root / "out" / "tiny.csv", dtype={"commit": str})
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
     assert {path.name for path in (root / "runs" / "tiny").iterdir()} == {
         *("relu-seed0", "relu-seed1", "mish-ours-seed0", "mish-ours-seed1")

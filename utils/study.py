@@ -190,7 +190,7 @@ def run_study(
 def _keep_record(output: str | Path, kept: set[tuple[str, int]]) -> None:
     """ValueError if `output` holds finished runs besides those that are kept or made again."""
     try:
-        table = pd.read_csv(output)
+        table = pd.read_csv(output, dtype={"commit": str})  # some are all digits
     except FileNotFoundError:
         return
     except ValueError:  # of pandas' parser and of bytes that are no text
