@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from utils import findings, speed, tables
+from utils.runs import write_whole
 from utils.studies import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         if new != old:
             print("README.md: tables are not those of the records; run scripts/update_readme.py")
         return int(new != old)
-    path.write_text(new)
+    write_whole(path, lambda aside: aside.write_text(new))
     return 0
 
 
