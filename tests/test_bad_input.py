@@ -9,6 +9,7 @@ import codecs
 import errno
 import fcntl
 import io
+import json
 import math
 import os
 import re
@@ -20,6 +21,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -577,6 +579,71 @@ def sums(text):
     return prepare
 
 
+def index_is(content):
+    """Shards whose first says this of itself; a dict changes what it says."""
+
+    def prepare():
+        assert run("make_shards.py", "--data-dir", "data", "--output-dir", "shards") == 0
+        path = Path("shards/train-000000.tar")
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        name = next(iter(files))
+        if isinstance(content, dict):
+            files[name] = json.dumps(json.loads(files[name]) | content).encode()
+        else:
+            files[name] = content
+        with tarfile.open(path, "w") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    return prepare
+
+
+TRAIN_SHARDS = f"{TRAIN} --data-dir 'shards/{{train,val}}-000000.tar'"
+DAMAGED = "shards/train-000000.tar: __meta__/index.json in it is damaged"
+INDICES = {
+    f"an index whose {name} is {json.dumps(value)[:40]}": (
+        index_is({name: value}), TRAIN_SHARDS, 1, f"{DAMAGED} ({name}="
+    )
+    for name, values in {
+        "counts": ["8", {"0": 8}, 8, [], ["8"], [8.0], [True], [-8], [0], [None], [2**70]],
+        "split": ["test", ["train"], None, "../train"],
+        "shard": ["0", -1, 1, 0.0, [0]],
+        "classes": [
+            "ab", {A: 0, B: 1}, [], [A, 1], [A, A], [B, A], ["", A], ["..", A], ["a/b", B],
+            ["/etc", B], ["\0", B],
+        ],
+        "seed": ["0", -1, 0.5, None],
+        "files": [3, None, ["x"]],
+    }.items()
+    for value in values
+} | {
+    "an index that is a list": (index_is(b"[1]"), TRAIN_SHARDS, 1, DAMAGED),
+    "an index that is a number": (index_is(b"3"), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of nothing": (index_is(b""), TRAIN_SHARDS, 1, DAMAGED),
+    "half an index": (index_is(b'{"format": 1, "split": "tr'), TRAIN_SHARDS, 1, DAMAGED),
+    "an index without counts": (
+        index_is(b'{"format": 1, "split": "train"}'), TRAIN_SHARDS, 1, DAMAGED
+    ),
+    "an index that says more": (index_is({"more": 1}), TRAIN_SHARDS, 1, DAMAGED, "'more'"),
+    "an index that is not UTF-8": (index_is(b'{"format": "\xff"}'), TRAIN_SHARDS, 1, DAMAGED),
+    "an index without end": (index_is(b"[" * 100_000), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of many digits": (
+        index_is(b'{"format": ' + b"9" * 5000 + b"}"), TRAIN_SHARDS, 1, DAMAGED
+    ),
+    "an index whose format is text": (index_is({"format": "1"}), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of the future": (
+        index_is({"format": 2, "more": 1}), TRAIN_SHARDS, 1, "has format 2, not 1"
+    ),
+    "packs beside a damaged index": (
+        lambda: (index_is({"counts": "8"})(), Path("shards/SHA256SUMS").unlink()),
+        f"{PACK} --output-dir shards", 1, DAMAGED,
+    ),
+    "shards as they should be": (index_is({}), TRAIN_SHARDS, 0),
+}  # fmt: skip
+
 DRY = f"{TRAIN} --dry-run"
 REHEARSALS = {
     "rehearses": (None, DRY, 0),
@@ -855,7 +922,7 @@ DISKS = {
 
 CASES = {
     **IMAGE_FILES, **TREES, **SOLUTIONS, **CHECKPOINTS, **RUN_FOLDERS, **OPTIONS, **REHEARSALS,
-    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS, **PERMISSIONS, **DISKS,
+    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS, **INDICES, **PERMISSIONS, **DISKS,
 }  # fmt: skip
 
 
@@ -988,6 +1055,6 @@ def test_a_drive_that_locks_no_folders_is_told_of_in_one_line(
 def test_there_are_kinds_enough():
     """Which the table would not tell if two rows had one name, nor docs if rows were added."""
     tables = [IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, REHEARSALS]
-    tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS, PERMISSIONS, DISKS]
+    tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS, INDICES, PERMISSIONS, DISKS]
     assert len(CASES) == sum(map(len, tables)) >= 40
     assert f"| {len(CASES)} kinds;" in (ROOT / "docs" / "reliability.md").read_text()
