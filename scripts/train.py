@@ -163,7 +163,7 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: train(args))
+    return exit_code(lambda: train(args), "a smaller --batch-size, --train-crop-px or --width")
 
 
 if __name__ == "__main__":
