@@ -1239,6 +1239,31 @@ def test_a_drive_that_locks_no_folders_is_told_of_in_one_line(
     ]
 
 
+SMALL_SHM = 'mount -t tmpfs -o size=128k tmpfs /dev/shm && exec "$0" "$@"'
+
+
+def test_too_little_shared_memory_is_named(folder):
+    """As containers have it: 64 MB by default."""
+    alone = ["unshare", "--mount", "sh", "-c", SMALL_SHM]  # the mount is seen by these alone
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"]).returncode:
+        pytest.skip("may mount no file system here")
+    script, *args = shlex.split(f"{TRAIN} --train-crop-px 96 --workers 2 --timeout-s 50")
+    done = subprocess.run(
+        [*alone, sys.executable, ROOT / "scripts" / script, *args],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
+    assert len(lines) == 1, done.stderr
+    assert re.fullmatch(
+        r"error: a batch cannot be shared \(.*No space left on device.*\); /dev/shm has 0.131 MB: "
+        "make it larger, or try fewer --workers, or --workers 0",
+        lines[0],
+    )
+
+
 def test_there_are_kinds_enough():
     """Which the table would not tell if two rows had one name, nor docs if rows were added."""
     tables = [IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, REHEARSALS]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 
 from utils.distributed import rank, world_size
@@ -259,8 +259,27 @@ def make_loader(
     )
 
 
-def _whole(batch: Batch) -> Batch:
+def _whole(batch: Batch | DataError) -> Batch | DataError | WorkerError:
+    if isinstance(batch, Batch) and get_worker_info():
+        try:  # now, or the thread that sends it would fail, and the batch never come
+            batch.images.share_memory_()
+            batch.labels.share_memory_()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            return WorkerError(
+                f"a batch cannot be shared ({reason}); {_shared_memory()}: make it larger, or try "
+                "fewer --workers, or --workers 0"
+            )
     return batch
+
+
+def _shared_memory() -> str:
+    """How much there is, on Linux."""
+    try:
+        there = os.statvfs("/dev/shm")
+    except (AttributeError, OSError):
+        return "/dev/shm is not there"
+    return f"/dev/shm has {there.f_blocks * there.f_frsize / 1e6:.3g} MB"
 
 
 def _ready_worker(worker: int) -> None:
@@ -280,7 +299,7 @@ def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Batch]:
         timeout_s: how long to wait for a batch before an error; 0 for ever.
 
     Raises:
-        WorkerError: a worker died, or gave nothing for so long.
+        WorkerError: a worker died, gave nothing for so long, or has no shared memory.
         DataError: of a broken shard.
     """
     at_once = loader.num_workers and threading.current_thread() is threading.main_thread()
@@ -291,7 +310,7 @@ def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Batch]:
             batch = _next(batches, loader, count, timeout_s)
             if batch is None:
                 return
-            if isinstance(batch, DataError):
+            if isinstance(batch, (DataError, WorkerError)):
                 raise batch
             yield batch
     finally:
@@ -301,7 +320,7 @@ def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Batch]:
 
 def _next(
     batches: Iterator[Batch], loader: DataLoader, count: int, timeout_s: float
-) -> Batch | DataError | None:
+) -> Batch | DataError | WorkerError | None:
     """Batch number `count`, or None at the end."""
     start_s = time.monotonic()
     while True:
@@ -313,7 +332,8 @@ def _next(
             if "timed out" not in str(error):
                 dead = ", ".join(re.findall(r"\d+", str(error)))
                 raise WorkerError(
-                    f"a decoding process died (pid {dead}); out of memory? try fewer --workers"
+                    f"a decoding process died (pid {dead}); out of memory, or of shared memory "
+                    f"({_shared_memory()})? try fewer --workers, or --workers 0"
                 ) from error
             if timeout_s and time.monotonic() - start_s >= timeout_s:
                 worker = count % loader.num_workers  # whose turn it is
