@@ -6,13 +6,13 @@
 With --check nothing is written, and the exit status is 1 if a table is not its record's.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from utils import findings, speed, tables
+from utils.errors import Parser
 from utils.runs import write_whole
 from utils.studies import STUDIES
 
@@ -41,9 +41,7 @@ def updated(readme: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only tell whether tables are old")
     args = parser.parse_args(argv)
     path = ROOT / "README.md"

@@ -9,7 +9,6 @@ are drawn alike for every class. Flips, rotations and inverted colours keep the 
     python -m utils.sample data/sample
 """
 
-import argparse
 import colorsys
 import json
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from utils.errors import Parser, exit_code, whole_number
 from utils.progress import progress_bar
 
 VERSION = 1  # of the drawing code: raise it with every change that changes the bytes
@@ -305,18 +305,17 @@ def draw(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line: 0 when the sample is there, 2 when it cannot be drawn."""
-    parser = argparse.ArgumentParser("python -m utils.sample", description="Draw the sample.")
+    """Runs the command line and returns its exit code."""
+    parser = Parser("Draw the sample.", prog="python -m utils.sample")
     parser.add_argument("root", help="folder to fill, for example data/sample")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        data = draw(args.root, seed=args.seed, progress=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"The sample of {len(CLASSES)} classes is in {data}")
-    return 0
+    return exit_code(lambda: print(_drawn(args.root, args.seed)))
+
+
+def _drawn(root: str, seed: int) -> str:
+    data = draw(root, seed=seed, progress=True)
+    return f"The sample of {len(CLASSES)} classes is in {data}"
 
 
 if __name__ == "__main__":
