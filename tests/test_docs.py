@@ -1,5 +1,6 @@
 """The documents: what they tell a reader to do is done here, in small."""
 
+import io
 import os
 import re
 import runpy
@@ -9,14 +10,21 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 
 import pytest
+import timm
+import torch
 import yaml
 from helpers import ROOT, SMALL, TINY, run
+from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
+from torchvision import models
+from torchvision.models import Weights, WeightsEnum
 
+from backbones.classifier import create_classifier
 from utils import sample, studies
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
@@ -331,6 +339,99 @@ def test_a_job_is_requeued_where_it_saved_something(place, failed, saved, code, 
     os.utime(checkpoint, (0, 2**33 if saved else 0))  # after the job began, or long before
     calls = noted(place, script, code, SRUN_STATUS=str(failed))
     assert calls.count(["scontrol", "requeue", "17"]) == requeued
+
+
+def test_fences_are_of_kinds_that_are_looked_at():
+    """Or a command in a fence of another name would be run by nobody."""
+    for path in DOCUMENTS:
+        for kind, code in FENCED.findall((ROOT / path).read_text()):
+            assert kind in ("sh", "python", "diff", "csv") or "conftest.py" in code, path
+
+
+def flags_of(script):
+    """All that its help names."""
+    if script not in HELP:
+        out = io.StringIO()
+        with redirect_stdout(out):
+            assert run(script, "--help") == 0
+        HELP[script] = set(FLAG.findall(out.getvalue()))
+    return HELP[script]
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+HELP = {"torchrun": set(get_args_parser()._option_string_actions)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_every_flag_in_the_text_is_one(path):
+    """Of the scripts that its paragraph names, or of any; torchrun's are known everywhere."""
+    for paragraph in paragraphs(path):
+        named = FLAG.findall(" ".join(re.findall(r"`([^`]+)`", paragraph)))
+        scripts = {f"{stem}.py" for stem in re.findall(r"\b(\w+)\.py\b", paragraph)} & set(SCRIPTS)
+        known = set().union(*map(flags_of, [*(scripts or SCRIPTS), "torchrun"] if named else []))
+        assert set(named) <= known, paragraph
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_every_link_leads_somewhere(path):
+    """Files that are tracked or here, and headings."""
+    text = (ROOT / path).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if re.match(r"https://[\w.-]+/", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (ROOT / path).parent / name if name else ROOT / path
+        assert file.exists(), target
+        headings = (
+            re.findall(r"^#+ (.+)$", FENCED.sub("", file.read_text()), re.M) if anchor else []
+        )
+        slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not anchor or anchor in slugs, target
+
+
+# ---- Python ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """Files of the names that README's Python loads, with random weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "checkpoints" / "resnet50.pth"
+    cached.parent.mkdir(parents=True)
+    torch.save(models.resnet50().state_dict(), cached)
+    # A published file's name has its hash, which random weights have not.
+    named = Weights(url=f"https://host/{cached.name}", transforms=None, meta={})
+    known = WeightsEnum("Published", {"IMAGENET1K_V2": named})
+    monkeypatch.setattr("backbones.weights.get_model_weights", lambda name: known)
+    save_file(timm.create_model("ese_vovnet39b").state_dict(), "ese_vovnet39b.safetensors")
+    run_folder = tmp_path / "runs" / "cspdarknet53"
+    run_folder.mkdir(parents=True)
+    torch.save(create_classifier("cspdarknet53", 10).state_dict(), run_folder / "last.pt")
+
+
+@torch.no_grad()
+def test_readmes_python_runs(weights):
+    """From the first block to the last, as a reader would type it; what comments promise holds."""
+    code = blocks("README.md", "python")
+    assert len(code) >= 3
+    namespace = {}
+    promised = 0
+    for block in code:
+        exec(block, namespace)
+        for line in re.findall(r"^(\S.*?)  # (\(.*\))$", block, re.MULTILINE):
+            assert eval(line[0], namespace) == eval(line[1])
+            promised += 1
+    assert promised == 1
+    assert [tuple(each.shape) for each in namespace["maps"]] == [
+        (8, c, 224 // s, 224 // s)
+        for c, s in zip((64, 128, 256, 512, 1024), (2, 4, 8, 16, 32), strict=True)
+    ]
+    assert namespace["maps"][0].dtype is torch.bfloat16
+
+
+def test_the_picture_is_small_enough_for_a_page():
+    assert (ROOT / "docs" / "feature_maps.png").stat().st_size < 150_000
 
 
 # ---- the worked examples -----------------------------------------------------------------------
