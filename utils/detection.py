@@ -297,6 +297,7 @@ def mean_average_precision(found: Iterable[Target], targets: Iterable[Target]) -
         over the classes that the targets have, in percent.
     """
     metric = MeanAveragePrecision(backend="faster_coco_eval")
+    metric.warn_on_many_detections = False  # COCO counts the best hundred of an image
     metric.update(list(found), list(targets))
     result = metric.compute()
     return {"map_pct": 100 * result["map"].item(), "map50_pct": 100 * result["map_50"].item()}
