@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.images import MEAN_RGB, STD_RGB
+from utils.runs import write_whole
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 RAW, EMA, TRAIN = "#0072B2", "#D55E00", "#009E73"
@@ -308,5 +309,5 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as an image file."""
-    figure.savefig(path, dpi=120)
+    """Writes a figure as an image file; it appears whole or not at all."""
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=120, format=path.suffix[1:]))
