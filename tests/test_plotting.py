@@ -94,3 +94,26 @@ def test_trade_offs_have_a_point_per_row_and_cost():
     many = pd.concat([table] * 6, ignore_index=True)
     with pytest.raises(ValueError, match="12 groups to draw; at most 10"):
         plotting.plot_trade_offs(many, {"cost": "cost"}, "y")
+
+
+def test_boxes_are_drawn_where_they_are_and_named_inside_the_picture():
+    """At each corner: the text lies within its axes, and every box has its four sides."""
+    corners = torch.tensor([[0, 0, 20, 20], [44, 0, 64, 20], [0, 44, 20, 64], [44, 44, 64, 64.0]])
+    labels, scores = torch.tensor([1, 2, 1, 2]), torch.tensor([0.9, 0.8, 0.7, 0.6])
+    found = {"boxes": corners, "labels": labels, "scores": scores}
+    nothing = {key: value[:0] for key, value in found.items()}
+    images = [torch.zeros(3, 64, 64, dtype=torch.uint8)] * 2
+    names = ["heart", "flower"]
+    figure = plotting.plot_boxes(images, [found, nothing], [found, found], names)
+    seen, unseen = figure.axes[:2]
+    assert len(seen.patches) == 8
+    assert len(unseen.patches) == 4
+    assert [text.get_text() for text in seen.texts][:2] == ["heart 0.90", "flower 0.80"]
+    assert [text.get_text() for text in unseen.texts] == ["heart", "flower"] * 2
+    assert seen.patches[-1].get_bbox().extents.tolist() == [43.5, 43.5, 63.5, 63.5]
+    figure.canvas.draw()
+    for axes in (seen, unseen):
+        for text in axes.texts:
+            inside, box = axes.get_window_extent(), text.get_window_extent()
+            assert inside.x0 - 1 <= box.x0 < box.x1 <= inside.x1 + 1
+            assert inside.y0 - 1 <= box.y0 < box.y1 <= inside.y1 + 1

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -211,6 +213,59 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
         axes.imshow(pixels)
         axes.set_title(title, fontsize=8)
     return figure
+
+
+def plot_boxes(
+    images: Sequence[Tensor],
+    found: Sequence[Mapping[str, Tensor]],
+    truth: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    columns: int = 4,
+) -> Figure:
+    """A grid of images with what a detector found in them, and dashed what is there.
+
+    Args:
+        images: uint8 `[3, H, W]`.
+        found: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, `labels` and `scores`.
+        truth: of each image `boxes`; `labels` too, which are written where nothing is found.
+        names: of the classes; labels count them from 1.
+    """
+    figure = plot_images(images, [""] * len(images), columns)
+    for axes, seen, there in zip(figure.axes, found, truth, strict=False):
+        for box in there["boxes"].tolist():
+            _draw_box(axes, box, color="white", ls="--")
+        for k, box in enumerate(seen["boxes"].tolist()):
+            _draw_box(axes, box, color=EMA)
+            text = f"{names[seen['labels'][k] - 1]} {seen['scores'][k]:.2f}"
+            _write_in_box(axes, box, text, color=EMA)
+        if not len(seen["boxes"]):
+            for box, label in zip(there["boxes"].tolist(), there["labels"], strict=True):
+                _write_in_box(axes, box, names[label - 1], color="black")
+    return figure
+
+
+def _draw_box(axes: Axes, box: list[float], **look: Any) -> None:
+    x1, y1, x2, y2 = box
+    # Pixel (0, 0) has its centre, not its corner, at the origin.
+    corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
+    axes.add_patch(Rectangle(corner, *size, fill=False, lw=1.2, **look))
+
+
+def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
+    """Text within the box's top, towards the middle of the image, so that none of it is cut off."""
+    x1, y1, x2, _ = box
+    on_right = x1 + x2 > sum(axes.get_xlim())
+    axes.annotate(
+        text,
+        (x2 - 0.5 if on_right else x1 - 0.5, y1 - 0.5),
+        (-1.5 if on_right else 1.5, -1.5),
+        textcoords="offset points",
+        size=6,
+        color="white",
+        ha="right" if on_right else "left",
+        va="top",
+        bbox={"color": color, "pad": 0.6, "lw": 0},
+    )
 
 
 def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figure:
