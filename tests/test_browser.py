@@ -16,12 +16,12 @@ from contextlib import contextmanager
 import nbformat
 import psutil
 import pytest
+from helpers import ROOT
 from nbconvert import HTMLExporter
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from tests.helpers import ROOT
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -40,7 +40,7 @@ BLEMISHES = (
 const found = [];
 const outputs = [...document.querySelectorAll(".jp-OutputArea-output")];
 for (const output of outputs) {
-  const note = what => found.push(`${what}: ${output.textContent.trim().slice(0, 200)}`);
+  const note = what => found.push(`${what}: ${output.innerText.trim().slice(0, 200)}`);
   if (output.matches("[data-mime-type$=stderr], [data-mime-type$=error]")) note("error, warning");
   if (/WIDGET/.test(output.textContent)) note("widget as text");
   for (const part of [output, ...output.querySelectorAll("*")])
@@ -49,6 +49,8 @@ for (const output of outputs) {
   for (const part of output.querySelectorAll("img, table"))
     if (part.getBoundingClientRect().right > output.getBoundingClientRect().right + 1)
       note(`${part.tagName} sticks out`);
+  for (const cell of output.querySelectorAll("td, th"))
+    if (cell.textContent.endsWith("...")) note("text cut by pandas");
   for (const image of output.querySelectorAll("img"))
     if (!(image.complete && image.naturalWidth)) note("image not loaded");
 }
@@ -115,7 +117,7 @@ def own_jupyter(folder):
     """The environment of a Jupyter that neither uses nor changes anybody's state."""
     for name, settings in {
         # All cells in the document at once, so that all can be looked at.
-        "notebook-extension/tracker": {"windowingMode": "none"},
+        "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     }.items():
         path = folder / "LAB_SETTINGS" / "@jupyterlab" / f"{name}.jupyterlab-settings"
