@@ -19,6 +19,7 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from utils.errors import DataError, Parser
+from utils.runs import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +48,7 @@ def execute(path: Path) -> list[str]:
     for output in outputs:
         if "image/png" in output.get("data", {}):
             output.data["image/png"] = shrink(output.data["image/png"])
-    nbformat.write(notebook, path)
+    write_whole(path, lambda aside: nbformat.write(notebook, aside))
     return [out.text.strip() for out in outputs if out.get("name") == "stderr"]
 
 

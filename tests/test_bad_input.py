@@ -5,7 +5,11 @@ one line. What must be taken as it is stands in the same table with exit code 0.
 other mistakes of launchers are in tests/test_faults.py.
 """
 
+import codecs
+import errno
+import fcntl
 import io
+import json
 import math
 import os
 import re
@@ -15,16 +19,19 @@ import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import ROOT, mounted, run, small_disk
 from PIL import Image
 
 A, B = "n00000000", "n00000001"
@@ -47,6 +54,47 @@ PACK = "make_shards.py --data-dir data --output-dir new"
 VERIFY = "make_shards.py --verify --output-dir shards"
 STUDY = "ablate.py csp_split --data-dir data --runs-dir runs --output new.csv --devices cpu"
 BENCH = "benchmark.py --backbones resnet18 --device cpu --output new.csv"
+
+
+# ---- disks and permissions -----------------------------------------------------------------------
+
+UNTIL_THE_END = ExitStack()  # of a test
+
+
+def full_disk():
+    """Folders have room there, and names, but no content has."""
+    UNTIL_THE_END.enter_context(small_disk("disk", "8k"))
+    Path("disk/full").write_bytes(bytes(8192))
+    make_folder("disk/new")()
+
+
+def read_only(path):
+    def prepare():
+        UNTIL_THE_END.enter_context(mounted(path, "--bind", path))
+        subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
+
+    return prepare
+
+
+def mode(path, bits):
+    return lambda: Path(path).chmod(bits)
+
+
+@contextmanager
+def as_nobody():
+    """The working directory is nobody's, and so is this process: root may do whatever it likes."""
+    if os.geteuid():
+        yield
+        return
+    for parent, folders, files in os.walk("."):
+        for name in [".", *folders, *files]:
+            os.lchown(os.path.join(parent, name), 65534, 65534)
+    codecs.lookup("utf-8-sig")  # which nobody may not be able to import
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -531,6 +579,71 @@ def sums(text):
     return prepare
 
 
+def index_is(content):
+    """Shards whose first says this of itself; a dict changes what it says."""
+
+    def prepare():
+        assert run("make_shards.py", "--data-dir", "data", "--output-dir", "shards") == 0
+        path = Path("shards/train-000000.tar")
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        name = next(iter(files))
+        if isinstance(content, dict):
+            files[name] = json.dumps(json.loads(files[name]) | content).encode()
+        else:
+            files[name] = content
+        with tarfile.open(path, "w") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    return prepare
+
+
+TRAIN_SHARDS = f"{TRAIN} --data-dir 'shards/{{train,val}}-000000.tar'"
+DAMAGED = "shards/train-000000.tar: __meta__/index.json in it is damaged"
+INDICES = {
+    f"an index whose {name} is {json.dumps(value)[:40]}": (
+        index_is({name: value}), TRAIN_SHARDS, 1, f"{DAMAGED} ({name}="
+    )
+    for name, values in {
+        "counts": ["8", {"0": 8}, 8, [], ["8"], [8.0], [True], [-8], [0], [None], [2**70]],
+        "split": ["test", ["train"], None, "../train"],
+        "shard": ["0", -1, 1, 0.0, [0]],
+        "classes": [
+            "ab", {A: 0, B: 1}, [], [A, 1], [A, A], [B, A], ["", A], ["..", A], ["a/b", B],
+            ["/etc", B], ["\0", B],
+        ],
+        "seed": ["0", -1, 0.5, None],
+        "files": [3, None, ["x"]],
+    }.items()
+    for value in values
+} | {
+    "an index that is a list": (index_is(b"[1]"), TRAIN_SHARDS, 1, DAMAGED),
+    "an index that is a number": (index_is(b"3"), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of nothing": (index_is(b""), TRAIN_SHARDS, 1, DAMAGED),
+    "half an index": (index_is(b'{"format": 1, "split": "tr'), TRAIN_SHARDS, 1, DAMAGED),
+    "an index without counts": (
+        index_is(b'{"format": 1, "split": "train"}'), TRAIN_SHARDS, 1, DAMAGED
+    ),
+    "an index that says more": (index_is({"more": 1}), TRAIN_SHARDS, 1, DAMAGED, "'more'"),
+    "an index that is not UTF-8": (index_is(b'{"format": "\xff"}'), TRAIN_SHARDS, 1, DAMAGED),
+    "an index without end": (index_is(b"[" * 100_000), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of many digits": (
+        index_is(b'{"format": ' + b"9" * 5000 + b"}"), TRAIN_SHARDS, 1, DAMAGED
+    ),
+    "an index whose format is text": (index_is({"format": "1"}), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of the future": (
+        index_is({"format": 2, "more": 1}), TRAIN_SHARDS, 1, "has format 2, not 1"
+    ),
+    "packs beside a damaged index": (
+        lambda: (index_is({"counts": "8"})(), Path("shards/SHA256SUMS").unlink()),
+        f"{PACK} --output-dir shards", 1, DAMAGED,
+    ),
+    "shards as they should be": (index_is({}), TRAIN_SHARDS, 0),
+}  # fmt: skip
+
 DRY = f"{TRAIN} --dry-run"
 REHEARSALS = {
     "rehearses": (None, DRY, 0),
@@ -716,9 +829,100 @@ OTHER_SCRIPTS = {
     ),
 }  # fmt: skip
 
+PERMISSIONS = {
+    "an unreadable image": (
+        mode(FIRST, 0), TRAIN, 1, f"{FIRST}: not a readable image (Permission denied)"
+    ),
+    "an unreadable class": (mode(f"data/train/{A}", 0), TRAIN, 1, f"{A}: Permission denied"),
+    "an unreadable split": (mode("data/val", 0), TRAIN, 1, "data/val: Permission denied"),
+    "a class that lists its images alone": (
+        mode(f"data/train/{A}", 0o444), TRAIN, 1, f"{A}/0.JPEG", "Permission denied"
+    ),
+    "a run folder that may not be written": (
+        lambda: os.mkdir("locked", 0o500), f"{TRAIN} --output-dir locked",
+        1, "locked/config.json: cannot be written (Permission denied)",
+    ),
+    "a run folder that may not be read": (
+        lambda: os.mkdir("locked", 0o300), f"{TRAIN} --output-dir locked",
+        1, "locked: Permission denied",
+    ),
+    "a run folder where none may be made": (
+        lambda: os.mkdir("locked", 0o500), f"{TRAIN} --output-dir locked/new",
+        1, "locked/new: Permission denied",
+    ),
+    "goes on where nothing may be written": (
+        mode("done", 0o500), RESUME, 1, "done/metrics.csv: cannot be written (Permission denied)"
+    ),
+    "goes on by an unreadable checkpoint": (
+        mode("done/last.pt", 0), RESUME, 1, f"{LAST} readable checkpoint (Permission denied)"
+    ),
+    "goes on by an unreadable config.json": (
+        mode("done/config.json", 0), RESUME, 1, "done/config.json: missing or not readable"
+    ),
+    "evaluates an unreadable checkpoint": (
+        mode("done/last.pt", 0), EVALUATE, 1, f"{LAST} readable checkpoint (Permission denied)"
+    ),
+    "predicts an unreadable image": (
+        mode(FIRST, 0), PREDICT, 1, f"{FIRST}: not a readable image (Permission denied)"
+    ),
+    "exports where it may not": (
+        lambda: os.mkdir("locked", 0o500), f"{EXPORT} --output locked/x.pt2",
+        1, "locked/x.pt2: cannot be written (Permission denied)",
+    ),
+    "exports unreadable weights": (
+        mode("done/last.pt", 0), f"{BY_NAME} --weights done/last.pt",
+        1, "done/last.pt", "Permission denied",
+    ),
+    "sorts by an unreadable CSV": (
+        mode("solution.csv", 0), SORT, 1, "solution.csv: Permission denied"
+    ),
+    "sorts in an unreadable folder": (mode("flat", 0), SORT, 1, "flat", "Permission denied"),
+    "sorts where nothing may be written": (
+        mode("flat", 0o500), SORT, 1, "flat", "Permission denied"
+    ),
+    "packs an unreadable image": (
+        lambda: (os.mkdir("packed"), FIRST.chmod(0)), f"{PACK} --output-dir packed",
+        1, f"{FIRST}: Permission denied",
+    ),
+    "packs where it may not": (
+        lambda: os.mkdir("locked", 0o500), f"{PACK} --output-dir locked",
+        1, "locked/train-000000.tar: cannot be written (Permission denied)",
+    ),
+}  # fmt: skip
+
+DISKS = {
+    "a run folder on a full disk": (
+        full_disk, f"{TRAIN} --output-dir disk/new",
+        1, "disk/new/config.json: cannot be written (No space left on device)",
+    ),
+    "packs onto a full disk": (
+        full_disk, f"{PACK} --output-dir disk/new",
+        1, "disk/new/train-000000.tar: cannot be written (No space left on device)",
+    ),
+    "exports onto a full disk": (
+        full_disk, f"{EXPORT} --output disk/new/x.pt2",
+        1, "disk/new/x.pt2: cannot be written (No space left on device)",
+    ),
+    "a run on a disk to be read": (
+        read_only("done"), RESUME, 1, "done/metrics.csv: cannot be written (Read-only file system)"
+    ),
+    "a new run on a disk to be read": (
+        read_only("flat"), f"{TRAIN} --output-dir flat/new", 1, "flat/new: Read-only file system"
+    ),
+    "packs onto a disk to be read": (
+        read_only("flat"), f"{PACK} --output-dir flat/new", 1, "flat/new: Read-only file system"
+    ),
+    "exports onto a disk to be read": (
+        read_only("flat"), f"{EXPORT} --output flat/x.pt2",
+        1, "flat/x.pt2: cannot be written (Read-only file system)",
+    ),
+    "sorts on a disk to be read": (read_only("flat"), SORT, 1, "flat", "Read-only file system"),
+    "reads a disk to be read": (read_only("data"), TRAIN, 0),
+}  # fmt: skip
+
 CASES = {
     **IMAGE_FILES, **TREES, **SOLUTIONS, **CHECKPOINTS, **RUN_FOLDERS, **OPTIONS, **REHEARSALS,
-    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS,
+    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS, **INDICES, **PERMISSIONS, **DISKS,
 }  # fmt: skip
 
 
@@ -760,6 +964,7 @@ def folder(good, tmp_path, monkeypatch):
     yield root
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+    UNTIL_THE_END.close()
 
 
 def state(root):
@@ -792,7 +997,8 @@ def test_input_is_taken_or_ends_in_one_line(folder, capsys, name):
     capsys.readouterr()
     before, before_mb = state(folder), peak_mb()
     script, *args = shlex.split(command)
-    assert run(script, *args) == code
+    with as_nobody() if name in PERMISSIONS else nullcontext():
+        assert run(script, *args) == code
     captured = capsys.readouterr()
     assert peak_mb() < before_mb + 500
     assert "Traceback" not in captured.err + captured.out
@@ -828,8 +1034,27 @@ def assert_done(script, args, before, after):
         assert after == before
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("command", [TRAIN, PACK, SORT])
+def test_a_drive_that_locks_no_folders_is_told_of_in_one_line(
+    folder, capsys, monkeypatch, command, number
+):
+    def flock(handle, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    script, *args = shlex.split(command)
+    assert run(script, *args) == 0
+    where = "flat" if command is SORT else "new"
+    assert told(capsys.readouterr()) == [
+        f"warning: {where}: its drive locks no folders ({os.strerror(number)}); see to it that no "
+        "other process works there"
+    ]
+
+
 def test_there_are_kinds_enough():
-    """Which the table would not tell if two rows had one name."""
+    """Which the table would not tell if two rows had one name, nor docs if rows were added."""
     tables = [IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, REHEARSALS]
-    tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS]
+    tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS, INDICES, PERMISSIONS, DISKS]
     assert len(CASES) == sum(map(len, tables)) >= 40
+    assert f"| {len(CASES)} kinds;" in (ROOT / "docs" / "reliability.md").read_text()

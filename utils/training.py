@@ -29,16 +29,15 @@ from utils.data import (
     CorruptImageError,
     Preprocess,
     Splits,
-    WorkerError,
     readable,
     stream_seed,
-    watched,
 )
 from utils.errors import Stopped
 from utils.evaluation import autocast, autocast_dtype, evaluate
 from utils.progress import progress_bar
 from utils.recipe import Recipe
 from utils.stopping import Requested, StopRequest
+from utils.workers import WorkerError, watched
 
 # By type, never by name: a layer called "bn_head" need not be one.
 NORM_LAYERS = (
@@ -378,7 +377,7 @@ def fit(
         sync_batchnorm: BatchNorm over all processes' images; on GPUs only.
         checkpoint_steps: save after every so many steps, too; 0 for the ends of epochs alone.
         keep_every: keep the checkpoint of every so many epochs; 0 for last and best alone.
-        timeout_s: how long to wait for a worker's batch.
+        timeout_s: how long to wait for a worker's batch, 0 for ever.
         tensorboard: also log every row for TensorBoard.
         quiet: show neither a progress bar nor a line per epoch.
         catch_signals: whether SIGINT and SIGTERM save first and stop then.
@@ -400,7 +399,7 @@ def fit(
             raise ValueError(f"{name}={value} must be at least 0")
     run_dir = Path(run_dir)
     device = device or distributed.pick_device()
-    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
+    loaders = make_loaders(data, recipe, seed, workers, device)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     trainer = Trainer(
         model.to(device), recipe, len(loaders[0]), len(data.classes), seed, skip_corrupt, **options
@@ -478,7 +477,7 @@ class _Run:
             if isinstance(error, WorkerError):
                 if not self.stop.signal or distributed.world_size() > 1:
                     raise
-                trainer.settle()  # the signal ended the workers, too, and no step is under way
+                trainer.settle()  # no step is under way, and who waits for a disk may stop, too
             self._save()
             raise Stopped(
                 f"{self.stop.signal or 'a signal to another process'}, all is saved at step "
@@ -600,10 +599,9 @@ def make_loaders(
     seed: int,
     workers: int,
     device: torch.device,
-    timeout_s: float = 0,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of training and validation batches."""
-    options = (workers, device.type == "cuda", timeout_s)
+    options = (workers, device.type == "cuda")
     return (
         inputs.train_loader(data.train, recipe.batch_size, seed, *options),
         inputs.eval_loader(data.val, recipe.batch_size, *options),
