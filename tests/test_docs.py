@@ -56,6 +56,7 @@ STUBS = {
     **dict.fromkeys(
         ("conda", "git", "jupyter", "kaggle", "pip", "pytest", "python", "python3"), ""
     ),
+    **dict.fromkeys(("chromedriver", "chromium"), ""),  # found, so not installed
     **dict.fromkeys(("ruff", "tar", "torchrun", "unzip"), ""),
     "scontrol": "echo first-host; echo second-host\n",
     "srun": 'exit "${SRUN_STATUS:-0}"\n',
