@@ -216,6 +216,10 @@ IMAGE_FILES = {
         EVALUATE, 1, f"val/{B}/1.JPEG: not a readable image",
     ),
     "all broken, skipped": (all_broken, f"{TRAIN} --skip-corrupt", 1, "JPEG: not a readable image"),
+    "all but one broken, skipped": (
+        lambda: [path.write_bytes(b"") for path in Path("data/train").glob("*/*") if path != FIRST],
+        f"{TRAIN} --skip-corrupt", 1, "JPEG: not a readable image", "too few others of its batch",
+    ),
     "zero bytes": (first(b""), TRAIN, 1, NOT_READABLE, "of no known format"),
     "text": (first(b"no image\n"), TRAIN, 1, NOT_READABLE),
     "a web page": (first(b"<!DOCTYPE html><html>404"), TRAIN, 1, NOT_READABLE),
@@ -429,6 +433,34 @@ def half_of_last():
     Path("done/last.pt").write_bytes(content[: len(content) // 2])
 
 
+def changed(key, change):
+    """A checkpoint whose entry is what `change` gives for it, or what `change` did to it."""
+
+    def prepare(checkpoint):
+        found = change(checkpoint[key])
+        checkpoint[key] = checkpoint[key] if found is None else found
+
+    return last(prepare)
+
+
+def in_row(name, value, key="metrics"):
+    return changed(key, lambda rows: rows[0].update({name: value}))
+
+
+def without(key, name):
+    return changed(key, lambda entry: [entry[0].pop(name), None][1])
+
+
+def momentum(change):
+    """A checkpoint whose first momentum is what `change` gives for it."""
+
+    def prepare(optimizer):
+        first = optimizer["state"][0]
+        first["momentum_buffer"] = change(first["momentum_buffer"])
+
+    return changed("optimizer", prepare)
+
+
 LAST = "done/last.pt: not a"
 CHECKPOINTS = {
     "no checkpoint": (move("done", "away"), EVALUATE, 2, "done/last.pt: no such checkpoint"),
@@ -473,6 +505,107 @@ CHECKPOINTS = {
         set_config(backbone="darknet19"), EVALUATE, 1, "not those of its own config"
     ),
 }  # fmt: skip
+ODD = "done/last.pt: its {!r} is not that of its own config; put best.pt in its place"
+ODD_ENTRIES = {
+    f"goes on with {what}": (prepare, RESUME, 1, ODD.format(key))
+    for key, kinds in {
+        "step": {
+            "a step beyond the schedule": changed("step", lambda step: 10**6),
+            "a step behind its rows": changed("step", lambda step: 0),
+            "a negative step": changed("step", lambda step: -1),
+        },
+        "metrics": {
+            "metrics that are numbers": changed("metrics", lambda rows: [1.0]),
+            "metrics that are lists": changed("metrics", lambda rows: [list(rows[0].values())]),
+            "a loss of text": in_row("train_loss", "low"),
+            "a loss that is a list": in_row("train_loss", [0.5]),
+            "a loss that is not finite": in_row("val_loss", math.nan),
+            "an accuracy that is a tensor": in_row("ema_val_top1_pct", torch.ones(2)),
+            "a column without a name": in_row(3, 3.0),
+            "metrics without an accuracy": without("metrics", "ema_val_top1_pct"),
+            "metrics without a step": without("metrics", "step"),
+            "metrics of another epoch": in_row("epoch", 2),
+            "metrics of another step": in_row("step", 7),
+        },
+        "speed": {
+            "speeds of text": in_row("train_time_s", "fast", "speed"),
+            "fewer speeds than epochs": changed("speed", lambda rows: []),
+            "speeds without a time": without("speed", "eval_time_s"),
+        },
+        "skipped": {
+            "skipped images that are numbers": changed("skipped", lambda lines: [3]),
+            "skipped images that are lists": changed("skipped", lambda lines: [[]]),
+        },
+        "under_way": {
+            "nothing under way": changed("under_way", lambda entry: {}),
+            "a sum of losses of another shape": changed(
+                "under_way", lambda entry: entry.update(loss_sums=torch.zeros(0))
+            ),
+            "a sum of losses that is a number": changed(
+                "under_way", lambda entry: entry.update(loss_sums=0.0)
+            ),
+            "losses of other steps": changed("under_way", lambda entry: entry.update(loss_count=9)),
+            "a time of text": changed("under_way", lambda entry: entry.update(train_time_s="1")),
+        },
+        "optimizer": {
+            "no optimizer": changed("optimizer", lambda entry: {}),
+            "an optimizer of text": changed("optimizer", lambda entry: {"state": "x"}),
+            "momentum of another shape": momentum(lambda tensor: tensor[:1]),
+            "momentum of no shape": momentum(lambda tensor: torch.tensor(0.0)),
+            "momentum of integers": momentum(lambda tensor: tensor.long()),
+            "sparse momentum": momentum(lambda tensor: tensor.to_sparse()),
+            "momentum that is text": momentum(lambda tensor: "x"),
+            "momentum of a parameter that is not there": changed(
+                "optimizer", lambda entry: entry["state"].update({9999: entry["state"][0]})
+            ),
+        },
+    }.items()
+    for what, prepare in kinds.items()
+} | {
+    # Both follow from the recipe and the step.
+    "goes on with another schedule": (
+        changed("schedule", lambda entry: {"optimizer": 3, "_last_lr": "x"}), RESUME, 0
+    ),
+    "goes on with other options of the optimizer": (
+        changed("optimizer", lambda entry: entry.update(param_groups="x")), RESUME, 0
+    ),
+    "goes on with a config of tensors": (
+        set_config(recipe={"momentum": torch.ones(2)}), RESUME, 1, LAST, "its config"
+    ),
+    "goes on with a config of numbered entries": (
+        set_config(**{"recipe": {1: 2}}), RESUME, 1, "done/last.pt: holds a run with"
+    ),
+    "goes on with a config of itself": (
+        last(lambda c: c["config"].update(recipe={"x": c["config"]})), RESUME, 1, LAST, "its config"
+    ),
+    "evaluates a config of tensors": (
+        set_config(options={"width": torch.ones(2)}), EVALUATE, 1, LAST, "its config"
+    ),
+    "evaluates a network that no memory holds": (
+        set_config(options={"in_channels": 10**12}), EVALUATE, 1, "its config names no network"
+    ),
+}  # fmt: skip
+
+CONFIG = "done/config.json: not a config of scripts/train.py"
+
+
+def config(text):
+    return lambda: Path("done/config.json").write_text(text)
+
+
+CONFIGS = {
+    f"a config.json of {text[:30]}": (config(text), RESUME, 1, line)
+    for text, line in {
+        "": "done/config.json: missing or not readable",
+        "[" * 100_000: "done/config.json: missing or not readable",
+        "3": "done/config.json: missing or not readable",
+        "{}": f"{CONFIG} (its recipe)",
+        '{"recipe": 3, "classes": []}': f"{CONFIG} (its recipe)",
+        '{"recipe": {}, "classes": {}}': f"{CONFIG} (its classes)",
+        '{"recipe": {}, "classes": []}': "done: holds a run with accumulate=None, not 1",
+    }.items()
+}
+
 RUN_FOLDERS = {
     "goes on": (None, RESUME, 0),
     "a run of another recipe": (
@@ -560,6 +693,25 @@ OPTIONS = {
     "negative seed": (None, f"{TRAIN} --seed -1", 2, "--seed: '-1' must be"),
     "half a worker": (None, f"{TRAIN} --workers 0.5", 2, "--workers: '0.5' must be"),
     "nothing given": (None, "train.py", 2, "--data-dir"),
+    "more parts than images": (
+        None, f"{TRAIN} --accumulate 9", 2, "accumulate=9 must be at most the 8 images"
+    ),
+    "single images for BatchNorm": (
+        None, f"{TRAIN} --batch-size 1", 2,
+        "batch_size=1 leaves single images to BatchNorm", "1 x 1 at train_crop_px=32",
+    ),
+    "parts of single images": (
+        None, f"{TRAIN} --accumulate 8", 2, "batch_size=8 leaves single images to BatchNorm"
+    ),
+    "a last part of a single image": (
+        None, f"{TRAIN} --batch-size 7 --accumulate 3", 2, "batch_size=7 leaves single images"
+    ),
+    "rehearses single images": (
+        None, f"{TRAIN} --batch-size 1 --dry-run", 2, "batch_size=1 leaves single images"
+    ),
+    "single images whose maps are larger": (
+        None, f"{TRAIN} --batch-size 1 --train-crop-px 64", 0
+    ),
 }  # fmt: skip
 
 
@@ -922,7 +1074,8 @@ DISKS = {
 
 CASES = {
     **IMAGE_FILES, **TREES, **SOLUTIONS, **CHECKPOINTS, **RUN_FOLDERS, **OPTIONS, **REHEARSALS,
-    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS, **INDICES, **PERMISSIONS, **DISKS,
+    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS, **INDICES, **PERMISSIONS, **DISKS, **ODD_ENTRIES,
+    **CONFIGS,
 }  # fmt: skip
 
 
@@ -1056,5 +1209,6 @@ def test_there_are_kinds_enough():
     """Which the table would not tell if two rows had one name, nor docs if rows were added."""
     tables = [IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, REHEARSALS]
     tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS, INDICES, PERMISSIONS, DISKS]
+    tables += [ODD_ENTRIES, CONFIGS]
     assert len(CASES) == sum(map(len, tables)) >= 40
     assert f"| {len(CASES)} kinds;" in (ROOT / "docs" / "reliability.md").read_text()

@@ -196,10 +196,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     for key, kind in CHECKPOINTED.items():
         if not isinstance(checkpoint[key], kind):
             raise RunError(f"{path}: not a checkpoint of scripts/train.py ({key} is no {kind})")
-    for key, kind in CONFIGURED.items():
-        if not isinstance(checkpoint["config"].get(key), kind):
-            raise RunError(f"{path}: not a checkpoint of scripts/train.py (its config's {key})")
+    try:
+        checkpoint["config"] = json.loads(json.dumps(checkpoint["config"]))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: not a checkpoint of scripts/train.py (its config)") from error
+    if key := _odd_entry(checkpoint["config"]):
+        raise RunError(f"{path}: not a checkpoint of scripts/train.py (its config's {key})")
     return checkpoint
+
+
+def _odd_entry(config: dict[str, Any]) -> str | None:
+    """The first entry that is missing from a config, or of another type than it should be."""
+    return next(
+        (key for key in CONFIGURED if not isinstance(config.get(key), CONFIGURED[key])), None
+    )
 
 
 def _damage(path: Path) -> str | None:
@@ -219,10 +229,12 @@ def _damage(path: Path) -> str | None:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text()) if path.is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise RunError(f"{path}: missing or not readable beside last.pt; restore it")
+    if key := _odd_entry(config):
+        raise RunError(f"{path}: not a config of scripts/train.py (its {key}); restore it")
     return config
 
 
@@ -233,16 +245,24 @@ def refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]
         if key in PROVENANCE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            key = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+            keys = sorted(old.keys() | new.keys())
+            key = next((k for k in keys if old.get(k) != new.get(k)), None)
+            if key is None:  # they differ in what is nothing
+                continue
             old, new = old.get(key), new.get(key)
         if isinstance(old, list) and isinstance(new, list):  # of classes: long, and alike
             pairs = enumerate(itertools.zip_longest(old, new))
             place, (old, new) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
             key = f"{key}[{place}]"
         raise RunError(
-            f"{run_dir}: holds a run with {key}={old!r}, not {new!r}; "
+            f"{run_dir}: holds a run with {key}={_brief(old)}, not {_brief(new)}; "
             "repeat its command, or choose another folder"
         )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:
