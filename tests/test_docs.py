@@ -48,7 +48,7 @@ def paragraphs(path):
 # it was called; make is real. What was noted is then done in this process, by a rule per program.
 # A command without a stub or a rule fails.
 
-REAL = ("head", "id", "make", "mktemp", "touch")
+REAL = ("head", "make", "mktemp", "touch")
 STUB = r"""#!/bin/sh
 printf '%s\037' "${0##*/}" "$@" >> "$NOTES"; echo >> "$NOTES"
 """
@@ -58,6 +58,8 @@ STUBS = {
     ),
     **dict.fromkeys(("chromedriver", "chromium"), ""),  # found, so not installed
     **dict.fromkeys(("ruff", "tar", "torchrun", "unzip"), ""),
+    "apt-get": "",
+    "id": "echo 0\n",  # root, where make asks
     "scontrol": "echo first-host; echo second-host\n",
     "srun": 'exit "${SRUN_STATUS:-0}"\n',
 }
@@ -187,6 +189,15 @@ def git(place, args):
     assert args == ["clone", URL]
 
 
+def apt_get(place, args):
+    browser = ["install", "--yes", "--no-install-recommends", "chromium", "chromium-driver"]
+    assert args in (["update"], browser)
+
+
+def user(place, args):
+    assert args == ["-u"]
+
+
 def scontrol(place, args):
     assert args in (["show", "hostnames", "host[1-2]"], ["requeue", "17"])
 
@@ -297,6 +308,8 @@ SCRIPTS = {
 RULES = {
     **{rule.__name__: rule for rule in (conda, git, jupyter, kaggle, pip, python, ruff, scontrol)},
     **{rule.__name__: rule for rule in (srun, torchrun, unzip)},
+    "apt-get": apt_get,
+    "id": user,
     "pytest": pytest_itself,
     "python3": python,
     "tar": lambda place, args: subprocess.run(["tar", *args], cwd=place, check=True),
@@ -497,4 +510,5 @@ def test_the_citation_is_of_this_version():
     assert citation["authors"] == [{"name": project["authors"][0]["name"]}]  # an entity
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert citation["repository-code"] == citation["url"]
+    assert project.get("urls", {}).get("Repository", citation["url"]) == citation["url"]
     assert citation["type"] == "software"
