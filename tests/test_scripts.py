@@ -166,7 +166,7 @@ def test_an_output_dir_that_is_a_file_is_one_clear_line(folders, tmp_path, capsy
     "script",
     [
         *("train.py", "evaluate.py", "predict.py", "export.py", "imagenet.py", "make_shards.py"),
-        *("ablate.py", "run_notebooks.py", "benchmark.py"),
+        *("ablate.py", "run_notebooks.py", "benchmark.py", "update_readme.py"),
     ],
 )
 def test_help_and_bad_usage(script, capsys):
