@@ -56,7 +56,6 @@ STUBS = {
     **dict.fromkeys(
         ("conda", "git", "jupyter", "kaggle", "pip", "pytest", "python", "python3"), ""
     ),
-    **dict.fromkeys(("chromedriver", "chromium"), ""),  # found, so not installed
     **dict.fromkeys(("ruff", "tar", "torchrun", "unzip"), ""),
     "apt-get": "",
     "id": "echo 0\n",  # root, where make asks
