@@ -217,30 +217,32 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
 
 def plot_boxes(
     images: Sequence[Tensor],
-    found: Sequence[Mapping[str, Tensor]],
     truth: Sequence[Mapping[str, Tensor]],
     names: Sequence[str],
+    found: Sequence[Mapping[str, Tensor]] | None = None,
     columns: int = 4,
 ) -> Figure:
-    """A grid of images with what a detector found in them, and dashed what is there.
+    """A grid of images with the objects in them dashed, named only where nothing is `found`.
 
     Args:
         images: uint8 `[3, H, W]`.
-        found: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, `labels` and `scores`.
-        truth: of each image `boxes`; `labels` too, which are written where nothing is found.
+        truth: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
         names: of the classes; labels count them from 1.
+        found: what a detector found in each image, with `scores`; None to name the objects.
     """
     figure = plot_images(images, [""] * len(images), columns)
-    for axes, seen, there in zip(figure.axes, found, truth, strict=False):
+    for k, there in enumerate(truth):
+        axes = figure.axes[k]
         for box in there["boxes"].tolist():
             _draw_box(axes, box, color="white", ls="--")
-        for k, box in enumerate(seen["boxes"].tolist()):
-            _draw_box(axes, box, color=EMA)
-            text = f"{names[seen['labels'][k] - 1]} {seen['scores'][k]:.2f}"
-            _write_in_box(axes, box, text, color=EMA)
-        if not len(seen["boxes"]):
-            for box, label in zip(there["boxes"].tolist(), there["labels"], strict=True):
-                _write_in_box(axes, box, names[label - 1], color="black")
+        seen = there if found is None else found[k]
+        texts = [names[label - 1] for label in seen["labels"].tolist()]
+        if found is not None:
+            texts = [f"{t} {s:.2f}" for t, s in zip(texts, seen["scores"].tolist(), strict=True)]
+        for box, text in zip(seen["boxes"].tolist(), texts, strict=True):
+            if found is not None:
+                _draw_box(axes, box, color=EMA)
+            _write_in_box(axes, box, text, color="black" if found is None else EMA)
     return figure
 
 
