@@ -17,7 +17,8 @@ Stopped at any moment, the same command with the same --output-dir goes on and
 ends in the same weights.
 
 Exit codes: 0, trained; 1, the data or a file is not right, or the loss is not finite; 2, a wrong
-option or path; 75, stopped by SIGINT or SIGTERM and saved; 130, by a second SIGINT, not saved.
+option or path; 75, stopped by SIGINT, by SIGTERM or by one of each, and saved; 130, interrupted at
+once: by the same signal again, or before the training.
 """
 
 import argparse
@@ -26,13 +27,15 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from utils.errors import Parser, exit_code, starting, whole_number
 
-from backbones.classifier import create_classifier
-from backbones.deploy import keep_freed_memory
-from utils import distributed, plotting, recipe, rehearsal, runs, training
-from utils.errors import Parser, exit_code, whole_number
-from utils.inputs import open_data
+with starting():  # PyTorch takes seconds
+    import torch
+
+    from backbones.classifier import create_classifier
+    from backbones.deploy import keep_freed_memory
+    from utils import distributed, plotting, recipe, rehearsal, runs, training
+    from utils.inputs import open_data
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -162,8 +165,7 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return exit_code(lambda: train(args))
+    return exit_code(lambda: train(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -74,10 +74,14 @@ def assert_same_bits(a, b, path=""):
 
 
 def assert_same_run(one, other):
-    """Two run folders hold the same weights, averages, optimizer and metrics.csv, bit for bit."""
+    """Two run folders hold the same weights, averages, optimizer and metrics.csv, bit for bit.
+
+    The last ones and the best.
+    """
     keys = ("model", "ema", "optimizer", "schedule", "step", "metrics")
-    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (one, other)]
-    assert_same_bits(*({key: state[key] for key in keys} for state in states))
+    for name in ("last.pt", "best.pt"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
+        assert_same_bits(*({key: state[key] for key in keys} for state in states))
     tables = [(folder / "metrics.csv").read_bytes() for folder in (one, other)]
     assert tables[0] == tables[1]
 

@@ -26,6 +26,7 @@ from test_imagenet import make, sorted_tree
 
 from utils.locks import lock
 
+TRAIN = ROOT / "scripts" / "train.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Processes made by fork, with PyTorch imported already: a start takes no time.
 STARTER = multiprocessing.get_context("forkserver")
@@ -205,6 +206,60 @@ def test_a_signal_saves_and_the_same_command_goes_on(folders, whole, tmp_path, n
     assert step == {"t.Trainer.train_step": 4, "e._count": 6}[target]
     assert finish(start(args)) == 0
     assert_same_run(whole[0], tmp_path / "run")
+
+
+SIGNALLED = """
+import utils.training as t, utils.stopping as s
+signal.signal(signal.SIGINT, signal.default_int_handler)
+s.TWICE_S = {twice_s}
+def step(self, batch, f=t.Trainer.train_step):
+    if self.step == 4:
+        for name in {names}: os.kill(os.getpid(), getattr(signal, name))
+    return f(self, batch)
+t.Trainer.train_step = step
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "twice_s", "code"),
+    [
+        (["SIGTERM", "SIGINT"], 0, 75),
+        (["SIGINT", "SIGTERM"], 0, 75),
+        (["SIGTERM", "SIGTERM"], 60, 75),  # from a manager and from torchrun
+        (["SIGTERM", "SIGTERM"], 0, 130),
+        (["SIGINT", "SIGINT"], 60, 130),
+        (["SIGINT", "SIGTERM", "SIGINT"], 0, 130),
+    ],
+    ids=str,
+)
+def test_one_signal_of_each_kind_saves_and_the_same_again_interrupts(
+    folders, tmp_path, names, twice_s, code
+):
+    args = command(folders, tmp_path / "run", "--checkpoint-steps", 2)
+    fault = SIGNALLED.format(names=names, twice_s=twice_s)
+    assert finish(start(args, fault, tmp_path / "log")) == code
+    told = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    how = f"the same command with --output-dir {tmp_path / 'run'} goes on"
+    if code == 75:
+        assert told == f"stopped: {names[0]}, all is saved at step 5; {how}"
+    else:
+        assert told == f"interrupted: {how} from what was saved before"
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
+    assert saved == {75: 5, 130: 4}[code]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_an_interrupt_amid_the_imports_is_one_line(folders):
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, "--data-dir", folders], env=ENV, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted: nothing had begun\n")
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +509,6 @@ def test_a_worker_that_nothing_can_kill_does_not_keep_the_run_waiting(folders, t
 
 # ---- many processes ------------------------------------------------------------------------------
 
-TRAIN = ROOT / "scripts" / "train.py"
 AS_TRAIN = f"""
 sys.argv[0] = {str(TRAIN)!r}
 sys.exit(runpy.run_path({str(TRAIN)!r})["main"](sys.argv[1:]))
@@ -463,8 +517,9 @@ FAULTY_RANK = f"""
 import os, runpy, signal, sys
 import utils.training as t
 def step(self, batch, f=t.Trainer.train_step):
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first and os.environ["RANK"] == "1" and self.step == 9:
+    restart, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    with open(f"{{__file__}}.{{restart}}.{{rank}}", "a") as file: print(self.step, file=file)
+    if restart == "0" and rank == "1" and self.step == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return f(self, batch)
 t.Trainer.train_step = step
@@ -488,6 +543,10 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, 
     done = launch([script, *command(folders, tmp_path / "run")], launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr or "Signal 9" in done.stderr
+    for rank in (0, 1):
+        steps = [Path(f"{script}.{n}.{rank}").read_text().split() for n in (0, 1)]
+        assert steps[0] == [str(step) for step in range(10)]
+        assert steps[1] == [str(step) for step in range(8, 18)]  # saved every two steps
     assert_same_run(pair, tmp_path / "run")
 
 
@@ -498,14 +557,68 @@ def test_ranks_that_diverge_name_the_images_of_all(folders, tmp_path):
     assert done.returncode == 1
     told = json.loads((tmp_path / "run" / "diverged.json").read_text())
     assert len(set(told["images"])) == 8  # 4 of each
-    step = f"error: the loss is not finite at step {told['step']}; "
-    assert done.stderr.count(step) == 2
+    for rank in (0, 1):
+        who = f"error: rank {rank} on {socket.gethostname()}: "
+        assert done.stderr.count(f"{who}the loss is not finite at step {told['step']}; ") == 1
 
 
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+# Of rank 1: its worker gives no batch, or itself it does nothing more. Rank 0 waits 10 s longer.
+FAULTY_PEERS = {
+    "worker": """
+def get(self, keys, f=d.ImageFiles.__getitems__):
+    if os.environ["RANK"] == "1" and keys[0].epoch == 1: time.sleep(1000)
+    return f(self, keys)
+d.ImageFiles.__getitems__ = get
+""",
+    "rank": """
+def stop(self, batch, f=t.Trainer.train_step):
+    if os.environ["RANK"] == "1" and self.step == 7: os.kill(os.getpid(), signal.SIGSTOP)
+    return f(self, batch)
+t.Trainer.train_step = stop
+""",
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", FAULTY_PEERS)
+def test_of_two_ranks_each_tells_what_it_knows_in_one_line(folders, tmp_path, fault):
+    """Without torchrun, which would end the others, and has much to tell itself."""
+    script = tmp_path / "faulty.py"
+    imports = "import os, runpy, signal, sys, time\nimport utils.data as d, utils.training as t\n"
+    margin = "import utils.distributed\nutils.distributed.MARGIN_S = 10\n"
+    script.write_text(imports + margin + FAULTY_PEERS[fault] + AS_TRAIN)
+    args = command(folders, tmp_path / "run", "--workers", 1, "--timeout-s", 10)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            list(map(str, [sys.executable, script, *args])), text=True, stderr=subprocess.PIPE,
+            env={**ENV, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = {}
+    for rank in (1, 0) if fault == "worker" else (0, 1):
+        _, told[rank] = ranks[rank].communicate(timeout=120)
+        assert ranks[rank].returncode == 1, told
+        if fault == "rank":
+            ranks[1].kill()  # nobody else can end it
+            ranks[1].wait()
+            break
+    lines = {rank: [x for x in told[rank].splitlines() if "error: " in x] for rank in told}
+    assert not any("Traceback" in text for text in told.values()), told
+    assert [len(found) for found in lines.values()] == [1] * len(lines), told
+    who = f"error: rank {{}} on {re.escape(socket.gethostname())}: "
+    assert re.match(who.format(0) + "another process has gone or hangs ", lines[0][0])
+    if fault == "worker":  # and so rank 0 has not lost its patience first
+        silent = r"decoding process 0 of 1 \(pid \d+\) gave no batch in 10 s; "
+        assert re.match(who.format(1) + silent, lines[1][0])
+        assert "imed out" not in lines[0][0]
 
 
 def launch_nodes(script, folders, run_dirs, *options, env=None):

@@ -8,9 +8,13 @@ usage: an option, a value or a path that is not there; 75, stopped by a signal w
 import argparse
 import importlib
 import io
+import os
+import signal
+import socket
 import sys
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -75,6 +79,23 @@ def warn(line: str) -> None:
     print(f"warning: {printable(line)}", file=sys.stderr)
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Ends the process in one line at a SIGINT that comes while the block imports slow modules."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or another's
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # No exception, which half an import may catch, lose or wrap.
+    os._exit(_tell("interrupted", "nothing had begun", INTERRUPTED))
+
+
 def exit_code(work: Callable[[], int | None]) -> int:
     """Runs `work` and returns its exit code; what a user can mend is told in one line."""
     for stream in (sys.stdout, sys.stderr):  # a folder's name may hold any bytes
@@ -83,19 +104,20 @@ def exit_code(work: Callable[[], int | None]) -> int:
     try:
         return work() or OK
     except Stopped as error:
-        return _tell(f"stopped: {error}", STOPPED)
-    except KeyboardInterrupt:
-        return _tell("interrupted; the same command goes on from what was saved", INTERRUPTED)
+        return _tell("stopped", error, STOPPED)
+    except KeyboardInterrupt as error:
+        hint = str(error) or "the same command goes on from what was saved"
+        return _tell("interrupted", hint, INTERRUPTED)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        return _tell(f"error: {_of_system(error)}", BAD_USAGE)
+        return _tell("error", _of_system(error), BAD_USAGE)
     except OSError as error:
-        return _tell(f"error: {_of_system(error)}", BAD_DATA)
+        return _tell("error", _of_system(error), BAD_DATA)
     except MemoryError as error:
-        return _tell(f"error: not enough memory {error}".strip(), BAD_DATA)
+        return _tell("error", f"not enough memory {error}".strip(), BAD_DATA)
     except (DataError, ArithmeticError) as error:
-        return _tell(f"error: {error}", BAD_DATA)
+        return _tell("error", error, BAD_DATA)
     except ValueError as error:
-        return _tell(f"error: {error}", BAD_USAGE)
+        return _tell("error", error, BAD_USAGE)
 
 
 def _of_system(error: OSError) -> str:
@@ -105,6 +127,14 @@ def _of_system(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}"
 
 
-def _tell(line: str, code: int) -> int:
+def _tell(kind: str, reason: object, code: int) -> int:
+    line = f"{kind}: {_who()}{reason}"
     print(printable(" ".join(line.splitlines())), file=sys.stderr)
     return code
+
+
+def _who() -> str:
+    """Which of torchrun's processes speaks, if it is one of them."""
+    if not {"LOCAL_RANK", "RANK"} <= os.environ.keys():
+        return ""
+    return f"rank {os.environ['RANK']} on {socket.gethostname()}: "

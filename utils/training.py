@@ -537,6 +537,7 @@ def fit(
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         )
+        stack.enter_context(_saying_how_to_go_on(run_dir))
         stack.enter_context(advising_on_memory(trainer))
         stack.enter_context(_naming_images(trainer, data, run_dir))
         _Run(
@@ -545,7 +546,7 @@ def fit(
             run_dir,
             config,
             progress=stack.enter_context(bar),
-            stop=stack.enter_context(StopRequest(catch_signals, timeout_s)),
+            stop=stack.enter_context(StopRequest(catch_signals, timeout_s + distributed.MARGIN_S)),
             checkpoint_steps=checkpoint_steps,
             keep_every=keep_every,
             timeout_s=timeout_s,
@@ -600,8 +601,7 @@ class _Run:
             self._save()
             raise Stopped(
                 f"{self.stop.signal or 'a signal to another process'}, all is saved at step "
-                f"{trainer.step}; the same command with --output-dir "
-                f"{shlex.quote(str(self.run_dir))} goes on"
+                f"{trainer.step}; {_same_command(self.run_dir)} goes on"
             ) from None
 
     def _train_epoch(self) -> float:
@@ -679,6 +679,23 @@ def advising_on_memory(trainer: Trainer) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         parts = 2 * trainer.recipe.accumulate
         raise MemoryError(f"on {trainer.device}; try --accumulate {parts}") from error
+
+
+@contextmanager
+def _saying_how_to_go_on(run_dir: Path) -> Iterator[None]:
+    """At an interrupt, after which nothing is saved."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"{_same_command(run_dir)} goes on from what was saved before"
+        ) from error
+
+
+def _same_command(run_dir: Path) -> str:
+    return f"the same command with --output-dir {shlex.quote(str(run_dir))}"
 
 
 @contextmanager
