@@ -82,7 +82,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: predict(args))
+    return exit_code(lambda: predict(args), "fewer images at a time or a smaller --size")
 
 
 if __name__ == "__main__":

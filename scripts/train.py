@@ -165,7 +165,8 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: train(parse(argv)))
+    advice = "a smaller --batch-size, --train-crop-px or --width"
+    return exit_code(lambda: train(parse(argv)), advice)
 
 
 if __name__ == "__main__":
