@@ -32,6 +32,21 @@ def test_maps_have_a_panel_per_channel():
     assert "8 ch." in figure.axes[1].get_ylabel()
 
 
+def test_components_tell_features_apart_and_nothing_else():
+    """Two features on noise a thousand times weaker: two colours, whatever the channels are."""
+    torch.manual_seed(0)
+    features = torch.rand(2, 8)
+    left = torch.arange(12).view(1, 12).expand(16, 12) < 5
+    found = torch.where(left, *features.view(2, 8, 1, 1)) + 1e-3 * torch.randn(1, 8, 16, 12)
+    figure = plotting.plot_components(Image.new("RGB", (24, 32)), [found], (2,))
+    _, panel = figure.axes
+    assert panel.get_title() == "stride 2\n8 x 16 x 12"
+    first = torch.as_tensor(panel.images[0].get_array().data)[..., 0]  # the largest component
+    assert panel.images[0].get_array().shape == (16, 12, 3)
+    assert abs(first[left].mean() - first[~left].mean()) > 0.9
+    assert max(first[left].std(), first[~left].std()) < 0.05
+
+
 def test_bands_go_from_least_to_most_through_the_mean():
     rows = [
         ("a", 0, 1, 5.0),

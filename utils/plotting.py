@@ -271,6 +271,36 @@ def plot_maps(
     return figure
 
 
+def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequence[int]) -> Figure:
+    """An image and its feature maps in a row, each map in colours.
+
+    A map's red, green and blue are its three principal components over the channels, each from its
+    2nd to its 98th percentile: like features have like colours, which mean nothing between maps.
+
+    Args:
+        maps: `[1, C, H, W]` each, at least three channels and pixels, fine to coarse.
+        strides: of the maps.
+    """
+    panels = 1 + len(maps)
+    tall = image.height / image.width
+    figure = Figure(figsize=(2 * panels, 2 * tall + 0.6), layout="constrained")
+    axes = figure.subplots(1, panels)
+    axes[0].imshow(image)
+    axes[0].set_title(f"image\n{image.height} x {image.width}")
+    for panel, found, stride in zip(axes[1:], maps, strides, strict=True):
+        _, channels, height, width = found.shape
+        features = found[0].flatten(1).T
+        features = features - features.mean(0)
+        shown = features @ torch.linalg.svd(features, full_matrices=False).Vh[:3].T
+        low, high = shown.quantile(torch.tensor([0.02, 0.98]), 0)
+        rgb = ((shown - low) / (high - low)).clamp(0, 1).view(height, width, 3)
+        panel.imshow(rgb.numpy(), interpolation="nearest")
+        panel.set_title(f"stride {stride}\n{channels} x {height} x {width}")
+    for each in axes:
+        each.axis("off")
+    return figure
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """Normalised images `[N, 3, H, W]`, as a network gets them, back to uint8."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN_RGB, STD_RGB))
