@@ -345,9 +345,9 @@ def draw(
     root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
     settings = json.dumps({"version": VERSION, "seed": seed, "per_class": counts}).encode() + b"\n"
     data = root / "ILSVRC" / "Data" / "CLS-LOC"
-    if not root.is_dir():
-        _is_drawn(root, settings)  # a file is refused
-        root.mkdir(parents=True, exist_ok=True)
+    if root.is_file():
+        _is_drawn(root, settings)
+    root.mkdir(parents=True, exist_ok=True)
     with lock(root):  # looked at within: another process may be at it
         if not _is_drawn(root, settings):
             _draw(root, data, seed, counts, settings, progress)
