@@ -22,6 +22,7 @@ from backbones.classifier import create_classifier
 from utils import findings, plotting, sample, speed, tables
 from utils.errors import Parser, exit_code
 from utils.images import MEAN_RGB, STD_RGB
+from utils.runs import write_whole
 from utils.studies import STUDIES
 from utils.trained import load_trained
 
@@ -79,7 +80,7 @@ def update(check: bool) -> int:
         if new != old:
             print("README.md: tables are not those of the records; run scripts/update_readme.py")
         return int(new != old)
-    path.write_text(new)
+    write_whole(path, lambda aside: aside.write_text(new))
     return 0
 
 

@@ -37,8 +37,8 @@ def train_here(args, code, log):
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of workers, as outside of a forkserver
     sys.stderr = sys.stdout = open(log, "a", buffering=1)  # noqa: SIM115
-    exec(code)
-    os._exit(run("train.py", *args))
+    exec(code, globals())
+    sys.exit(run("train.py", *args))  # which waits for its children, as a program does
 
 
 def start(args, code="", log=os.devnull):
@@ -58,6 +58,19 @@ def until(path, exit_code):
     while not path.exists():
         assert exit_code() is None
         time.sleep(0.01)
+
+
+def children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def assert_ended(pids):
+    """No process lives on, not even stopped; the system may take a moment to end them."""
+    assert pids
+    end_s = time.monotonic() + 20
+    while left := [pid for pid in pids if Path("/proc", pid).exists()]:
+        assert time.monotonic() < end_s, left
+        time.sleep(0.05)
 
 
 def command(folders, run_dir, *more):
@@ -194,23 +207,37 @@ def test_a_signal_saves_and_the_same_command_goes_on(folders, whole, tmp_path, n
     assert_same_run(whole[0], tmp_path / "run")
 
 
-def test_a_signal_to_the_whole_group_is_for_the_trainer_alone(folders, tmp_path):
-    """As a terminal's Ctrl-C and a cluster's manager send it: what is done is saved."""
-    six = ["--workers", 2, "--epochs", 6, "--checkpoint-steps", 3]
-    assert finish(start(command(folders, tmp_path / "whole", *six))) == 0
-    args = command(folders, tmp_path / "run", *six)
+@pytest.fixture(scope="module")
+def six_epochs(folders, tmp_path_factory):
+    """A run that is long enough to be caught at work, to which nothing happened."""
+    run_dir = tmp_path_factory.mktemp("six") / "run"
+    assert finish(start(command(folders, run_dir, "--epochs", 6))) == 0
+    return run_dir
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_every_process_is_for_the_trainer_alone(folders, six_epochs, tmp_path, name):
+    """As terminals send it to a group, and managers to each process: what is done is saved."""
+    args = command(folders, tmp_path / "run", "--workers", 2, "--epochs", 6)
     words = [sys.executable, ROOT / "scripts" / "train.py", *args]
     process = subprocess.Popen(
-        list(map(str, words)), env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        list(map(str, words)), env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored here
+    )  # fmt: skip
     until(tmp_path / "run" / "last.pt", process.poll)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert told.strip().splitlines()[-1].startswith("stopped: SIGTERM, all is saved at step ")
+    number, workers = signal.Signals[name], children(process.pid)
+    assert len(workers) >= 2
+    for pid in workers:
+        os.kill(int(pid), number)
+    time.sleep(0.2)  # they would be gone by then
+    assert set(workers) <= set(children(process.pid))
+    os.killpg(process.pid, number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert told.strip().splitlines()[-1].startswith(f"stopped: {name}, all is saved at step ")
     assert "Traceback" not in told
     assert finish(start(args)) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(six_epochs, tmp_path / "run")
 
 
 def test_two_runs_in_one_folder_are_kept_apart_while_the_first_lives(folders, tmp_path, capsys):
@@ -225,11 +252,11 @@ def test_two_runs_in_one_folder_are_kept_apart_while_the_first_lives(folders, tm
     assert told.count("\n") == 1
     assert (run_dir / "config.json").read_bytes() == config
     assert process.exitcode is None
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = children(process.pid)
     process.kill()
     finish(process)
-    with lock(run_dir, wait=False):  # decoding processes that outlive it keep nothing
-        assert any(Path("/proc", child).exists() for child in children)
+    with lock(run_dir, wait=False):  # decoding processes outlive it for a second, and keep nothing
+        assert_ended(workers)
 
 
 # ---- the disk ------------------------------------------------------------------------------------
@@ -304,32 +331,125 @@ def test_a_checkpoint_of_another_run_is_refused(folders, whole, tmp_path, capsys
 
 # ---- workers -------------------------------------------------------------------------------------
 
-FAULTY_WORKER = """
-import utils.data as d
+# What a fault does, in the process that trains; `workers[k]` is the pid of worker k of training.
+FAULTY = """
+import multiprocessing, time, utils.data as d, utils.training as t
+here, workers = os.getpid(), []
+def note():
+    with open({pids!r}, "a") as file: print(os.getpid(), file=file)
+os.register_at_fork(after_in_child=note)
+def step(self, batch, f=t.Trainer.train_step):
+    if not workers: workers.extend(sorted(c.pid for c in multiprocessing.active_children()))
+    return f(self, batch)
+t.Trainer.train_step = step
+def wait_for_end(pid):
+    while open(f"/proc/{{pid}}/stat").read().rpartition(") ")[2][0] != "Z": time.sleep(0.01)
+{fault}
+"""
+IN_WORKER = """
 def get(self, keys, f=d.ImageFiles.__getitems__):
     info = torch.utils.data.get_worker_info()
-    if info.id == 1 and keys[0].epoch == 1: {fault}
+    if info.id == 1 and keys[0].epoch == 1: {what}
     return f(self, keys)
 d.ImageFiles.__getitems__ = get
 """
+# Batches that it has made already cannot be fetched from a process that is stopped.
+AMID_BATCHES = """
+def stop(self, batch, f=t.Trainer.train_step):
+    if self.step == 7: os.kill(workers[1], signal.SIGSTOP)
+    return f(self, batch)
+t.Trainer.train_step = stop
+"""
+IN_EVALUATION = """
+def evaluate(*args, f=t.evaluate):
+    if workers: os.kill(workers[1], signal.{name})
+    return f(*args)
+t.evaluate = evaluate
+"""
+WHILE_SAVING = """
+def save(self, f=t._Run._save):
+    if self.trainer.epoch == 1 and self.trainer.step_in_epoch == 0:
+        os.kill(workers[1], signal.SIGKILL)
+        wait_for_end(workers[1])
+        for _ in range(1000): pass  # here PyTorch's handler of SIGCHLD would raise
+    f(self)
+t._Run._save = save
+"""
+DIED = r"a decoding process died \(pid \d+\); out of memory\? try fewer --workers"
+SILENT = r"decoding process 1 of 2 \(pid \d+\) gave no batch in 3 s; is its disk there\? .*"
 FAULTS = {
-    "dies": ("os.kill(os.getpid(), signal.SIGKILL)", r"a decoding process died \(pid \d+\)"),
-    "hangs": ("import time; time.sleep(1000)", r"decoding process 1 of 2 gave no batch in 3 s"),
+    "dies": (IN_WORKER.format(what="os.kill(os.getpid(), signal.SIGKILL)"), DIED),
+    "hangs": (IN_WORKER.format(what="time.sleep(1000)"), SILENT),
+    "stops": (IN_WORKER.format(what="os.kill(os.getpid(), signal.SIGSTOP)"), SILENT),
+    "stops amid batches": (AMID_BATCHES, SILENT),
+    "dies in an evaluation": (IN_EVALUATION.format(name="SIGKILL"), DIED),
+    "stops in an evaluation": (IN_EVALUATION.format(name="SIGSTOP"), SILENT),
+    "dies while the run is saved": (WHILE_SAVING, DIED),
 }
+
+
+def test_workers_at_any_work_end_with_a_trainer_that_is_killed(folders, tmp_path):
+    """One sleeps in its work, one is stopped, two wait."""
+    fault = IN_WORKER.format(what="time.sleep(1000)")
+    code = FAULTY.format(pids=str(tmp_path / "pids"), fault=fault)
+    process = start(command(folders, tmp_path / "run", "--workers", 2), code)
+    until(tmp_path / "run" / "best.pt", lambda: process.exitcode)
+    workers = children(process.pid)
+    assert len(workers) == 4
+    os.kill(int(workers[2]), signal.SIGSTOP)
+    time.sleep(0.5)  # into the next epoch
+    process.kill()
+    finish(process)
+    assert_ended(workers)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_worker_that_dies_or_hangs_ends_the_run_in_time(folders, whole, tmp_path, fault):
     what, words = FAULTS[fault]
     args = command(folders, tmp_path / "run", "--workers", 2, "--timeout-s", 3)
-    assert (
-        finish(start(args, FAULTY_WORKER.format(fault=what), tmp_path / "log"), timeout_s=60) == 1
-    )
+    code = FAULTY.format(pids=str(tmp_path / "pids"), fault=what)
+    assert finish(start(args, code, tmp_path / "log"), timeout_s=90) == 1
     told = (tmp_path / "log").read_text()
-    assert re.search(rf"^error: {words}", told, re.MULTILINE)
+    assert re.search(rf"^error: {words}$", told, re.MULTILINE), told
+    assert told.count("error") == 1
     assert "Traceback" not in told
-    assert finish(start(args)) == 0
+    assert_ended((tmp_path / "pids").read_text().split())
+    if fault in ("dies", "hangs"):
+        assert finish(start(args)) == 0
+        assert_same_run(whole[0], tmp_path / "run")
+
+
+UNKILLABLE = """
+import multiprocessing.popen_fork
+multiprocessing.popen_fork.Popen._send_signal = lambda self, number: None
+"""
+AT_THE_END = """
+def save(self, f=t._Run._save):
+    f(self)
+    if self.trainer.epoch == 3:
+        os.kill(workers[1], signal.SIGSTOP)
+t._Run._save = save
+"""
+
+
+def test_a_worker_that_stops_after_its_last_batch_keeps_nothing_waiting(folders, whole, tmp_path):
+    args = command(folders, tmp_path / "run", "--workers", 2)
+    code = FAULTY.format(pids=str(tmp_path / "pids"), fault=AT_THE_END)
+    assert finish(start(args, code), timeout_s=180) == 0
     assert_same_run(whole[0], tmp_path / "run")
+    assert_ended((tmp_path / "pids").read_text().split())
+
+
+def test_a_worker_that_nothing_can_kill_does_not_keep_the_run_waiting(folders, tmp_path):
+    """As in a system call to a dead disk; here by a kill that does nothing."""
+    args = command(folders, tmp_path / "run", "--workers", 2, "--timeout-s", 3)
+    fault = UNKILLABLE + IN_WORKER.format(what="os.kill(os.getpid(), signal.SIGSTOP)")
+    code = FAULTY.format(pids=str(tmp_path / "pids"), fault=fault)
+    assert finish(start(args, code, tmp_path / "log"), timeout_s=90) == 1
+    assert re.search(rf"^error: {SILENT}$", (tmp_path / "log").read_text(), re.MULTILINE)
+    for pid in (tmp_path / "pids").read_text().split():
+        if Path("/proc", pid).exists():
+            os.kill(int(pid), signal.SIGKILL)
 
 
 # ---- many processes ------------------------------------------------------------------------------

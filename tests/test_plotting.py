@@ -124,3 +124,27 @@ def test_titles_of_images_keep_to_their_columns():
 def test_no_images_are_an_empty_figure():
     """Such as the wrong guesses of a classifier that has none."""
     assert not plotting.plot_images([], []).axes[0].images
+
+
+def test_boxes_are_drawn_where_they_are_and_named_inside_the_picture():
+    """At each corner: the text lies within its axes, and every box has its four sides."""
+    corners = torch.tensor([[0, 0, 20, 20], [44, 0, 64, 20], [0, 44, 20, 64], [44, 44, 64, 64.0]])
+    labels, scores = torch.tensor([1, 2, 1, 2]), torch.tensor([0.9, 0.8, 0.7, 0.6])
+    found = {"boxes": corners, "labels": labels, "scores": scores}
+    images = [torch.zeros(3, 64, 64, dtype=torch.uint8)] * 2
+    names = ["heart", "flower"]
+    nothing = {key: value[:0] for key, value in found.items()}
+    seen, empty = plotting.plot_boxes(images, [found] * 2, names, [found, nothing]).axes[:2]
+    (named,) = plotting.plot_boxes(images[:1], [found], names, columns=1).axes
+    assert len(seen.patches) == 8
+    assert len(named.patches) == len(empty.patches) == 4
+    assert not empty.texts
+    assert [text.get_text() for text in seen.texts][:2] == ["heart 0.90", "flower 0.80"]
+    assert [text.get_text() for text in named.texts] == ["heart", "flower"] * 2
+    assert seen.patches[-1].get_bbox().extents.tolist() == [43.5, 43.5, 63.5, 63.5]
+    for axes in (seen, named):
+        axes.figure.canvas.draw()
+        for text in axes.texts:
+            inside, box = axes.get_window_extent(), text.get_window_extent()
+            assert inside.x0 - 1 <= box.x0 < box.x1 <= inside.x1 + 1
+            assert inside.y0 - 1 <= box.y0 < box.y1 <= inside.y1 + 1

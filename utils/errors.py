@@ -70,6 +70,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def warn(line: str) -> None:
+    """Tells in one line of something that is not as it should be, and does no harm by itself."""
+    print(f"warning: {printable(line)}", file=sys.stderr)
+
+
 def exit_code(work: Callable[[], int | None]) -> int:
     """Runs `work` and returns its exit code; what a user can mend is told in one line."""
     for stream in (sys.stdout, sys.stderr):  # a folder's name may hold any bytes

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from utils import distributed, inputs
-from utils.data import Batch, Preprocess, collate, readable, watched
+from utils.data import Batch, Preprocess, collate, readable
 from utils.images import CorruptImageError, eval_transform, open_image
 from utils.recipe import Recipe
 from utils.trained import Trained
+from utils.workers import watched
 
 MOST_IMAGES = 256  # in a batch that is evaluated, whatever the recipe trains with
 

@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
 from utils.images import MEAN_RGB, STD_RGB
+from utils.runs import write_whole
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 RAW, EMA, TRAIN = "#0072B2", "#D55E00", "#009E73"
@@ -216,6 +219,61 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
     return figure
 
 
+def plot_boxes(
+    images: Sequence[Tensor],
+    truth: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    found: Sequence[Mapping[str, Tensor]] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """A grid of images with the objects in them dashed, named only where nothing is `found`.
+
+    Args:
+        images: uint8 `[3, H, W]`.
+        truth: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
+        names: of the classes; labels count them from 1.
+        found: what a detector found in each image, with `scores`; None to name the objects.
+    """
+    figure = plot_images(images, [""] * len(images), columns)
+    for k, there in enumerate(truth):
+        axes = figure.axes[k]
+        for box in there["boxes"].tolist():
+            _draw_box(axes, box, color="white", ls="--")
+        seen = there if found is None else found[k]
+        texts = [names[label - 1] for label in seen["labels"].tolist()]
+        if found is not None:
+            texts = [f"{t} {s:.2f}" for t, s in zip(texts, seen["scores"].tolist(), strict=True)]
+        for box, text in zip(seen["boxes"].tolist(), texts, strict=True):
+            if found is not None:
+                _draw_box(axes, box, color=EMA)
+            _write_in_box(axes, box, text, color="black" if found is None else EMA)
+    return figure
+
+
+def _draw_box(axes: Axes, box: list[float], **look: Any) -> None:
+    x1, y1, x2, y2 = box
+    # Pixel (0, 0) has its centre, not its corner, at the origin.
+    corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
+    axes.add_patch(Rectangle(corner, *size, fill=False, lw=1.2, **look))
+
+
+def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
+    """Text within the box's top, towards the middle of the image, so that none of it is cut off."""
+    x1, y1, x2, _ = box
+    on_right = x1 + x2 > sum(axes.get_xlim())
+    axes.annotate(
+        text,
+        (x2 - 0.5 if on_right else x1 - 0.5, y1 - 0.5),
+        (-1.5 if on_right else 1.5, -1.5),
+        textcoords="offset points",
+        size=6,
+        color="white",
+        ha="right" if on_right else "left",
+        va="top",
+        bbox={"color": color, "pad": 0.6, "lw": 0},
+    )
+
+
 def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figure:
     """Parameters against multiply-accumulates, a point per model, a colour and marker per family.
 
@@ -312,5 +370,5 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as an image file."""
-    figure.savefig(path, dpi=120)
+    """Writes a figure as an image file; it appears whole or not at all."""
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=120, format=path.suffix[1:]))
