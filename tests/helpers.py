@@ -1,11 +1,13 @@
 """What more than one test file uses and no fixture can be."""
 
 import dataclasses
+import re
 import runpy
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
@@ -36,6 +38,25 @@ def run(script, *args):
         return runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(arg) for arg in args])
     except SystemExit as error:
         return error.code
+
+
+def run_check(notebook, **values):
+    """The names of a notebook after its imports, its parameters with these values, and their check.
+
+    Args:
+        notebook: the beginning of its name, such as "03".
+    """
+    (path,) = (ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    tagged = ["parameters" in cell.metadata.get("tags", []) for cell in code].index(True)
+    names = {}
+    exec(re.sub(r"(?m)^%.*$", "", code[1].source), names)
+    exec(code[tagged].source, names)
+    assert values.keys() <= names.keys(), "not a parameter of this notebook"
+    names |= values
+    exec(code[tagged + 1].source, names)
+    return names
 
 
 @contextmanager

@@ -325,7 +325,7 @@ def draw(
     """Draws the sample into a folder, or does nothing if it is there, its val/ sorted or not.
 
     The same settings give the same bytes. An image depends on the seed, its split and its number
-    alone. Two processes must not draw into the same folder at the same time.
+    alone. One process draws, and others that want the same wait for it.
 
     Args:
         root: Folder to fill: missing, empty, or left unfinished by a call with these settings.
@@ -345,10 +345,18 @@ def draw(
     root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
     settings = json.dumps({"version": VERSION, "seed": seed, "per_class": counts}).encode() + b"\n"
     data = root / "ILSVRC" / "Data" / "CLS-LOC"
-    if _is_drawn(root, settings):
-        return data
-
+    if root.is_file():
+        _is_drawn(root, settings)
     root.mkdir(parents=True, exist_ok=True)
+    with lock(root):  # looked at within: another process may be at it
+        if not _is_drawn(root, settings):
+            _draw(root, data, seed, counts, settings, progress)
+    return data
+
+
+def _draw(
+    root: Path, data: Path, seed: int, counts: dict[str, int], settings: bytes, progress: bool
+) -> None:
     (root / UNFINISHED).write_bytes(settings)
     names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
     (root / "LOC_synset_mapping.txt").write_text(names)
@@ -359,7 +367,6 @@ def draw(
             (root / f"LOC_{split}_solution.csv").write_text(solution)
     (root / MARKER).write_bytes(settings)
     (root / UNFINISHED).unlink(missing_ok=True)
-    return data
 
 
 def draw_scenes(
