@@ -294,8 +294,7 @@ def benchmark(args: argparse.Namespace) -> None:
         found = TASKS[task](args)
         if task == "networks":
             if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                found.to_csv(args.output, index=False)
+                runs.write_table(args.output, found.to_dict("records"))
             continue
         table = pd.DataFrame(found).assign(freed_memory_kept_by=kept_by(args, task), **facts)
         name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")

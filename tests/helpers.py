@@ -2,8 +2,11 @@
 
 import dataclasses
 import runpy
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from utils.recipe import RECIPES
@@ -33,6 +36,25 @@ def run(script, *args):
         return runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(arg) for arg in args])
     except SystemExit as error:
         return error.code
+
+
+@contextmanager
+def mounted(path, *options):
+    """A mount on `path`, which is made, for the time of the block; skips where nobody may mount."""
+    path = Path(path).absolute()
+    path.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *options, path], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"may mount no file system here: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def small_disk(path, size):
+    """A file system of so many bytes (or "4k") on `path`."""
+    return mounted(path, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
 
 
 def assert_same_bits(a, b, path=""):

@@ -5,7 +5,11 @@ one line. What must be taken as it is stands in the same table with exit code 0.
 other mistakes of launchers are in tests/test_faults.py.
 """
 
+import codecs
+import errno
+import fcntl
 import io
+import json
 import math
 import os
 import re
@@ -15,16 +19,19 @@ import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import ROOT, mounted, run, small_disk
 from PIL import Image
 
 A, B = "n00000000", "n00000001"
@@ -47,6 +54,47 @@ PACK = "make_shards.py --data-dir data --output-dir new"
 VERIFY = "make_shards.py --verify --output-dir shards"
 STUDY = "ablate.py csp_split --data-dir data --runs-dir runs --output new.csv --devices cpu"
 BENCH = "benchmark.py --backbones resnet18 --device cpu --output new.csv"
+
+
+# ---- disks and permissions -----------------------------------------------------------------------
+
+UNTIL_THE_END = ExitStack()  # of a test
+
+
+def full_disk():
+    """Folders have room there, and names, but no content has."""
+    UNTIL_THE_END.enter_context(small_disk("disk", "8k"))
+    Path("disk/full").write_bytes(bytes(8192))
+    make_folder("disk/new")()
+
+
+def read_only(path):
+    def prepare():
+        UNTIL_THE_END.enter_context(mounted(path, "--bind", path))
+        subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
+
+    return prepare
+
+
+def mode(path, bits):
+    return lambda: Path(path).chmod(bits)
+
+
+@contextmanager
+def as_nobody():
+    """The working directory is nobody's, and so is this process: root may do whatever it likes."""
+    if os.geteuid():
+        yield
+        return
+    for parent, folders, files in os.walk("."):
+        for name in [".", *folders, *files]:
+            os.lchown(os.path.join(parent, name), 65534, 65534)
+    codecs.lookup("utf-8-sig")  # which nobody may not be able to import
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -168,6 +216,10 @@ IMAGE_FILES = {
         EVALUATE, 1, f"val/{B}/1.JPEG: not a readable image",
     ),
     "all broken, skipped": (all_broken, f"{TRAIN} --skip-corrupt", 1, "JPEG: not a readable image"),
+    "all but one broken, skipped": (
+        lambda: [path.write_bytes(b"") for path in Path("data/train").glob("*/*") if path != FIRST],
+        f"{TRAIN} --skip-corrupt", 1, "JPEG: not a readable image", "too few others of its batch",
+    ),
     "zero bytes": (first(b""), TRAIN, 1, NOT_READABLE, "of no known format"),
     "text": (first(b"no image\n"), TRAIN, 1, NOT_READABLE),
     "a web page": (first(b"<!DOCTYPE html><html>404"), TRAIN, 1, NOT_READABLE),
@@ -381,6 +433,34 @@ def half_of_last():
     Path("done/last.pt").write_bytes(content[: len(content) // 2])
 
 
+def changed(key, change):
+    """A checkpoint whose entry is what `change` gives for it, or what `change` did to it."""
+
+    def prepare(checkpoint):
+        found = change(checkpoint[key])
+        checkpoint[key] = checkpoint[key] if found is None else found
+
+    return last(prepare)
+
+
+def in_row(name, value, key="metrics"):
+    return changed(key, lambda rows: rows[0].update({name: value}))
+
+
+def without(key, name):
+    return changed(key, lambda entry: [entry[0].pop(name), None][1])
+
+
+def momentum(change):
+    """A checkpoint whose first momentum is what `change` gives for it."""
+
+    def prepare(optimizer):
+        first = optimizer["state"][0]
+        first["momentum_buffer"] = change(first["momentum_buffer"])
+
+    return changed("optimizer", prepare)
+
+
 LAST = "done/last.pt: not a"
 CHECKPOINTS = {
     "no checkpoint": (move("done", "away"), EVALUATE, 2, "done/last.pt: no such checkpoint"),
@@ -425,6 +505,107 @@ CHECKPOINTS = {
         set_config(backbone="darknet19"), EVALUATE, 1, "not those of its own config"
     ),
 }  # fmt: skip
+ODD = "done/last.pt: its {!r} is not that of its own config; put best.pt in its place"
+ODD_ENTRIES = {
+    f"goes on with {what}": (prepare, RESUME, 1, ODD.format(key))
+    for key, kinds in {
+        "step": {
+            "a step beyond the schedule": changed("step", lambda step: 10**6),
+            "a step behind its rows": changed("step", lambda step: 0),
+            "a negative step": changed("step", lambda step: -1),
+        },
+        "metrics": {
+            "metrics that are numbers": changed("metrics", lambda rows: [1.0]),
+            "metrics that are lists": changed("metrics", lambda rows: [list(rows[0].values())]),
+            "a loss of text": in_row("train_loss", "low"),
+            "a loss that is a list": in_row("train_loss", [0.5]),
+            "a loss that is not finite": in_row("val_loss", math.nan),
+            "an accuracy that is a tensor": in_row("ema_val_top1_pct", torch.ones(2)),
+            "a column without a name": in_row(3, 3.0),
+            "metrics without an accuracy": without("metrics", "ema_val_top1_pct"),
+            "metrics without a step": without("metrics", "step"),
+            "metrics of another epoch": in_row("epoch", 2),
+            "metrics of another step": in_row("step", 7),
+        },
+        "speed": {
+            "speeds of text": in_row("train_time_s", "fast", "speed"),
+            "fewer speeds than epochs": changed("speed", lambda rows: []),
+            "speeds without a time": without("speed", "eval_time_s"),
+        },
+        "skipped": {
+            "skipped images that are numbers": changed("skipped", lambda lines: [3]),
+            "skipped images that are lists": changed("skipped", lambda lines: [[]]),
+        },
+        "under_way": {
+            "nothing under way": changed("under_way", lambda entry: {}),
+            "a sum of losses of another shape": changed(
+                "under_way", lambda entry: entry.update(loss_sums=torch.zeros(0))
+            ),
+            "a sum of losses that is a number": changed(
+                "under_way", lambda entry: entry.update(loss_sums=0.0)
+            ),
+            "losses of other steps": changed("under_way", lambda entry: entry.update(loss_count=9)),
+            "a time of text": changed("under_way", lambda entry: entry.update(train_time_s="1")),
+        },
+        "optimizer": {
+            "no optimizer": changed("optimizer", lambda entry: {}),
+            "an optimizer of text": changed("optimizer", lambda entry: {"state": "x"}),
+            "momentum of another shape": momentum(lambda tensor: tensor[:1]),
+            "momentum of no shape": momentum(lambda tensor: torch.tensor(0.0)),
+            "momentum of integers": momentum(lambda tensor: tensor.long()),
+            "sparse momentum": momentum(lambda tensor: tensor.to_sparse()),
+            "momentum that is text": momentum(lambda tensor: "x"),
+            "momentum of a parameter that is not there": changed(
+                "optimizer", lambda entry: entry["state"].update({9999: entry["state"][0]})
+            ),
+        },
+    }.items()
+    for what, prepare in kinds.items()
+} | {
+    # Both follow from the recipe and the step.
+    "goes on with another schedule": (
+        changed("schedule", lambda entry: {"optimizer": 3, "_last_lr": "x"}), RESUME, 0
+    ),
+    "goes on with other options of the optimizer": (
+        changed("optimizer", lambda entry: entry.update(param_groups="x")), RESUME, 0
+    ),
+    "goes on with a config of tensors": (
+        set_config(recipe={"momentum": torch.ones(2)}), RESUME, 1, LAST, "its config"
+    ),
+    "goes on with a config of numbered entries": (
+        set_config(**{"recipe": {1: 2}}), RESUME, 1, "done/last.pt: holds a run with"
+    ),
+    "goes on with a config of itself": (
+        last(lambda c: c["config"].update(recipe={"x": c["config"]})), RESUME, 1, LAST, "its config"
+    ),
+    "evaluates a config of tensors": (
+        set_config(options={"width": torch.ones(2)}), EVALUATE, 1, LAST, "its config"
+    ),
+    "evaluates a network that no memory holds": (
+        set_config(options={"in_channels": 10**12}), EVALUATE, 1, "its config names no network"
+    ),
+}  # fmt: skip
+
+CONFIG = "done/config.json: not a config of scripts/train.py"
+
+
+def config(text):
+    return lambda: Path("done/config.json").write_text(text)
+
+
+CONFIGS = {
+    f"a config.json of {text[:30]}": (config(text), RESUME, 1, line)
+    for text, line in {
+        "": "done/config.json: missing or not readable",
+        "[" * 100_000: "done/config.json: missing or not readable",
+        "3": "done/config.json: missing or not readable",
+        "{}": f"{CONFIG} (its recipe)",
+        '{"recipe": 3, "classes": []}': f"{CONFIG} (its recipe)",
+        '{"recipe": {}, "classes": {}}': f"{CONFIG} (its classes)",
+        '{"recipe": {}, "classes": []}': "done: holds a run with accumulate=None, not 1",
+    }.items()
+}
+
 RUN_FOLDERS = {
     "goes on": (None, RESUME, 0),
     "a run of another recipe": (
@@ -512,6 +693,25 @@ OPTIONS = {
     "negative seed": (None, f"{TRAIN} --seed -1", 2, "--seed: '-1' must be"),
     "half a worker": (None, f"{TRAIN} --workers 0.5", 2, "--workers: '0.5' must be"),
     "nothing given": (None, "train.py", 2, "--data-dir"),
+    "more parts than images": (
+        None, f"{TRAIN} --accumulate 9", 2, "accumulate=9 must be at most the 8 images"
+    ),
+    "single images for BatchNorm": (
+        None, f"{TRAIN} --batch-size 1", 2,
+        "batch_size=1 leaves single images to BatchNorm", "1 x 1 at train_crop_px=32",
+    ),
+    "parts of single images": (
+        None, f"{TRAIN} --accumulate 8", 2, "batch_size=8 leaves single images to BatchNorm"
+    ),
+    "a last part of a single image": (
+        None, f"{TRAIN} --batch-size 7 --accumulate 3", 2, "batch_size=7 leaves single images"
+    ),
+    "rehearses single images": (
+        None, f"{TRAIN} --batch-size 1 --dry-run", 2, "batch_size=1 leaves single images"
+    ),
+    "single images whose maps are larger": (
+        None, f"{TRAIN} --batch-size 1 --train-crop-px 64", 0
+    ),
 }  # fmt: skip
 
 
@@ -530,6 +730,71 @@ def sums(text):
 
     return prepare
 
+
+def index_is(content):
+    """Shards whose first says this of itself; a dict changes what it says."""
+
+    def prepare():
+        assert run("make_shards.py", "--data-dir", "data", "--output-dir", "shards") == 0
+        path = Path("shards/train-000000.tar")
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        name = next(iter(files))
+        if isinstance(content, dict):
+            files[name] = json.dumps(json.loads(files[name]) | content).encode()
+        else:
+            files[name] = content
+        with tarfile.open(path, "w") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    return prepare
+
+
+TRAIN_SHARDS = f"{TRAIN} --data-dir 'shards/{{train,val}}-000000.tar'"
+DAMAGED = "shards/train-000000.tar: __meta__/index.json in it is damaged"
+INDICES = {
+    f"an index whose {name} is {json.dumps(value)[:40]}": (
+        index_is({name: value}), TRAIN_SHARDS, 1, f"{DAMAGED} ({name}="
+    )
+    for name, values in {
+        "counts": ["8", {"0": 8}, 8, [], ["8"], [8.0], [True], [-8], [0], [None], [2**70]],
+        "split": ["test", ["train"], None, "../train"],
+        "shard": ["0", -1, 1, 0.0, [0]],
+        "classes": [
+            "ab", {A: 0, B: 1}, [], [A, 1], [A, A], [B, A], ["", A], ["..", A], ["a/b", B],
+            ["/etc", B], ["\0", B],
+        ],
+        "seed": ["0", -1, 0.5, None],
+        "files": [3, None, ["x"]],
+    }.items()
+    for value in values
+} | {
+    "an index that is a list": (index_is(b"[1]"), TRAIN_SHARDS, 1, DAMAGED),
+    "an index that is a number": (index_is(b"3"), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of nothing": (index_is(b""), TRAIN_SHARDS, 1, DAMAGED),
+    "half an index": (index_is(b'{"format": 1, "split": "tr'), TRAIN_SHARDS, 1, DAMAGED),
+    "an index without counts": (
+        index_is(b'{"format": 1, "split": "train"}'), TRAIN_SHARDS, 1, DAMAGED
+    ),
+    "an index that says more": (index_is({"more": 1}), TRAIN_SHARDS, 1, DAMAGED, "'more'"),
+    "an index that is not UTF-8": (index_is(b'{"format": "\xff"}'), TRAIN_SHARDS, 1, DAMAGED),
+    "an index without end": (index_is(b"[" * 100_000), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of many digits": (
+        index_is(b'{"format": ' + b"9" * 5000 + b"}"), TRAIN_SHARDS, 1, DAMAGED
+    ),
+    "an index whose format is text": (index_is({"format": "1"}), TRAIN_SHARDS, 1, DAMAGED),
+    "an index of the future": (
+        index_is({"format": 2, "more": 1}), TRAIN_SHARDS, 1, "has format 2, not 1"
+    ),
+    "packs beside a damaged index": (
+        lambda: (index_is({"counts": "8"})(), Path("shards/SHA256SUMS").unlink()),
+        f"{PACK} --output-dir shards", 1, DAMAGED,
+    ),
+    "shards as they should be": (index_is({}), TRAIN_SHARDS, 0),
+}  # fmt: skip
 
 DRY = f"{TRAIN} --dry-run"
 REHEARSALS = {
@@ -716,9 +981,101 @@ OTHER_SCRIPTS = {
     ),
 }  # fmt: skip
 
+PERMISSIONS = {
+    "an unreadable image": (
+        mode(FIRST, 0), TRAIN, 1, f"{FIRST}: not a readable image (Permission denied)"
+    ),
+    "an unreadable class": (mode(f"data/train/{A}", 0), TRAIN, 1, f"{A}: Permission denied"),
+    "an unreadable split": (mode("data/val", 0), TRAIN, 1, "data/val: Permission denied"),
+    "a class that lists its images alone": (
+        mode(f"data/train/{A}", 0o444), TRAIN, 1, f"{A}/0.JPEG", "Permission denied"
+    ),
+    "a run folder that may not be written": (
+        lambda: os.mkdir("locked", 0o500), f"{TRAIN} --output-dir locked",
+        1, "locked/config.json: cannot be written (Permission denied)",
+    ),
+    "a run folder that may not be read": (
+        lambda: os.mkdir("locked", 0o300), f"{TRAIN} --output-dir locked",
+        1, "locked: Permission denied",
+    ),
+    "a run folder where none may be made": (
+        lambda: os.mkdir("locked", 0o500), f"{TRAIN} --output-dir locked/new",
+        1, "locked/new: Permission denied",
+    ),
+    "goes on where nothing may be written": (
+        mode("done", 0o500), RESUME, 1, "done/metrics.csv: cannot be written (Permission denied)"
+    ),
+    "goes on by an unreadable checkpoint": (
+        mode("done/last.pt", 0), RESUME, 1, f"{LAST} readable checkpoint (Permission denied)"
+    ),
+    "goes on by an unreadable config.json": (
+        mode("done/config.json", 0), RESUME, 1, "done/config.json: missing or not readable"
+    ),
+    "evaluates an unreadable checkpoint": (
+        mode("done/last.pt", 0), EVALUATE, 1, f"{LAST} readable checkpoint (Permission denied)"
+    ),
+    "predicts an unreadable image": (
+        mode(FIRST, 0), PREDICT, 1, f"{FIRST}: not a readable image (Permission denied)"
+    ),
+    "exports where it may not": (
+        lambda: os.mkdir("locked", 0o500), f"{EXPORT} --output locked/x.pt2",
+        1, "locked/x.pt2: cannot be written (Permission denied)",
+    ),
+    "exports unreadable weights": (
+        mode("done/last.pt", 0), f"{BY_NAME} --weights done/last.pt",
+        1, "done/last.pt", "Permission denied",
+    ),
+    "sorts by an unreadable CSV": (
+        mode("solution.csv", 0), SORT, 1, "solution.csv: Permission denied"
+    ),
+    "sorts in an unreadable folder": (mode("flat", 0), SORT, 1, "flat", "Permission denied"),
+    "sorts where nothing may be written": (
+        mode("flat", 0o500), SORT, 1, "flat", "Permission denied"
+    ),
+    "packs an unreadable image": (
+        lambda: (os.mkdir("packed"), FIRST.chmod(0)), f"{PACK} --output-dir packed",
+        1, f"{FIRST}: Permission denied",
+    ),
+    "packs where it may not": (
+        lambda: os.mkdir("locked", 0o500), f"{PACK} --output-dir locked",
+        1, "locked/train-000000.tar: cannot be written (Permission denied)",
+    ),
+}  # fmt: skip
+
+DISKS = {
+    "a run folder on a full disk": (
+        full_disk, f"{TRAIN} --output-dir disk/new",
+        1, "disk/new/config.json: cannot be written (No space left on device)",
+    ),
+    "packs onto a full disk": (
+        full_disk, f"{PACK} --output-dir disk/new",
+        1, "disk/new/train-000000.tar: cannot be written (No space left on device)",
+    ),
+    "exports onto a full disk": (
+        full_disk, f"{EXPORT} --output disk/new/x.pt2",
+        1, "disk/new/x.pt2: cannot be written (No space left on device)",
+    ),
+    "a run on a disk to be read": (
+        read_only("done"), RESUME, 1, "done/metrics.csv: cannot be written (Read-only file system)"
+    ),
+    "a new run on a disk to be read": (
+        read_only("flat"), f"{TRAIN} --output-dir flat/new", 1, "flat/new: Read-only file system"
+    ),
+    "packs onto a disk to be read": (
+        read_only("flat"), f"{PACK} --output-dir flat/new", 1, "flat/new: Read-only file system"
+    ),
+    "exports onto a disk to be read": (
+        read_only("flat"), f"{EXPORT} --output flat/x.pt2",
+        1, "flat/x.pt2: cannot be written (Read-only file system)",
+    ),
+    "sorts on a disk to be read": (read_only("flat"), SORT, 1, "flat", "Read-only file system"),
+    "reads a disk to be read": (read_only("data"), TRAIN, 0),
+}  # fmt: skip
+
 CASES = {
     **IMAGE_FILES, **TREES, **SOLUTIONS, **CHECKPOINTS, **RUN_FOLDERS, **OPTIONS, **REHEARSALS,
-    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS,
+    **PREDICTIONS, **EXPORTS, **OTHER_SCRIPTS, **INDICES, **PERMISSIONS, **DISKS, **ODD_ENTRIES,
+    **CONFIGS,
 }  # fmt: skip
 
 
@@ -760,6 +1117,7 @@ def folder(good, tmp_path, monkeypatch):
     yield root
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+    UNTIL_THE_END.close()
 
 
 def state(root):
@@ -792,7 +1150,8 @@ def test_input_is_taken_or_ends_in_one_line(folder, capsys, name):
     capsys.readouterr()
     before, before_mb = state(folder), peak_mb()
     script, *args = shlex.split(command)
-    assert run(script, *args) == code
+    with as_nobody() if name in PERMISSIONS else nullcontext():
+        assert run(script, *args) == code
     captured = capsys.readouterr()
     assert peak_mb() < before_mb + 500
     assert "Traceback" not in captured.err + captured.out
@@ -828,8 +1187,28 @@ def assert_done(script, args, before, after):
         assert after == before
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("command", [TRAIN, PACK, SORT])
+def test_a_drive_that_locks_no_folders_is_told_of_in_one_line(
+    folder, capsys, monkeypatch, command, number
+):
+    def flock(handle, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    script, *args = shlex.split(command)
+    assert run(script, *args) == 0
+    where = "flat" if command is SORT else "new"
+    assert told(capsys.readouterr()) == [
+        f"warning: {where}: its drive locks no folders ({os.strerror(number)}); see to it that no "
+        "other process works there"
+    ]
+
+
 def test_there_are_kinds_enough():
-    """Which the table would not tell if two rows had one name."""
+    """Which the table would not tell if two rows had one name, nor docs if rows were added."""
     tables = [IMAGE_FILES, TREES, SOLUTIONS, CHECKPOINTS, RUN_FOLDERS, OPTIONS, REHEARSALS]
-    tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS]
+    tables += [PREDICTIONS, EXPORTS, OTHER_SCRIPTS, INDICES, PERMISSIONS, DISKS]
+    tables += [ODD_ENTRIES, CONFIGS]
     assert len(CASES) == sum(map(len, tables)) >= 40
+    assert f"| {len(CASES)} kinds;" in (ROOT / "docs" / "reliability.md").read_text()

@@ -4,6 +4,7 @@ Images are tiny and tell who they are: the red of a pixel is the image's place i
 paths, so what comes out of a stream is compared with the tree, never with our own reading.
 """
 
+import errno
 import fcntl
 import io
 import json
@@ -22,7 +23,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import webdataset
-from helpers import ROOT, SMALL, assert_same_run, run
+from helpers import ROOT, SMALL, assert_same_run, run, small_disk
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -265,6 +266,37 @@ def test_kill_9_and_a_rerun_give_the_bytes_of_one_run(images, packed, tmp_path, 
     assert main(command(images, out)) == 0
     assert files_of(out) == files_of(packed)
     assert {name: (out / name).stat().st_ino for name in whole} == inodes
+
+
+def test_a_full_disk_is_named_and_packing_goes_on_where_there_is_room(
+    images, packed, tmp_path, capsys
+):
+    out = tmp_path / "disk"
+    with small_disk(out, "100k"):  # for four of 13 shards
+        for _ in range(2):  # what it could not write takes no room
+            assert main(command(images, out)) == 1
+            told = capsys.readouterr().err.strip().splitlines()[-1]
+            name = "train-000004.tar"
+            assert told == f"error: {out / name}: cannot be written (No space left on device)"
+            left = files_of(out)
+            assert left.keys() == {"SHA256SUMS", *(f"train-00000{k}.tar" for k in range(4))}
+        subprocess.run(["mount", "-o", "remount,size=1m", out], check=True)
+        inodes = {name: (out / name).stat().st_ino for name in left if name.endswith(".tar")}
+        assert main(command(images, out)) == 0
+        assert files_of(out) == files_of(packed)
+        assert {name: (out / name).stat().st_ino for name in inodes} == inodes
+
+
+def test_an_image_that_its_disk_cannot_give_is_named(images, tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert main(command(images, tmp_path / "out")) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith(f"error: {images}/train/n0000000")
+    assert told.endswith(": Input/output error")
+    assert files_of(tmp_path / "out") == {}
 
 
 def test_two_runs_at_once_both_succeed(images, packed, tmp_path, capfd):

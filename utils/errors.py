@@ -74,6 +74,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def warn(line: str) -> None:
+    """Tells in one line of something that is not as it should be, and does no harm by itself."""
+    print(f"warning: {printable(line)}", file=sys.stderr)
+
+
 @contextmanager
 def starting() -> Iterator[None]:
     """Ends the process in one line at a SIGINT that comes while the block imports slow modules."""

@@ -4,7 +4,6 @@ The file gets its name only when it has been read back and has given what its so
 batch and image sizes than those it was traced with.
 """
 
-import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from utils import runs
 from utils.errors import DataError, needed
+from utils.runs import write_whole
 
 TRACED = (2, 64, 96)  # images, height and width, pixels; a 1 or a square would be taken for fixed
 CHECKED = ((3, 160, 96), (1, 75, 107))
@@ -56,20 +55,13 @@ def export(source: nn.Module, path: str | Path, *, overwrite: bool = False) -> s
     if path.exists() and not (overwrite and path.is_file()):
         raise FileExistsError(f"{path}: is there already; --overwrite replaces files")
     write, read = FORMATS[path.suffix]
-    aside = path.with_name(path.name + runs.PARTIAL)
-    try:
-        content = write(source)
-        try:
-            aside.write_bytes(content)
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise OSError(error.errno, reason, str(path)) from error
-        del content
-        outputs, error = _compare(path, source, read(aside))
-        runs.put_in_place(aside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+
+    def write_checked(aside: Path) -> tuple[str, float]:
+        aside.touch()  # what cannot be written is known before minutes of tracing
+        aside.write_bytes(write(source))
+        return _compare(path, source, read(aside))
+
+    outputs, error = write_whole(path, write_checked)
     return (
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, images float32 "
         f"[batch, {source.in_channels}, height, width] to {outputs}; off by at most {error:.1g} of "

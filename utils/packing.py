@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from utils.imagenet import check_layout, few
 from utils.images import pixels
 from utils.locks import lock
 from utils.progress import progress_bar
-from utils.runs import put_in_place
+from utils.runs import write_whole
 from utils.shards import FORMAT, INDEX_KEY, SPLITS, Index, ShardError, Shards, read_index
 
 SUMS_NAME = "SHA256SUMS"  # as sha256sum writes it and --check reads it
@@ -71,13 +72,8 @@ def make_shards(
             if name in sums and _sha256(output_dir / name) == sums[name]:
                 bar.update(len(job.order))
                 continue
-            aside = output_dir / f"{name}.partial"
-            with aside.open("wb") as file:
-                _pack(file, job, bar.update)
-            # Before the shard has its name: one that is there and has no checksum is not ours.
-            sums[name] = _sha256(aside)
-            _write_sums(output_dir, sums)
-            put_in_place(aside, output_dir / name)
+            write = partial(_write_shard, name=name, job=job, sums=sums, packed_one=bar.update)
+            write_whole(output_dir / name, write)
             packed.append(name)
     anew = sorted(present & set(packed))
     summary = f"{len(jobs)} shards of {total} images: packed {len(packed)}, "
@@ -111,16 +107,36 @@ def _plan(data_dir: Path, images_per_shard: int, seed: int) -> dict[str, _Job]:
     return jobs
 
 
+def _write_shard(
+    aside: Path, name: str, job: _Job, sums: dict[str, str], packed_one: Callable[[], Any]
+) -> None:
+    """Packs a shard that is to be called `name`, and adds its checksum to `sums` and SHA256SUMS."""
+    with aside.open("wb") as file:
+        _pack(file, job, packed_one)
+    # Before the shard has its name: one that is there and has no checksum is not ours.
+    sums[name] = _sha256(aside)
+    text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    write_whole(aside.with_name(SUMS_NAME), lambda path: path.write_bytes(text.encode()))
+
+
 def _pack(file: IO[bytes], job: _Job, packed_one: Callable[[], Any]) -> None:
     # Times, owners and modes are fixed, and so the bytes.
     with TarWriter(file, encoder=False, user="", group="", mode=0o444, mtime=0) as tar:
         text = json.dumps(dataclasses.asdict(job.index))
         tar.write({"__key__": INDEX_KEY, "json": text.encode()})
         for number, i in enumerate(job.order, start=job.first):
-            content = job.source.path(i).read_bytes()
+            content = _read(job.source.path(i))
             label, path = str(job.source.labels[i]).encode(), bytes(job.source.names[i])
             tar.write({"__key__": f"{number:09d}", "cls": label, "jpg": content, "path": path})
             packed_one()
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes; an error names it, also one of a disk that fails amid the file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _refuse_others(output_dir: Path, jobs: dict[str, _Job], sums: dict[str, str]) -> set[str]:
@@ -189,12 +205,6 @@ def _read_sums(folder: Path) -> dict[str, str]:
             raise ShardError(f"{path}: line {number} is not a checksum and a shard's name")
         sums[match[2]] = match[1]
     return sums
-
-
-def _write_sums(folder: Path, sums: dict[str, str]) -> None:
-    aside = folder / f"{SUMS_NAME}.partial"
-    aside.write_bytes("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
-    put_in_place(aside, folder / SUMS_NAME)
 
 
 def _sha256(path: str | Path) -> str:

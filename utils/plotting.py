@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
 from utils.images import MEAN_RGB, STD_RGB
+from utils.runs import write_whole
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 RAW, EMA, TRAIN = "#0072B2", "#D55E00", "#009E73"
@@ -212,6 +215,61 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
     return figure
 
 
+def plot_boxes(
+    images: Sequence[Tensor],
+    truth: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    found: Sequence[Mapping[str, Tensor]] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """A grid of images with the objects in them dashed, named only where nothing is `found`.
+
+    Args:
+        images: uint8 `[3, H, W]`.
+        truth: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
+        names: of the classes; labels count them from 1.
+        found: what a detector found in each image, with `scores`; None to name the objects.
+    """
+    figure = plot_images(images, [""] * len(images), columns)
+    for k, there in enumerate(truth):
+        axes = figure.axes[k]
+        for box in there["boxes"].tolist():
+            _draw_box(axes, box, color="white", ls="--")
+        seen = there if found is None else found[k]
+        texts = [names[label - 1] for label in seen["labels"].tolist()]
+        if found is not None:
+            texts = [f"{t} {s:.2f}" for t, s in zip(texts, seen["scores"].tolist(), strict=True)]
+        for box, text in zip(seen["boxes"].tolist(), texts, strict=True):
+            if found is not None:
+                _draw_box(axes, box, color=EMA)
+            _write_in_box(axes, box, text, color="black" if found is None else EMA)
+    return figure
+
+
+def _draw_box(axes: Axes, box: list[float], **look: Any) -> None:
+    x1, y1, x2, y2 = box
+    # Pixel (0, 0) has its centre, not its corner, at the origin.
+    corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
+    axes.add_patch(Rectangle(corner, *size, fill=False, lw=1.2, **look))
+
+
+def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
+    """Text within the box's top, towards the middle of the image, so that none of it is cut off."""
+    x1, y1, x2, _ = box
+    on_right = x1 + x2 > sum(axes.get_xlim())
+    axes.annotate(
+        text,
+        (x2 - 0.5 if on_right else x1 - 0.5, y1 - 0.5),
+        (-1.5 if on_right else 1.5, -1.5),
+        textcoords="offset points",
+        size=6,
+        color="white",
+        ha="right" if on_right else "left",
+        va="top",
+        bbox={"color": color, "pad": 0.6, "lw": 0},
+    )
+
+
 def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figure:
     """Parameters against multiply-accumulates, a point per model, a colour and marker per family.
 
@@ -271,6 +329,36 @@ def plot_maps(
     return figure
 
 
+def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequence[int]) -> Figure:
+    """An image and its feature maps in a row, each map in colours.
+
+    A map's red, green and blue are its three principal components over the channels, each from its
+    2nd to its 98th percentile: like features have like colours, which mean nothing between maps.
+
+    Args:
+        maps: `[1, C, H, W]` each, at least three channels and pixels, fine to coarse.
+        strides: of the maps.
+    """
+    panels = 1 + len(maps)
+    tall = image.height / image.width
+    figure = Figure(figsize=(2 * panels, 2 * tall + 0.6), layout="constrained")
+    axes = figure.subplots(1, panels)
+    axes[0].imshow(image)
+    axes[0].set_title(f"image\n{image.height} x {image.width}")
+    for panel, found, stride in zip(axes[1:], maps, strides, strict=True):
+        _, channels, height, width = found.shape
+        features = found[0].flatten(1).T
+        features = features - features.mean(0)
+        shown = features @ torch.linalg.svd(features, full_matrices=False).Vh[:3].T
+        low, high = shown.quantile(torch.tensor([0.02, 0.98]), 0)
+        rgb = ((shown - low) / (high - low)).clamp(0, 1).view(height, width, 3)
+        panel.imshow(rgb.numpy(), interpolation="nearest")
+        panel.set_title(f"stride {stride}\n{channels} x {height} x {width}")
+    for each in axes:
+        each.axis("off")
+    return figure
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """Normalised images `[N, 3, H, W]`, as a network gets them, back to uint8."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN_RGB, STD_RGB))
@@ -278,5 +366,5 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as an image file."""
-    figure.savefig(path, dpi=120)
+    """Writes a figure as an image file; it appears whole or not at all."""
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=120, format=path.suffix[1:]))

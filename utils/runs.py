@@ -23,7 +23,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ CHECKPOINTED = {
 }
 CONFIGURED = {"recipe": dict, "classes": list}
 
+T = TypeVar("T")
 PARTIAL = ".partial"  # of a file that is being written
 DIVERGED = "diverged.json"  # the images of the step at which a loss was not finite
 
@@ -99,8 +100,8 @@ def _ready(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         refuse_other_run(last, checkpoint["config"], config)
         return checkpoint
     # Without a checkpoint nothing of an earlier start is worth keeping.
-    ours = (path.name, path.name + PARTIAL, last.name + PARTIAL, DIVERGED)
-    if any(entry.name not in ours for entry in run_dir.iterdir()):
+    ours = (path.name, last.name, DIVERGED)
+    if any(entry.name.removesuffix(PARTIAL) not in ours for entry in run_dir.iterdir()):
         raise RunError(f"{run_dir}: holds other files and no run; choose another --output-dir")
     write_json(path, config)
     return None
@@ -117,7 +118,7 @@ def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any], keep_every: int =
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    _replace(run_dir / "last.pt", lambda aside: _save_tensors(checkpoint, aside))
+    write_whole(run_dir / "last.pt", lambda aside: _save_tensors(checkpoint, aside))
     end_save(run_dir, checkpoint, keep_every)
 
 
@@ -136,20 +137,20 @@ def end_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> None
     if keep_every and rows[-1]["epoch"] % keep_every == 0:
         names.append(f"epoch_{rows[-1]['epoch']:04d}.pt")
     for name in names:
-        _replace(run_dir / name, lambda aside: _link(run_dir / "last.pt", aside))
+        write_whole(run_dir / name, lambda aside: _link(run_dir / "last.pt", aside))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON; the file appears whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
-    _replace(path, lambda aside: aside.write_text(text))
+    write_whole(path, lambda aside: aside.write_text(text))
 
 
 def write_table(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows as CSV; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda aside: pd.DataFrame(rows).to_csv(aside, index=False))
+    write_whole(path, lambda aside: pd.DataFrame(rows).to_csv(aside, index=False))
 
 
 def log_tensorboard(run_dir: Path, *rows: dict[str, float]) -> None:
@@ -187,17 +188,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise RunError(f"{path}: not a checkpoint, or one that would run code") from error
     except Exception as error:  # torch raises many types for broken files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = reason.splitlines()[0]
         raise RunError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINTED.keys():
         raise RunError(f"{path}: not a checkpoint of scripts/train.py")
     for key, kind in CHECKPOINTED.items():
         if not isinstance(checkpoint[key], kind):
             raise RunError(f"{path}: not a checkpoint of scripts/train.py ({key} is no {kind})")
-    for key, kind in CONFIGURED.items():
-        if not isinstance(checkpoint["config"].get(key), kind):
-            raise RunError(f"{path}: not a checkpoint of scripts/train.py (its config's {key})")
+    try:
+        checkpoint["config"] = json.loads(json.dumps(checkpoint["config"]))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: not a checkpoint of scripts/train.py (its config)") from error
+    if key := _odd_entry(checkpoint["config"]):
+        raise RunError(f"{path}: not a checkpoint of scripts/train.py (its config's {key})")
     return checkpoint
+
+
+def _odd_entry(config: dict[str, Any]) -> str | None:
+    """The first entry that is missing from a config, or of another type than it should be."""
+    return next(
+        (key for key in CONFIGURED if not isinstance(config.get(key), CONFIGURED[key])), None
+    )
 
 
 def _damage(path: Path) -> str | None:
@@ -217,10 +229,12 @@ def _damage(path: Path) -> str | None:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text()) if path.is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise RunError(f"{path}: missing or not readable beside last.pt; restore it")
+    if key := _odd_entry(config):
+        raise RunError(f"{path}: not a config of scripts/train.py (its {key}); restore it")
     return config
 
 
@@ -231,40 +245,60 @@ def refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]
         if key in PROVENANCE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            key = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+            keys = sorted(old.keys() | new.keys())
+            key = next((k for k in keys if old.get(k) != new.get(k)), None)
+            if key is None:  # they differ in what is nothing
+                continue
             old, new = old.get(key), new.get(key)
         if isinstance(old, list) and isinstance(new, list):  # of classes: long, and alike
             pairs = enumerate(itertools.zip_longest(old, new))
             place, (old, new) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
             key = f"{key}[{place}]"
         raise RunError(
-            f"{run_dir}: holds a run with {key}={old!r}, not {new!r}; "
+            f"{run_dir}: holds a run with {key}={_brief(old)}, not {_brief(new)}; "
             "repeat its command, or choose another folder"
         )
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and renames into place, so that `path` is never half a file.
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
-    The name is on the disk, too, before this returns: a machine may lose its power then.
+
+def write_whole(path: Path, write: Callable[[Path], T]) -> T:
+    """Writes a file beside `path` and renames it into place, so that `path` is never half a file.
+
+    Its bytes and its name are on the disk before this returns: a machine may lose its power then.
+
+    Args:
+        write: gets the path to write to; whatever it raises, that file is removed.
+
+    Returns:
+        What `write` returns.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; it names `path`.
     """
     aside = path.with_name(path.name + PARTIAL)
     try:
         aside.unlink(missing_ok=True)  # of a kill; it may be a link to a file that is kept
-        write(aside)
-        put_in_place(aside, path)
+        result = write(aside)
+        _put_in_place(aside, path)
+        return result
     except OSError as error:
+        # A full disk shows in calls that know no name.
+        if error.filename is not None and str(aside) not in (error.filename, error.filename2):
+            raise
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
+    finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)  # a full disk needs the room
-        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
 
 
-def put_in_place(aside: Path, path: Path) -> None:
-    """Renames a whole file, and returns when its bytes and its name are on the disk."""
+def _put_in_place(aside: Path, path: Path) -> None:
     with aside.open("rb") as file:
         os.fsync(file.fileno())
-    aside.replace(path)
-    aside.unlink(missing_ok=True)  # still there if both were names of one file
+    aside.replace(path)  # leaves both where both are names of one file
     with contextlib.suppress(OSError):  # not every system opens folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ SPLITS = ("train", "val")
 FORMAT = 1
 INDEX_KEY = "__meta__/index"
 SUFFIXES = ("cls", "jpg", "path")  # in the order in which TarWriter writes them
+MOST_IMAGES = 10**9  # of a split: nine digits name them
 BUFFER_IMAGES = 1000  # encoded ones that a worker shuffles among: 110 MB of ImageNet
 SHARD_NAME = re.compile(r"(?<![A-Za-z0-9])(train|val)-(\d+)\.tar")
 EXAMPLE = "shards/{train-{000000..001281},val-{000000..000049}}.tar"
@@ -81,6 +82,25 @@ class Index:
     seed: int
     files: str
 
+    def odd_entry(self) -> str:
+        """The first entry that no shard may have, with its value; empty if all may be."""
+        counts, classes = (
+            values if _all_are(kind, values) else []
+            for kind, values in ((int, self.counts), (str, self.classes))
+        )
+        good = {
+            "format": self.format == FORMAT,
+            "split": self.split in SPLITS,
+            "counts": counts and min(counts) > 0 and sum(counts) <= MOST_IMAGES,
+            "shard": type(self.shard) is int and 0 <= self.shard < len(counts),
+            "classes": classes
+            and classes == sorted(set(classes))
+            and all(name not in ("", "..") and not set(name) & {"/", "\0"} for name in classes),
+            "seed": type(self.seed) is int and self.seed >= 0,
+            "files": isinstance(self.files, str),
+        }
+        return next((f"{key}={getattr(self, key)!r}" for key in good if not good[key]), "")
+
     def difference(self, wanted: "Index") -> str:
         """Words for the first thing in which it differs from `wanted`; empty if in nothing."""
         here, there = f"{self.split} shard {self.shard}", f"{wanted.split} shard {wanted.shard}"
@@ -94,6 +114,11 @@ class Index:
         if self.split == wanted.split and self.counts != wanted.counts:
             return f"it was made with --images-per-shard {self.counts[0]}, not {wanted.counts[0]}"
         return "" if here == there else f"it holds {here}, not {there}"
+
+
+def _all_are(kind: type, values: Any) -> bool:
+    """Whether it is a list of such values, and of one at least."""
+    return type(values) is list and values != [] and all(type(each) is kind for each in values)
 
 
 # ---- opening -----------------------------------------------------------------------------------
@@ -164,11 +189,21 @@ def _parse_index(url: str, file: tuple[str, bytes] | None) -> Index:
     if file is None or file[0] != f"{INDEX_KEY}.json":
         raise ShardError(f"{url}: not a shard of scripts/make_shards.py, which must make it")
     try:
-        index = Index(**json.loads(file[1]))
-    except (TypeError, ValueError) as error:
-        raise ShardError(f"{url}: {file[0]} in it is damaged: copy the shard again") from error
-    if index.format != FORMAT:
-        raise ShardError(f"{url}: has format {index.format}, not {FORMAT}: make the shards again")
+        found = json.loads(file[1])
+    except (ValueError, RecursionError):
+        found = None
+    version = found.get("format") if isinstance(found, dict) else FORMAT
+    if type(version) is int and version != FORMAT:
+        raise ShardError(f"{url}: has format {version}, not {FORMAT}: make the shards again")
+    try:
+        index = Index(**found)
+        reason = index.odd_entry()
+    except TypeError as error:  # no such entries, or no entries at all
+        reason = str(error).partition("__init__() ")[2] or "not what it should be"
+    if reason:
+        raise ShardError(
+            f"{url}: {file[0]} in it is damaged ({reason[:100]}): copy the shard again"
+        )
     return index
 
 

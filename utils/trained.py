@@ -53,7 +53,7 @@ def load_trained(
         raise runs.RunError(f"{path}: its config's classes are not all names")
     try:
         model = make(config["backbone"], len(config["classes"]), **config["options"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise runs.RunError(f"{path}: its config names no network: {error}") from error
     try:
         recipe = Recipe(**config["recipe"])

@@ -3,6 +3,7 @@
 Nothing here knows a backbone: `fit` takes any classifier `[N, 3, H, W]` -> `[N, num_classes]`.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -47,7 +48,16 @@ NORM_LAYERS = (
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
+TOO_FEW = "more than 1 value per channel"  # what PyTorch's BatchNorm says
 PROGRESS_STEPS = 20  # steps between two looks at the loss; a look waits for the device
+
+
+# What a row of an epoch holds, for all who read it.
+METRICS = (
+    *("epoch", "step", "first_lr", "train_loss", "val_loss", "val_top1_pct", "val_top5_pct"),
+    *("ema_val_loss", "ema_val_top1_pct", "ema_val_top5_pct"),
+)
+SPEED = ("epoch", "train_time_s", "eval_time_s", "train_images_per_s")
 
 
 class DivergedError(ArithmeticError):
@@ -115,6 +125,9 @@ class Trainer:
         compile: whether steps run the network under `torch.compile`.
         sync_batchnorm: whether BatchNorm's statistics are those of all processes' images.
 
+    Raises:
+        ValueError: a step's images make no such parts, or parts too small for BatchNorm.
+
     Attributes:
         metrics, speed: one row per epoch so far.
         meter: the losses of the epoch under way.
@@ -132,6 +145,7 @@ class Trainer:
         compile: bool = False,
         sync_batchnorm: bool = False,
     ) -> None:
+        refuse_tiny_parts(model, recipe, sync_batchnorm)
         self.device = next(model.parameters()).device
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=memory_format)
@@ -219,10 +233,17 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`'s result."""
-        for name in ("model", "ema", "optimizer", "schedule"):
+        """Goes on from `state_dict`'s result, in which `odd_entry` finds nothing odd."""
+        for name in ("model", "ema"):
             getattr(self, name).load_state_dict(state[name])
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
+        # All else in them follows from the recipe and the step.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": buffers(state)})
+        rates = [rate * self.lr_factor(self.step) for rate in self.schedule.base_lrs]
+        at_step = {"last_epoch": self.step, "_step_count": self.step + 1, "_last_lr": rates}
+        self.schedule.load_state_dict(self.schedule.state_dict() | at_step)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.skipped = dict.fromkeys(state["skipped"])
         self.earlier_s = state["under_way"]["train_time_s"]
         self.meter.load_state_dict(state["under_way"])
@@ -264,6 +285,97 @@ class Trainer:
         with torch.no_grad():
             norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
         self.meter.check(bad_weights=~torch.isfinite(norms).all())
+
+
+def refuse_tiny_parts(model: nn.Module, recipe: Recipe, sync_batchnorm: bool = False) -> None:
+    """ValueError for more parts than images, or parts that leave BatchNorm one value per channel.
+
+    That is so for a single image where maps are 1 x 1; a pass without numbers shows it.
+    """
+    images = recipe.batch_size // distributed.world_size()
+    if recipe.accumulate > images:
+        raise ValueError(
+            f"accumulate={recipe.accumulate} must be at most the {images} images that a process "
+            "has in a step"
+        )
+    least = len(torch.empty(images).chunk(recipe.accumulate)[-1])
+    if least > 1 or sync_batchnorm:
+        return
+    shadow = copy.deepcopy(model).to("meta").train()
+    one = torch.empty(1, 3, recipe.train_crop_px, recipe.train_crop_px, device="meta")
+    try:
+        with suppress(RuntimeError):  # what knows no such device is seen at the first step
+            shadow(one)
+    except ValueError as error:
+        if TOO_FEW not in str(error):
+            raise
+        raise ValueError(
+            f"batch_size={recipe.batch_size} leaves single images to BatchNorm, whose maps are 1 x "
+            f"1 at train_crop_px={recipe.train_crop_px}; take a larger --batch-size or "
+            "--train-crop-px, or a smaller --accumulate"
+        ) from error
+
+
+def odd_entry(trainer: Trainer, state: dict[str, Any]) -> str | None:
+    """The first entry of a checkpoint, but for weights, that no run like `trainer`'s has.
+
+    Args:
+        state: with entries of the types of `utils.runs.CHECKPOINTED`.
+    """
+    steps, epochs, done = trainer.steps_per_epoch, trainer.recipe.epochs, len(state["metrics"])
+    in_epoch, under_way = state["step"] - done * steps, state["under_way"]
+    sums = under_way.get("loss_sums")
+    ends = [(epoch, epoch * steps) for epoch in range(1, done + 1)]
+    good = {
+        "step": done <= epochs and 0 <= in_epoch <= (steps if done < epochs else 0),
+        "metrics": all(_is_row(row, METRICS) for row in state["metrics"])
+        and [(row["epoch"], row["step"]) for row in state["metrics"]] == ends,
+        "speed": all(_is_row(row, SPEED) for row in state["speed"]) and len(state["speed"]) == done,
+        "skipped": all(isinstance(line, str) for line in state["skipped"]),
+        "under_way": _alike(sums, trainer.meter.sums)
+        and _is_row(under_way, ("train_time_s", "loss_count"), but=("loss_sums",))
+        and under_way["loss_count"] == in_epoch,
+        "optimizer": _fit(buffers(state), trainer.optimizer),
+    }
+    return next((name for name in good if not good[name]), None)
+
+
+def _is_row(row: Any, names: Sequence[str], but: Sequence[str] = ()) -> bool:
+    """Whether it is a dict of finite numbers, these among them."""
+    return (
+        isinstance(row, dict)
+        and row.keys() >= set(names)
+        and all(
+            isinstance(name, str) and type(row[name]) in (int, float) and math.isfinite(row[name])
+            for name in row.keys() - set(but)
+        )
+    )
+
+
+def buffers(state: dict[str, Any]) -> Any:
+    """A checkpoint's momentum: by the parameter's number, a dict with its "momentum_buffer"."""
+    return state["optimizer"].get("state")
+
+
+def _fit(momenta: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each is of a parameter of the optimizer's, and of its shape."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    return isinstance(momenta, dict) and all(
+        type(number) is int
+        and 0 <= number < len(parameters)
+        and isinstance(each, dict)
+        and each.keys() == {"momentum_buffer"}
+        and _alike(each["momentum_buffer"], parameters[number])
+        for number, each in momenta.items()
+    )
+
+
+def _alike(found: Any, wanted: Tensor) -> bool:
+    """Whether it could be copied from the one to the other, as it lies in a checkpoint."""
+    names = ("shape", "dtype", "layout")
+    return isinstance(found, Tensor) and all(
+        getattr(found, name) == getattr(wanted, name) for name in names
+    )
 
 
 class LossMeter:
@@ -334,7 +446,13 @@ def train_one_epoch(
     for batch in readable(batches, trainer.skip_corrupt, trainer.skipped):
         if not len(batch.labels):
             raise CorruptImageError(f"{batch.corrupt[0]}; nor is any other of its batch")
-        trainer.train_step(batch)
+        try:
+            trainer.train_step(batch)
+        except ValueError as error:
+            if not batch.corrupt or TOO_FEW not in str(error):
+                raise
+            few = f"{batch.corrupt[0]}; too few others of its batch are for BatchNorm"
+            raise CorruptImageError(few) from error
         if trainer.step % PROGRESS_STEPS == 0:
             trainer.meter.check()
             if progress is not None:
@@ -439,13 +557,14 @@ def fit(
 
 
 def _resume(trainer: Trainer, checkpoint: dict[str, Any], run_dir: Path) -> None:
+    path = run_dir / "last.pt"
+    advice = "its own config; put best.pt in its place, or start again in another folder"
+    if name := odd_entry(trainer, checkpoint):
+        raise runs.RunError(f"{path}: its {name!r} is not that of {advice}")
     try:
         trainer.load_state_dict(checkpoint)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise runs.RunError(
-            f"{run_dir / 'last.pt'}: its weights are not those of its own config; put best.pt in "
-            "its place, or start again in another folder"
-        ) from error
+        raise runs.RunError(f"{path}: its weights are not those of {advice}") from error
 
 
 @dataclasses.dataclass
