@@ -3,6 +3,8 @@
 docs/reliability.md lists what they show. The long ones are marked `faults` (make faults).
 """
 
+import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,7 +26,11 @@ import torch
 from helpers import ROOT, SMALL, assert_same_run, run
 from test_imagenet import make, sorted_tree
 
+from backbones.classifier import create_classifier
+from utils import packing, runs
+from utils.evaluation import evaluate_trained
 from utils.locks import lock
+from utils.trained import load_trained
 
 TRAIN = ROOT / "scripts" / "train.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -355,6 +361,43 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoint(folders, tmp_path, sm
     assert_same_run(whole[0], small_disk / "run")
 
 
+def test_each_file_is_on_the_disk_before_its_name_and_its_name_before_the_next(
+    tmp_path, monkeypatch
+):
+    """Against a loss of power, which no test can cause: the order of what the system is asked."""
+    fsync, replace, asked, synced = os.fsync, os.replace, [], {}
+
+    def noted_fsync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        asked.append(("sync", path.name))
+        synced[path.name] = path.read_bytes() if path.is_file() else None
+        fsync(handle)
+
+    def noted_replace(source, target, **options):
+        asked.append(("rename", Path(source).name, Path(target).name))
+        assert synced.pop(Path(source).name) == Path(source).read_bytes()
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "rename", noted_replace)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    row = {"epoch": 2, "step": 5, "ema_val_top1_pct": 50.0}
+    checkpoint = {"step": 5, "metrics": [row], "speed": [row], "weights": torch.ones(9)}
+    runs.save_checkpoint(run_dir, checkpoint, keep_every=2)
+    names = ["last.pt", "metrics.csv", "speed.csv", "best.pt", "epoch_0002.pt"]
+    assert asked == [
+        each
+        for name in names
+        for each in (
+            ("sync", f"{name}.partial"),
+            ("rename", f"{name}.partial", name),
+            ("sync", "run"),
+        )
+    ]
+
+
 def test_best_last_and_every_nth_checkpoint_are_kept(folders, tmp_path):
     run_dir = tmp_path / "run"
     args = command(folders, run_dir, "--epochs", 5, "--keep-every", 2, "--checkpoint-steps", 100)
@@ -660,6 +703,57 @@ def test_a_killed_rank_of_one_node_restarts_both(folders, pair, tmp_path):
     assert_same_run(pair, tmp_path / "run")
 
 
+TELLS_STEPS = f"""
+import os, runpy, sys
+import utils.training as t
+def step(self, batch, f=t.Trainer.train_step):
+    with open(f"{{__file__}}.{{os.environ['RANK']}}", "a") as file:
+        print(self.step, *batch.indices, file=file)
+    return f(self, batch)
+t.Trainer.train_step = step
+{AS_TRAIN}"""
+UNEVEN = {
+    "one large, others small": {"train": (30, 2, 2, 14), "val": (1, 16, 1)},
+    "more processes than shards": {"train": (48,), "val": (18,)},
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("counts", UNEVEN.values(), ids=UNEVEN)
+def test_two_processes_end_together_on_uneven_shards(folders, tmp_path, monkeypatch, counts):
+    def plan(*args, f=packing._plan):
+        jobs = {}
+        for job in f(*args).values():  # one for each split
+            split, bounds = job.index.split, [0, *itertools.accumulate(counts[job.index.split])]
+            for k, (first, last) in enumerate(itertools.pairwise(bounds)):
+                index = dataclasses.replace(job.index, shard=k, counts=list(counts[split]))
+                order = job.order[first:last]
+                jobs[f"{split}-{k:06d}.tar"] = packing._Job(index, job.source, order, first)
+        return jobs
+
+    monkeypatch.setattr(packing, "_plan", plan)
+    packing.make_shards(folders, tmp_path / "shards")
+    names = [path.stem for path in (tmp_path / "shards").glob("*.tar")]
+    pattern = f"{tmp_path / 'shards'}/{{{','.join(names)}}}.tar"
+    script = tmp_path / "tells.py"
+    script.write_text(TELLS_STEPS)
+    done = launch([script, *command(pattern, tmp_path / "run", "--workers", 2)])
+    assert done.returncode == 0, done.stderr
+    seen = [Path(f"{script}.{rank}").read_text().splitlines() for rank in (0, 1)]
+    steps = [[list(map(int, line.split())) for line in lines] for lines in seen]
+    assert [[step[0] for step in mine] for mine in steps] == [list(range(18))] * 2
+    for epoch in range(3):  # 48 images, 6 steps
+        mine = [step[1:] for each in steps for step in each[6 * epoch : 6 * epoch + 6]]
+        assert sorted(itertools.chain(*mine)) == list(range(48))
+    row = pd.read_csv(tmp_path / "run" / "metrics.csv").iloc[-1]
+    trained = load_trained(tmp_path / "run" / "last.pt", create_classifier, torch.device("cpu"))
+    results, _ = evaluate_trained(trained, folders)
+    for name, prefix in (("raw", "val_"), ("EMA", "ema_val_")):
+        assert results[name]["images"] == 18
+        for key in ("loss", "top1_pct", "top5_pct"):
+            assert row[prefix + key] == pytest.approx(results[name][key], rel=1e-5)
+
+
 # Ranks that wait: for their images, or one in its evaluation for the other.
 SLOW = {
     "input": """
@@ -747,12 +841,16 @@ def sort_here(folder):
 def test_sorting_fifty_thousand_files_survives_a_hundred_kills(tmp_path):
     images = {f"ILSVRC2012_val_{i:08d}": f"n{i % 1000:08d}" for i in range(1, 50_001)}
     val = make(tmp_path, images=images)
-    rng, kills = random.Random(0), 0
+    rng, kills, amid_renames, placed_before = random.Random(0), 0, 0, 0
     begin_s = time.perf_counter()
     while kills < 100:
+        untouched = val.stat().st_mtime_ns
         process = STARTER.Process(target=sort_here, args=(tmp_path,))
         process.start()
-        process.join(rng.uniform(0.3, 1.2))
+        if kills % 2:  # most of the time goes into its plan: one in two waits for the first rename
+            while val.stat().st_mtime_ns == untouched and process.exitcode is None:
+                time.sleep(0.001)
+        process.join(rng.uniform(0, 0.05) if kills % 2 else rng.uniform(0.3, 1.2))
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -761,13 +859,19 @@ def test_sorting_fifty_thousand_files_survives_a_hundred_kills(tmp_path):
             assert process.exitcode == 0
             paths = ["--val_solution_path", tmp_path / "solution.csv", "--val_image_dir", val]
             assert run("imagenet.py", *paths, "--undo") == 0
-        names = [name for _, _, files in os.walk(val) for name in files]
+        names = {folder: files for folder, _, files in os.walk(val)}
+        placed = 50_000 - len(names[str(val)])
+        amid_renames += placed_before < placed < 50_000  # after the first and before the last
+        placed_before = placed
+        names = list(itertools.chain(*names.values()))
         assert len(names) == len(set(names)) == 50_000
     process = STARTER.Process(target=sort_here, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == 0
-    print(f"100 kills and 50,000 files: {time.perf_counter() - begin_s:.0f} s")
+    took_s = time.perf_counter() - begin_s
+    print(f"100 kills, {amid_renames} amid renames, and 50,000 files: {took_s:.0f} s")
+    assert amid_renames >= 20
     found = {
         str(path.relative_to(val)): path.read_bytes() for path in val.rglob("*") if path.is_file()
     }
