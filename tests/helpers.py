@@ -14,6 +14,7 @@ import torch
 from utils.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
+CLEAR_PEAK = Path("/proc/self/clear_refs")
 # Options of scripts/train.py for a run of seconds on the fixture `folders`: six steps an epoch.
 SMALL = [
     *("--recipe", "quick", "--epochs", "2", "--batch-size", "8", "--train-crop-px", "32"),
@@ -71,6 +72,22 @@ def mounted(path, *options):
         yield path
     finally:
         subprocess.run(["umount", path], check=True)
+
+
+@contextmanager
+def at_most_mb(limit_mb):
+    """The block raises this process's memory by less at its highest; on Linux alone it is known."""
+    if CLEAR_PEAK.exists():
+        CLEAR_PEAK.write_text("5")  # the peak begins anew, man 5 proc
+    before = _status_mb("VmRSS")
+    yield
+    assert _status_mb("VmHWM") < before + limit_mb
+
+
+def _status_mb(entry):
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:")) / 1024
 
 
 def small_disk(path, size):

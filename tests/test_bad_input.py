@@ -31,7 +31,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, mounted, run, small_disk
+from helpers import ROOT, at_most_mb, mounted, run, small_disk
 from PIL import Image
 
 A, B = "n00000000", "n00000001"
@@ -1171,22 +1171,17 @@ def told(captured):
     return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
 
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_input_is_taken_or_ends_in_one_line(folder, capsys, name):
     prepare, command, code, *words = CASES[name]
     if prepare:
         prepare()
     capsys.readouterr()
-    before, before_mb = state(folder), peak_mb()
+    before = state(folder)
     script, *args = shlex.split(command)
-    with as_nobody() if name in PERMISSIONS else nullcontext():
+    with at_most_mb(500), as_nobody() if name in PERMISSIONS else nullcontext():
         assert run(script, *args) == code
     captured = capsys.readouterr()
-    assert peak_mb() < before_mb + 500
     assert "Traceback" not in captured.err + captured.out
     assert not Path("sprung").exists()
     after, lines = state(folder), told(captured)
