@@ -4,7 +4,7 @@ BIN := .venv/bin
 SAMPLE := data/sample
 FOLDERS := $(SAMPLE)/ILSVRC/Data/CLS-LOC
 
-.PHONY: setup train lab test faults lint notebooks bench sample
+.PHONY: setup train lab test faults browser-test lint notebooks bench sample
 
 setup: $(BIN)/.installed
 
@@ -16,11 +16,19 @@ lab: $(BIN)/.installed
 
 # The sample first: two notebooks at a time would draw it into one folder.
 test: sample
-	$(BIN)/pytest -n 2 -m "not faults"
+	$(BIN)/pytest -n 2 -m "not faults and not browser"
 	$(BIN)/pytest -n 2 --dist loadfile --nbval notebooks
 
 faults: $(BIN)/.installed
 	$(BIN)/pytest -n 2 -m faults tests
+
+# Debian's Chromium with its driver, where they are missing; screenshots come into build/browser/.
+browser-test: $(BIN)/.installed
+	command -v chromium && command -v chromedriver || { \
+	  command -v apt-get && [ "$$(id -u)" = 0 ] || \
+	  { echo "error: needs chromium and chromedriver; Debian's root can install them by apt-get" >&2; exit 1; }; \
+	  apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; }
+	$(BIN)/pytest -m browser tests
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -106,8 +106,8 @@ def load_weights(
             torchvision's weights for this network ("IMAGENET1K_V2", "DEFAULT") or the member of
             its enumeration, or a state dict. Only a name may touch the network, and only if the
             file is not in torch.hub's cache.
-        entry: which state dict of a checkpoint that holds several, such as "ema". A run's
-            checkpoint gives "model" unless told otherwise.
+        entry: which state dict of a checkpoint that holds several, such as "model". A run's
+            checkpoint gives its averaged weights, "ema", unless told otherwise.
         prefix: use only the keys below it, such as "module.".
         sha256: the file's, in hexadecimal, 8 digits or more; checked before anything is read.
         strict: whether anything that does not match is an error. Otherwise what does match is
@@ -260,7 +260,7 @@ def _pick(name: str, loaded: Any, entry: str | None, prefix: str | None) -> dict
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{name}: holds a {type(loaded).__name__}, not a state dict")
     if entry is None and loaded.keys() >= RUN_KEYS:
-        entry = "model"
+        entry = "ema"
     if entry is not None:
         if not isinstance(loaded.get(entry), Mapping):
             there = ", ".join(str(k) for k, v in loaded.items() if isinstance(v, Mapping)) or "none"

@@ -52,11 +52,18 @@ def execute(path: Path) -> list[str]:
     return [out.text.strip() for out in outputs if out.get("name") == "stderr"]
 
 
-def shrink(png: str) -> str:
-    """A base64 PNG with a palette of 64 colours: a quarter of the bytes, hardly seen."""
+def shrink(png: str, plenty_bytes: int = 40_000) -> str:
+    """A base64 PNG with a palette of 64 colours: a quarter of the bytes, hardly seen.
+
+    A chart, which stays below `plenty_bytes` with 256 of them, gets those: with 64, all in bands
+    and edges, two of its lines may come out in one colour.
+    """
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    buffer = io.BytesIO()
-    image.quantize(64, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    for colours in (256, 64):
+        buffer = io.BytesIO()
+        image.quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        if buffer.tell() < plenty_bytes:
+            break
     return base64.b64encode(buffer.getvalue()).decode()
 
 

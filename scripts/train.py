@@ -15,6 +15,9 @@ ImageNet's flat val/. Shards are scripts/make_shards.py's, on a disk or behind a
 
 Stopped at any moment, the same command with the same --output-dir goes on and
 ends in the same weights.
+
+SIGINT or SIGTERM saves and stops; the same signal again, or one before the training, ends it at
+once.
 """
 
 import argparse
@@ -23,13 +26,15 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from utils.errors import Parser, exit_code, starting, whole_number
 
-from backbones.classifier import create_classifier
-from backbones.deploy import keep_freed_memory
-from utils import distributed, plotting, recipe, rehearsal, runs, training
-from utils.errors import Parser, exit_code, whole_number
-from utils.inputs import open_data
+with starting():  # PyTorch takes seconds
+    import torch
+
+    from backbones.classifier import create_classifier
+    from backbones.deploy import keep_freed_memory
+    from utils import distributed, plotting, recipe, rehearsal, runs, training
+    from utils.inputs import open_data
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -159,8 +164,8 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return exit_code(lambda: train(args), "a smaller --batch-size, --train-crop-px or --width")
+    advice = "a smaller --batch-size, --train-crop-px or --width"
+    return exit_code(lambda: train(parse(argv)), advice)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,30 @@
-"""Writes README.md's tables from the records that they stand for.
+"""Writes README.md's tables from the records that they stand for, and draws its picture.
 
     python scripts/update_readme.py
     python scripts/update_readme.py --check
+    python scripts/update_readme.py --picture runs/NAME/last.pt
 
-With --check nothing is written, and the exit status is 1 if a table is not its record's.
+With --check nothing is written, and the exit status is 1 if a table is not its record's. With
+--picture the maps of a trained run (`make train`) of an image of the sample become
+docs/feature_maps.png, and no table is written.
 """
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-from utils import findings, speed, tables
-from utils.errors import Parser
+from backbones.classifier import create_classifier
+from utils import findings, plotting, sample, speed, tables
+from utils.errors import Parser, exit_code
+from utils.images import MEAN_RGB, STD_RGB
 from utils.runs import write_whole
 from utils.studies import STUDIES
+from utils.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,18 +50,33 @@ def updated(readme: str) -> str:
     return readme
 
 
+@torch.no_grad()
+def draw_picture(checkpoint: Path, path: Path) -> None:
+    """An image that the sample draws and its maps by a run's averaged weights, as a PNG."""
+    net = load_trained(checkpoint, create_classifier, torch.device("cpu")).average.backbone
+    drawn, _ = sample.render(np.random.default_rng(3), class_index=3)
+    drawn = ImageOps.fit(drawn, (288, 224))
+    maps = net(normalize(pil_to_tensor(drawn).float(), MEAN_RGB, STD_RGB)[None])
+    plotting.save(plotting.plot_components(drawn, maps, net.strides), path)
+    # A palette: a third of the bytes, hardly seen.
+    Image.open(path).convert("RGB").quantize(255).save(path, optimize=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only tell whether tables are old")
+    parser.add_argument("--picture", type=Path, metavar="CHECKPOINT", help="draw README's picture")
     args = parser.parse_args(argv)
+    if args.picture:
+        return exit_code(lambda: draw_picture(args.picture, ROOT / "docs" / "feature_maps.png"))
+    return exit_code(lambda: update(args.check))
+
+
+def update(check: bool) -> int:
     path = ROOT / "README.md"
-    try:
-        old = path.read_text()
-        new = updated(old)
-    except (OSError, ValueError) as error:
-        print(f"error: {path.name}: {error}", file=sys.stderr)
-        return 1
-    if args.check:
+    old = path.read_text()
+    new = updated(old)
+    if check:
         if new != old:
             print("README.md: tables are not those of the records; run scripts/update_readme.py")
         return int(new != old)

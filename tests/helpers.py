@@ -1,11 +1,13 @@
 """What more than one test file uses and no fixture can be."""
 
 import dataclasses
+import re
 import runpy
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
@@ -37,6 +39,25 @@ def run(script, *args):
         return runpy.run_path(str(ROOT / "scripts" / script))["main"]([str(arg) for arg in args])
     except SystemExit as error:
         return error.code
+
+
+def run_check(notebook, **values):
+    """The names of a notebook after its imports, its parameters with these values, and their check.
+
+    Args:
+        notebook: the beginning of its name, such as "03".
+    """
+    (path,) = (ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    tagged = ["parameters" in cell.metadata.get("tags", []) for cell in code].index(True)
+    names = {}
+    exec(re.sub(r"(?m)^%.*$", "", code[1].source), names)
+    exec(code[tagged].source, names)
+    assert values.keys() <= names.keys(), "not a parameter of this notebook"
+    names |= values
+    exec(code[tagged + 1].source, names)
+    return names
 
 
 @contextmanager
@@ -91,10 +112,14 @@ def assert_same_bits(a, b, path=""):
 
 
 def assert_same_run(one, other):
-    """Two run folders hold the same weights, averages, optimizer and metrics.csv, bit for bit."""
+    """Two run folders hold the same weights, averages, optimizer and metrics.csv, bit for bit.
+
+    The last ones and the best.
+    """
     keys = ("model", "ema", "optimizer", "schedule", "step", "metrics")
-    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (one, other)]
-    assert_same_bits(*({key: state[key] for key in keys} for state in states))
+    for name in ("last.pt", "best.pt"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
+        assert_same_bits(*({key: state[key] for key in keys} for state in states))
     tables = [(folder / "metrics.csv").read_bytes() for folder in (one, other)]
     assert tables[0] == tables[1]
 

@@ -33,6 +33,9 @@ KINDS = [
     *("resnet18", "resnet50", "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d"),
     *("vovnet19_slim", "vovnet39", "vovnet99", "wide_resnet50_2"),
 ]
+# Of a family that is new, every name.
+_CLASSES = {backbones._MODELS[kind][0] for kind in KINDS}
+KINDS += [name for name in NAMES if backbones._MODELS[name][0] not in _CLASSES]
 FACTS = list(csv.DictReader((Path(__file__).parent / "backbone_facts.csv").open()))
 
 

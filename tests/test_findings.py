@@ -189,3 +189,20 @@ def test_summary():
     assert list(found.index) == ["z", "a"]
     assert found.loc["z", ["mean", "n"]].tolist() == [2.0, 2]
     assert found.loc["z", "std"] == pytest.approx(2**0.5)
+
+
+def test_the_detection_table_pairs_seeds():
+    """Differences of 10 and 14 points: 12, with Student's interval of two pairs."""
+    rows = [("from scratch", 0, 20.0), ("trained", 0, 30.0), ("from scratch", 1, 22.0)]
+    rows.append(("trained", 1, 36.0))
+    table = pd.DataFrame(rows, columns=["value", "seed", "map_pct"])
+    table = table.assign(status="done", map50_pct=2 * table.map_pct)
+    first, second = findings.detection_table(table).to_dict("records")
+    assert first["backbone"] == "from scratch"
+    assert first["mAP (%)"] == "21.0 ± 1.4"
+    assert first["mAP at IoU 0.5 (%)"] == "42.0 ± 2.8"
+    assert first["difference in mAP [95 % interval]"] == "baseline"
+    half = 12.706 * 2  # Student's t for one degree of freedom, times the standard error
+    expected = f"+12.0 [{12 - half:+.1f}, {12 + half:+.1f}]"
+    assert second["difference in mAP [95 % interval]"] == expected
+    assert (second["verdict"], second["n"]) == ("no difference seen", 2)

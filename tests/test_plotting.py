@@ -1,5 +1,7 @@
 """Figures show every row that they are given; what they look like is for the eye."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,6 +32,21 @@ def test_maps_have_a_panel_per_channel():
     shown = torch.as_tensor(panels[2].get_array().data)
     assert torch.equal(shown, maps[0][0, 1])
     assert "8 ch." in figure.axes[1].get_ylabel()
+
+
+def test_components_tell_features_apart_and_nothing_else():
+    """Two features on noise a thousand times weaker: two colours, whatever the channels are."""
+    torch.manual_seed(0)
+    features = torch.rand(2, 8)
+    left = torch.arange(12).view(1, 12).expand(16, 12) < 5
+    found = torch.where(left, *features.view(2, 8, 1, 1)) + 1e-3 * torch.randn(1, 8, 16, 12)
+    figure = plotting.plot_components(Image.new("RGB", (24, 32)), [found], (2,))
+    _, panel = figure.axes
+    assert panel.get_title() == "stride 2\n8 x 16 x 12"
+    first = torch.as_tensor(panel.images[0].get_array().data)[..., 0]  # the largest component
+    assert panel.images[0].get_array().shape == (16, 12, 3)
+    assert abs(first[left].mean() - first[~left].mean()) > 0.9
+    assert max(first[left].std(), first[~left].std()) < 0.05
 
 
 def test_bands_go_from_least_to_most_through_the_mean():
@@ -79,3 +96,55 @@ def test_trade_offs_have_a_point_per_row_and_cost():
     many = pd.concat([table] * 6, ignore_index=True)
     with pytest.raises(ValueError, match="12 groups to draw; at most 10"):
         plotting.plot_trade_offs(many, {"cost": "cost"}, "y")
+
+
+def test_long_names_of_trade_offs_stand_below_the_panels():
+    table = pd.DataFrame({"mean": [50.0, 60.0], "cost": [3.0, 4.0]}, ["a" * 30, "b"])
+    for rows, below in ((table, True), (table.set_axis(["a", "b"]), False)):
+        figure = plotting.plot_trade_offs(rows, {"cost": "cost (ms)"}, "top-1 (%)")
+        figure.draw_without_rendering()
+        legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+        assert (legend.y1 < axes.y0) == below
+        assert (legend.x0 > axes.x1) != below
+
+
+def test_titles_of_images_keep_to_their_columns():
+    """In a row of eight: no title reaches into the next, and all begin at one height."""
+    names = ["English springer 0.21", "black-and-tan coonhound", "ring"] * 3
+    sizes = [(40, 30), (30, 40), (40, 40)] * 3
+    images = [Image.new("RGB", size) for size in sizes]
+    figure = plotting.plot_images(images[:8], names[:8], columns=8)
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    heights = [box.y0 for box in boxes]
+    assert max(heights) - min(heights) < 2  # pixels
+
+
+def test_no_images_are_an_empty_figure():
+    """Such as the wrong guesses of a classifier that has none."""
+    assert not plotting.plot_images([], []).axes[0].images
+
+
+def test_boxes_are_drawn_where_they_are_and_named_inside_the_picture():
+    """At each corner: the text lies within its axes, and every box has its four sides."""
+    corners = torch.tensor([[0, 0, 20, 20], [44, 0, 64, 20], [0, 44, 20, 64], [44, 44, 64, 64.0]])
+    labels, scores = torch.tensor([1, 2, 1, 2]), torch.tensor([0.9, 0.8, 0.7, 0.6])
+    found = {"boxes": corners, "labels": labels, "scores": scores}
+    images = [torch.zeros(3, 64, 64, dtype=torch.uint8)] * 2
+    names = ["heart", "flower"]
+    nothing = {key: value[:0] for key, value in found.items()}
+    seen, empty = plotting.plot_boxes(images, [found] * 2, names, [found, nothing]).axes[:2]
+    (named,) = plotting.plot_boxes(images[:1], [found], names, columns=1).axes
+    assert len(seen.patches) == 8
+    assert len(named.patches) == len(empty.patches) == 4
+    assert not empty.texts
+    assert [text.get_text() for text in seen.texts][:2] == ["heart 0.90", "flower 0.80"]
+    assert [text.get_text() for text in named.texts] == ["heart", "flower"] * 2
+    assert seen.patches[-1].get_bbox().extents.tolist() == [43.5, 43.5, 63.5, 63.5]
+    for axes in (seen, named):
+        axes.figure.canvas.draw()
+        for text in axes.texts:
+            inside, box = axes.get_window_extent(), text.get_window_extent()
+            assert inside.x0 - 1 <= box.x0 < box.x1 <= inside.x1 + 1
+            assert inside.y0 - 1 <= box.y0 < box.y1 <= inside.y1 + 1

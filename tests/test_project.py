@@ -42,6 +42,7 @@ OURS = {"backbones", "utils", "scripts", "notebooks", "tests", "conftest"}
 MODULE = STDLIB | {"backbones", "torch", "torchvision"}
 NOTEBOOK = MODULE | {"utils", "numpy", "pandas", "matplotlib", "PIL", "IPython"}
 NOT_A_FAMILY = {"__init__", "base", "layers", "classifier", "formats", "weights", "deploy"}
+NOT_A_FAMILY |= {"detection"}
 FAMILIES = {path.stem for path in ROOT.glob("backbones/*.py")} - NOT_A_FAMILY
 SCRIPTS = {path.stem for path in ROOT.glob("scripts/*.py")}
 SOURCES = [
@@ -70,7 +71,7 @@ def code_of(path):
         return path.read_text()
     cells = json.loads(path.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return re.sub(r"(?m)^[%!].*$", "", "\n".join(code))
+    return re.sub(r"(?m)^ *[%!].*$", "", "\n".join(code))
 
 
 def forbidden(path, code):

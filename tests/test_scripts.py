@@ -1,18 +1,24 @@
 """Every script's `main`, on a small tree, as a user would call it."""
 
+import base64
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import ROOT, SMALL, run
+from PIL import Image, ImageColor
 
 from backbones.classifier import create_classifier
 from backbones.weights import load_weights
+from utils import plotting
 from utils.errors import EXIT_CODES
 
 
@@ -168,13 +174,27 @@ def test_an_output_dir_that_is_a_file_is_one_clear_line(folders, tmp_path, capsy
     "script",
     [
         *("train.py", "evaluate.py", "predict.py", "export.py", "imagenet.py", "make_shards.py"),
-        *("ablate.py", "run_notebooks.py", "benchmark.py"),
+        *("ablate.py", "run_notebooks.py", "benchmark.py", "update_readme.py"),
     ],
 )
 def test_help_and_bad_usage(script, capsys):
     assert run(script, "--help") == 0
     assert "--" in capsys.readouterr().out
     assert run(script, "--no-such-option") == 2
+
+
+def test_a_notebooks_chart_keeps_the_colours_of_its_lines():
+    """Bands and edges alone would fill a small palette; with 64 colours two lines look alike."""
+    curves = pd.read_csv(ROOT / "results" / "study_recipe_add_one_curves.csv")
+    figure = plotting.plot_bands(curves, "epoch", {"held_out_top1_pct": ""}, "epoch")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    shrink = runpy.run_path(str(ROOT / "scripts" / "run_notebooks.py"))["shrink"]
+    png = base64.b64decode(shrink(base64.b64encode(drawn.getvalue()).decode()))
+    assert len(png) < len(drawn.getvalue()) / 2
+    found = np.array(Image.open(io.BytesIO(png)).convert("RGB"), int)
+    for style in plotting.LINES[: curves.value.nunique()]:
+        assert abs(found - ImageColor.getrgb(style["color"])).max(2).min() < 8, style
 
 
 def test_two_processes_train_as_one(folders, tmp_path, capsys):

@@ -28,12 +28,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from utils import shards
-from utils.data import CorruptImageError, watched
+from utils.data import CorruptImageError
 from utils.images import pixels
 from utils.packing import make_shards
 from utils.recipe import Recipe
 from utils.shards import ShardError, Shards, ShardStream, expand, is_shards, open_shards
 from utils.training import Trainer
+from utils.workers import watched
 
 SCRIPT = ROOT / "scripts" / "make_shards.py"
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}

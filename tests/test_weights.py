@@ -358,8 +358,8 @@ def test_our_own_backbone_classifier_run_and_average(tmp_path):
     files = {
         "backbone": (model.backbone.state_dict(), {}, model),
         "classifier": (model.state_dict(), {}, model),
-        "run": ({**run, "optimizer": {}}, {}, model),
-        "ema": ({**run, "optimizer": {}}, {"entry": "ema"}, average.module),
+        "run": ({**run, "optimizer": {}}, {}, average.module),  # as what is evaluated and exported
+        "raw": ({**run, "optimizer": {}}, {"entry": "model"}, model),
         "average": (average.state_dict(), {}, average.module),
     }
     for name, (content, options, expected) in files.items():

@@ -6,12 +6,7 @@ and mixes them on the device.
 """
 
 import copy
-import itertools
 import os
-import re
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +32,7 @@ from utils.images import (
     train_transform,
 )
 from utils.recipe import Recipe
+from utils.workers import WorkerError, ready_worker, shared_memory
 
 if TYPE_CHECKING:
     from utils.shards import Shards  # which imports this module
@@ -227,25 +223,16 @@ class EvalBatches(Sampler[list[Key]]):
             yield [Key(0, index) for index in self.indices[i : i + self.batch_size]]
 
 
-LOOK_S = 5.0  # between two looks at workers that give nothing
-
-
-class WorkerError(ChildProcessError):
-    """A decoding process died or gave no batch in time; the text is one line."""
-
-
 def make_loader(
     dataset: Dataset,
     batches: TrainBatches | EvalBatches | None,
     workers: int,
     pin_memory: bool = False,
-    timeout_s: float = 0,
 ) -> DataLoader:
-    """A loader of `Batch`es whose workers live as long as it does.
+    """A loader of `Batch`es for `utils.workers.watched`; its workers live as long as it does.
 
     Args:
         batches: which images make a batch; None if the dataset gives whole batches, one by one.
-        timeout_s: of `watched`, which is to read it; 0 for ever.
     """
     # A stream makes batches of its own, and is asked for them one by one.
     of_what = {"batch_size": None} if batches is None else {"batch_sampler": batches}
@@ -256,8 +243,7 @@ def make_loader(
         collate_fn=_whole,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        timeout=min(timeout_s, LOOK_S) if workers else 0,
-        worker_init_fn=_ready_worker,
+        worker_init_fn=ready_worker,
         generator=torch.Generator(),  # else every epoch would draw from the global one
     )
 
@@ -270,80 +256,10 @@ def _whole(batch: Batch | DataError) -> Batch | DataError | WorkerError:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             return WorkerError(
-                f"a batch cannot be shared ({reason}); {_shared_memory()}: make it larger, or try "
+                f"a batch cannot be shared ({reason}); {shared_memory()}: make it larger, or try "
                 "fewer --workers, or --workers 0"
             )
     return batch
-
-
-def _shared_memory() -> str:
-    """How much there is, on Linux."""
-    try:
-        there = os.statvfs("/dev/shm")
-    except (AttributeError, OSError):
-        return "/dev/shm is not there"
-    return f"/dev/shm has {there.f_blocks * there.f_frsize / 1e6:.3g} MB"
-
-
-def _ready_worker(worker: int) -> None:
-    """Terminals and torchrun signal whole groups; the trainer saves first, with its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-
-
-def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Batch]:
-    """A loader's batches; an error of a worker's comes in the place of its batch.
-
-    By itself PyTorch would raise it at the moment of a worker's death, amid a step for one, through
-    SIGCHLD.
-
-    Args:
-        timeout_s: how long to wait for a batch before an error; 0 for ever.
-
-    Raises:
-        WorkerError: a worker died, gave nothing for so long, or has no shared memory.
-        DataError: of a broken shard.
-    """
-    at_once = loader.num_workers and threading.current_thread() is threading.main_thread()
-    batches = iter(loader)
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if at_once else None
-    try:
-        for count in itertools.count():
-            batch = _next(batches, loader, count, timeout_s)
-            if batch is None:
-                return
-            if isinstance(batch, (DataError, WorkerError)):
-                raise batch
-            yield batch
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGCHLD, before)
-
-
-def _next(
-    batches: Iterator[Batch], loader: DataLoader, count: int, timeout_s: float
-) -> Batch | DataError | WorkerError | None:
-    """Batch number `count`, or None at the end."""
-    start_s = time.monotonic()
-    while True:
-        try:
-            return next(batches, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):
-                raise
-            if "timed out" not in str(error):
-                dead = ", ".join(re.findall(r"\d+", str(error)))
-                raise WorkerError(
-                    f"a decoding process died (pid {dead}); out of memory, or of shared memory "
-                    f"({_shared_memory()})? try fewer --workers, or --workers 0"
-                ) from error
-            if timeout_s and time.monotonic() - start_s >= timeout_s:
-                worker = count % loader.num_workers  # whose turn it is
-                raise WorkerError(
-                    f"decoding process {worker} of {loader.num_workers} gave no batch in "
-                    f"{timeout_s:g} s; is its disk there? --timeout-s sets the time"
-                ) from error
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+# How much longer a process waits for another than that one waits for its images: it is to have told
+# of them itself by then.
+MARGIN_S = 60
+
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float = 600) -> Iterator[None]:
     """Joins torchrun's process group (NCCL on GPUs, Gloo on CPUs) for the time of the block.
 
     Args:
-        timeout_s: how long the processes wait for each other before an error.
+        timeout_s: how long a process waits for its images; it waits for the others, before an
+            error, `MARGIN_S` longer.
 
     Raises:
-        ConnectionError: the others cannot be reached, or one of them has gone.
+        ConnectionError: the others cannot be reached, or one of them has gone or hangs.
     """
     if not launched():
         yield
@@ -28,7 +33,7 @@ def process_group(device: torch.device, timeout_s: float = 600) -> Iterator[None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(seconds=timeout_s + MARGIN_S)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=timeout, **_fresh_store(timeout)
@@ -42,7 +47,7 @@ def process_group(device: torch.device, timeout_s: float = 600) -> Iterator[None
         if not _is_of_network(error):
             raise
         reason = str(error).splitlines()[0]
-        raise ConnectionError(f"another process has gone ({reason})") from error
+        raise ConnectionError(f"another process has gone or hangs ({reason})") from error
     finally:
         dist.destroy_process_group()
 
@@ -69,7 +74,8 @@ def launched() -> bool:
 
 
 def _is_of_network(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    words = ("gloo", "pair closure", "timed out", "connection", "socket")  # Gloo's have no type
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -4,13 +4,16 @@
 """
 
 import argparse
-import contextlib
 import importlib
 import io
+import os
 import re
+import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -89,6 +92,23 @@ def warn(line: str) -> None:
     print(f"warning: {printable(line)}", file=sys.stderr)
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Ends the process in one line at a SIGINT that comes while the block imports slow modules."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or another's
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # No exception, which half an import may catch, lose or wrap.
+    os._exit(_tell("interrupted", "nothing had begun", INTERRUPTED))
+
+
 def is_of_memory(error: Exception) -> bool:
     """Whether memory ran out: Python's, PyTorch's on a CPU or a GPU, or a library's of a GPU."""
     return isinstance(error, MemoryError) or (
@@ -96,7 +116,7 @@ def is_of_memory(error: Exception) -> bool:
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def advising_on_memory(advice: str) -> Iterator[None]:
     """Where memory runs out in the block, an OutOfMemory that says what helps."""
     try:
@@ -121,19 +141,20 @@ def exit_code(work: Callable[[], int | None], memory_advice: str = CLOSE_OTHERS)
         with advising_on_memory(memory_advice):
             return work() or OK
     except Stopped as error:
-        return _tell(f"stopped: {error}", STOPPED)
-    except KeyboardInterrupt:
-        return _tell("interrupted; the same command goes on from what was saved", INTERRUPTED)
+        return _tell("stopped", error, STOPPED)
+    except KeyboardInterrupt as error:
+        hint = str(error) or "the same command goes on from what was saved"
+        return _tell("interrupted", hint, INTERRUPTED)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        return _tell(f"error: {_of_system(error)}", BAD_USAGE)
+        return _tell("error", _of_system(error), BAD_USAGE)
     except OSError as error:
-        return _tell(f"error: {_of_system(error)}", BAD_DATA)
+        return _tell("error", _of_system(error), BAD_DATA)
     except OutOfMemory as error:
-        return _tell(f"error: {error}", BAD_DATA)
+        return _tell("error", error, BAD_DATA)
     except (DataError, ArithmeticError) as error:
-        return _tell(f"error: {error}", BAD_DATA)
+        return _tell("error", error, BAD_DATA)
     except ValueError as error:
-        return _tell(f"error: {error}", BAD_USAGE)
+        return _tell("error", error, BAD_USAGE)
 
 
 def _of_system(error: OSError) -> str:
@@ -143,6 +164,14 @@ def _of_system(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}"
 
 
-def _tell(line: str, code: int) -> int:
+def _tell(kind: str, reason: object, code: int) -> int:
+    line = f"{kind}: {_who()}{reason}"
     print(printable(" ".join(line.splitlines())), file=sys.stderr)
     return code
+
+
+def _who() -> str:
+    """Which of torchrun's processes speaks, if it is one of them."""
+    if not {"LOCAL_RANK", "RANK"} <= os.environ.keys():
+        return ""
+    return f"rank {os.environ['RANK']} on {socket.gethostname()}: "

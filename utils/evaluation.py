@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from utils import distributed, inputs
-from utils.data import Batch, Preprocess, collate, readable, watched
+from utils.data import Batch, Preprocess, collate, readable
 from utils.images import CorruptImageError, eval_transform, open_image
 from utils.recipe import Recipe
 from utils.trained import Trained
+from utils.workers import watched
 
 MOST_IMAGES = 256  # in a batch that is evaluated, whatever the recipe trains with
 
@@ -179,6 +180,12 @@ def _batches_of(
             with open_image(path) as image:
                 samples.append((transform(image), 0))
         yield collate(samples)
+
+
+def over_chance(top1_pct: float, classes: int) -> float:
+    """How far a top-1 accuracy has come from chance, at 0, to no error, at 1."""
+    chance_pct = 100 / classes
+    return (top1_pct - chance_pct) / (100 - chance_pct)
 
 
 def confused_pairs(labels: Tensor, guesses: Tensor, names: list[str]) -> pd.DataFrame:

@@ -260,6 +260,28 @@ def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     return found.rename(columns={"test_crop_px": "test crop (px)"})
 
 
+def read_detection(results: Path = RESULTS) -> pd.DataFrame:
+    """The record of scripts/detect.py on the embedded sample's scenes."""
+    return pd.read_csv(results / "detection_sample.csv")
+
+
+def detection_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What a detector gains from a trained backbone: precision, paired by seed, and verdict."""
+    baseline = table.value.iloc[0]
+    groups = table.groupby("value", sort=False)
+    found = compare(table, baseline, "map_pct").reindex(groups.groups)
+    found["text"] = found.dropna().apply(interval, axis=1)
+    columns = {
+        name: groups[column].agg(["mean", "std"]).apply(mean_std, axis=1)
+        for name, column in (("mAP (%)", "map_pct"), ("mAP at IoU 0.5 (%)", "map50_pct"))
+    }
+    columns["difference in mAP [95 % interval]"] = found.text.fillna("baseline")
+    columns |= {"verdict": found.verdict.fillna(""), "n": groups.seed.nunique()}
+    return (
+        pd.DataFrame(columns).loc[list(table.value.unique())].rename_axis("backbone").reset_index()
+    )
+
+
 def pairs_table(
     table: pd.DataFrame, by: str, baseline: str, other: str, column: str
 ) -> pd.DataFrame:

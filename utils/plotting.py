@@ -1,12 +1,15 @@
 """Figures from records: rows in, matplotlib figures out."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -48,7 +51,7 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
     table = pd.DataFrame(rows)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
-    loss.plot(table.epoch, table.train_loss, "-", color=TRAIN, label="training (augmented)")
+    loss.plot(table.epoch, table.train_loss, ".-", color=TRAIN, label="training (augmented)")
     for prefix, colour, label in (("", RAW, "raw"), ("ema_", EMA, "EMA")):
         loss.plot(table.epoch, table[f"{prefix}val_loss"], ".-", color=colour, label=label)
         top1.plot(table.epoch, table[f"{prefix}val_top1_pct"], ".-", color=colour, label=label)
@@ -57,7 +60,7 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
     for axes in (loss, top1):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
 
 
@@ -83,7 +86,7 @@ def plot_bands(
             axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, lw=0)
         axes.set(xlabel=x_label, ylabel=label)
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     look = {"frameon": False, "title": "mean, least to most of the seeds"}
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(labels) > 5:  # would hide the lines
@@ -180,12 +183,13 @@ def plot_trade_offs(
             axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(y_label)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(),
-        loc="outside right upper",
-        frameon=False,
-        title="± standard deviation" if "std" in table else None,
-    )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    look = {"loc": "outside right upper"}
+    if max(map(len, labels)) > 20:  # would take the width of a panel
+        look = {"loc": "outside lower center", "ncols": 3}
+        figure.set_figheight(4.6)
+    title = "± standard deviation" if "std" in table else None
+    figure.legend(handles, labels, frameon=False, title=title, **look)
     return figure
 
 
@@ -202,15 +206,72 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
     Args:
         images: PIL images, or uint8 tensors `[3, H, W]`.
     """
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(9, 9 / columns * rows * 1.18), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
+        axes.set_anchor("N")  # titles of a row on one line
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
         pixels = image.permute(1, 2, 0) if isinstance(image, Tensor) else image
         axes.imshow(pixels)
-        axes.set_title(title, fontsize=8)
+        lines = [textwrap.fill(line, 150 // columns) for line in title.splitlines()]
+        axes.set_title("\n".join(lines), fontsize=8)  # as wide as its column
     return figure
+
+
+def plot_boxes(
+    images: Sequence[Tensor],
+    truth: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    found: Sequence[Mapping[str, Tensor]] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """A grid of images with the objects in them dashed, named only where nothing is `found`.
+
+    Args:
+        images: uint8 `[3, H, W]`.
+        truth: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
+        names: of the classes; labels count them from 1.
+        found: what a detector found in each image, with `scores`; None to name the objects.
+    """
+    figure = plot_images(images, [""] * len(images), columns)
+    for k, there in enumerate(truth):
+        axes = figure.axes[k]
+        for box in there["boxes"].tolist():
+            _draw_box(axes, box, color="white", ls="--")
+        seen = there if found is None else found[k]
+        texts = [names[label - 1] for label in seen["labels"].tolist()]
+        if found is not None:
+            texts = [f"{t} {s:.2f}" for t, s in zip(texts, seen["scores"].tolist(), strict=True)]
+        for box, text in zip(seen["boxes"].tolist(), texts, strict=True):
+            if found is not None:
+                _draw_box(axes, box, color=EMA)
+            _write_in_box(axes, box, text, color="black" if found is None else EMA)
+    return figure
+
+
+def _draw_box(axes: Axes, box: list[float], **look: Any) -> None:
+    x1, y1, x2, y2 = box
+    # Pixel (0, 0) has its centre, not its corner, at the origin.
+    corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
+    axes.add_patch(Rectangle(corner, *size, fill=False, lw=1.2, **look))
+
+
+def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
+    """Text within the box's top, towards the middle of the image, so that none of it is cut off."""
+    x1, y1, x2, _ = box
+    on_right = x1 + x2 > sum(axes.get_xlim())
+    axes.annotate(
+        text,
+        (x2 - 0.5 if on_right else x1 - 0.5, y1 - 0.5),
+        (-1.5 if on_right else 1.5, -1.5),
+        textcoords="offset points",
+        size=6,
+        color="white",
+        ha="right" if on_right else "left",
+        va="top",
+        bbox={"color": color, "pad": 0.6, "lw": 0},
+    )
 
 
 def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figure:
@@ -269,6 +330,36 @@ def plot_maps(
     for axes in (whole, *rows.flat):
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
+    return figure
+
+
+def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequence[int]) -> Figure:
+    """An image and its feature maps in a row, each map in colours.
+
+    A map's red, green and blue are its three principal components over the channels, each from its
+    2nd to its 98th percentile: like features have like colours, which mean nothing between maps.
+
+    Args:
+        maps: `[1, C, H, W]` each, at least three channels and pixels, fine to coarse.
+        strides: of the maps.
+    """
+    panels = 1 + len(maps)
+    tall = image.height / image.width
+    figure = Figure(figsize=(2 * panels, 2 * tall + 0.6), layout="constrained")
+    axes = figure.subplots(1, panels)
+    axes[0].imshow(image)
+    axes[0].set_title(f"image\n{image.height} x {image.width}")
+    for panel, found, stride in zip(axes[1:], maps, strides, strict=True):
+        _, channels, height, width = found.shape
+        features = found[0].flatten(1).T
+        features = features - features.mean(0)
+        shown = features @ torch.linalg.svd(features, full_matrices=False).Vh[:3].T
+        low, high = shown.quantile(torch.tensor([0.02, 0.98]), 0)
+        rgb = ((shown - low) / (high - low)).clamp(0, 1).view(height, width, 3)
+        panel.imshow(rgb.numpy(), interpolation="nearest")
+        panel.set_title(f"stride {stride}\n{channels} x {height} x {width}")
+    for each in axes:
+        each.axis("off")
     return figure
 
 

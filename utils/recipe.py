@@ -134,6 +134,31 @@ RECIPES = {
 }
 
 
+@dataclass(frozen=True)
+class DetectorRecipe:
+    """How to train a detector. Raises ValueError as `Recipe`."""
+
+    epochs: int = _field(12, "passes over the training images")
+    batch_size: int = _field(8, "images per step")
+    lr: float = _field(1e-3, "peak learning rate of AdamW")
+    weight_decay: float = _field(0.05, "weight decay of convolution and linear weights")
+    warmup_epochs: float = _field(1.0, "epochs of linear warm-up before the cosine")
+    image_px: int = _field(128, "longer side to which images are resized, pixels")
+    out_channels: int = _field(64, "channels of the pyramid and the head")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check_type(field, value)
+            may_be_zero = field.name in ("weight_decay", "warmup_epochs")
+            if value < 0 or (value == 0 and not may_be_zero):
+                raise ValueError(
+                    f"{field.name}={value!r} must be {'at least' if may_be_zero else 'above'} 0"
+                )
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs!r} must be below the epochs")
+
+
 def add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     """Adds one flag per field of Recipe, `--label-smoothing` for `label_smoothing`.
 

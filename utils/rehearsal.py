@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from utils import distributed, inputs
-from utils.data import Batch, Splits, readable, watched
+from utils.data import Batch, Splits, readable
 from utils.errors import advising_on_memory
 from utils.evaluation import evaluate
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
 from utils.training import Trainer, make_loaders, memory_advice, train_one_epoch
+from utils.workers import watched
 
 
 def rehearse(
@@ -57,7 +58,7 @@ def rehearse(
     device = device or distributed.pick_device()
     if distributed.rank() > 0:
         tell = _nobody
-    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
+    loaders = make_loaders(data, recipe, seed, workers, device)
     tell(describe_model(name, model, recipe.train_crop_px))
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     trainer = Trainer(

@@ -6,6 +6,8 @@ for ImageNet runs unchanged without a download. The class of an object is its ou
 else: position, scale, rotation, colour, texture, clutter, occlusion, blur, noise and JPEG quality
 are drawn alike for every class. Flips, rotations and inverted colours keep the class.
 
+`draw_scenes` draws the same objects, several to a picture, with a box each in COCO's format.
+
     python -m utils.sample data/sample
 """
 
@@ -19,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from utils.errors import Parser, exit_code, whole_number
+from utils.locks import lock
 from utils.progress import progress_bar
 
 VERSION = 1  # of the drawing code: raise it with every change that changes the bytes
@@ -27,6 +30,8 @@ SPLITS = ("train", "val")
 SUPERSAMPLING = 2  # canvas pixels per image pixel, for smooth edges
 GRAYSCALE_SHARE = 0.03  # ImageNet has about 0.02
 CMYK_INDEX = 5  # this image of each split: ImageNet has a few, and naive decoders trip on them
+SCENE_PX = 128  # sides of a scene
+SCENE_STREAM = 4  # before a split's number in the seed of a scene, so that no image shares it
 
 Box = tuple[int, int, int, int]
 
@@ -132,20 +137,28 @@ def _scatter(rng: np.random.Generator, canvas: Image.Image, count: int) -> None:
             pen.polygon((centre + _closed(radii)).ravel().tolist(), fill=_ink(rng))
 
 
-def _place(
-    rng: np.random.Generator, outlines: tuple[np.ndarray, ...], size_px: tuple[int, int]
-) -> list[np.ndarray]:
-    """Outlines in canvas pixels: rotated, stretched, sheared, tilted, scaled and shifted."""
+def _bend(
+    rng: np.random.Generator, outlines: tuple[np.ndarray, ...]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Outlines rotated, stretched and sheared, and what to divide their points by to tilt them."""
     angle, stretch = rng.uniform(-0.4, 0.4), np.exp(rng.uniform(-0.1, 0.1))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     skew = np.array([[stretch, 0], [rng.uniform(-0.12, 0.12), 1 / stretch]])
     tilt = rng.uniform(-0.12, 0.12, size=2)
+    bent = [points @ turn @ skew for points in outlines]
+    return bent, [(1 + points @ tilt)[:, None] for points in bent]
+
+
+def _place(
+    rng: np.random.Generator, outlines: tuple[np.ndarray, ...], size_px: tuple[int, int]
+) -> list[np.ndarray]:
+    """Outlines in canvas pixels: one large object near the middle."""
+    bent, depths = _bend(rng, outlines)
     radius_px, size = rng.uniform(0.38, 0.5) * min(size_px), np.array(size_px)
     # Near the middle, as in most photographs; at worst a fifth of the object leaves the image.
     centre = size * (0.5 + rng.normal(scale=0.06, size=2))
     centre = np.clip(centre, 0.6 * radius_px, size - 0.6 * radius_px)
-    bent = [points @ turn @ skew for points in outlines]
-    return [centre + radius_px * points / (1 + points @ tilt)[:, None] for points in bent]
+    return [centre + radius_px * p / depth for p, depth in zip(bent, depths, strict=True)]
 
 
 def _paste_object(
@@ -200,13 +213,58 @@ def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box
     if rng.random() < 0.2:
         _cover(rng, canvas, outlines[0].mean(axis=0))
     _scatter(rng, canvas, rng.integers(0, 3))
+    return _photograph(rng, canvas), box
 
+
+def render_scene(
+    rng: np.random.Generator, side_px: int = SCENE_PX
+) -> tuple[Image.Image, list[tuple[int, Box]]]:
+    """Draws one square image with one to four objects, which may cover each other a little.
+
+    Returns:
+        The RGB image, and the class index and box of each object, in the order drawn; boxes are
+        those of `render`.
+    """
+    canvas_px = (side_px * SUPERSAMPLING, side_px * SUPERSAMPLING)
+    first, second = _colour(rng), _colour(rng)
+    second = first + rng.uniform(0.1, 0.7) * (second - first)
+    canvas = _texture(rng, canvas_px, first, second)
+    _scatter(rng, canvas, rng.integers(0, 5))
+    objects = []
+    for centre, radius_px in _places(rng, canvas_px[0]):
+        label = int(rng.integers(len(CLASSES)))
+        bent, depths = _bend(rng, list(CLASSES.values())[label])
+        outlines = [centre + radius_px * p / d for p, d in zip(bent, depths, strict=True)]
+        colour = _contrasting_colour(rng, (first + second) / 2)
+        objects.append((label, _paste_object(rng, canvas, outlines, colour)))
+    if rng.random() < 0.2:
+        _cover(rng, canvas, rng.random(2) * canvas_px)
+    _scatter(rng, canvas, rng.integers(0, 3))
+    return _photograph(rng, canvas), objects
+
+
+def _places(rng: np.random.Generator, side_px: int) -> list[tuple[np.ndarray, float]]:
+    """Centres and radii of one to four objects, wholly on the canvas or nearly so."""
+    places: list[tuple[np.ndarray, float]] = []
+    wanted = rng.integers(1, 5)
+    for _ in range(20):  # where there is no room for another, there are fewer
+        radius_px = rng.uniform(0.12, 0.28) * side_px
+        centre = rng.uniform(0.9 * radius_px, side_px - 0.9 * radius_px, size=2)
+        if all(np.hypot(*(centre - other)) > 0.9 * (radius_px + r) for other, r in places):
+            places.append((centre, radius_px))
+        if len(places) == wanted:
+            break
+    return places
+
+
+def _photograph(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
+    """The image of a canvas, at times blurred, and noisy."""
     image = canvas.reduce(SUPERSAMPLING)
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6)))
-    noise = rng.standard_normal((height_px, width_px, 1), dtype=np.float32)
+    noise = rng.standard_normal((image.height, image.width, 1), dtype=np.float32)
     pixels = np.asarray(image) + rng.uniform(0, 8) * noise
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), box
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def _save(rng: np.random.Generator, image: Image.Image, path: Path, *, cmyk: bool) -> None:
@@ -239,7 +297,7 @@ def _draw_split(data: Path, split: str, seed: int, per_class: int, bar: tqdm) ->
     return "\n".join(lines) + "\n"
 
 
-def _is_drawn(root: Path, settings: bytes) -> bool:
+def _is_drawn(root: Path, settings: bytes, content: str = "ILSVRC") -> bool:
     """Whether the drawing is there; False where the folder is free or ours to finish.
 
     Raises:
@@ -250,7 +308,7 @@ def _is_drawn(root: Path, settings: bytes) -> bool:
         if marker.is_file():
             if marker.read_bytes() != settings:
                 raise ValueError(f"{root} holds a sample with other settings: {remedy}")
-            return marker.name == MARKER and (root / "ILSVRC").is_dir()
+            return marker.name == MARKER and (root / content).is_dir()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root} holds something that is not a sample: {remedy}")
     return False
@@ -267,7 +325,7 @@ def draw(
     """Draws the sample into a folder, or does nothing if it is there, its val/ sorted or not.
 
     The same settings give the same bytes. An image depends on the seed, its split and its number
-    alone. Two processes must not draw into the same folder at the same time.
+    alone. One process draws, and others that want the same wait for it.
 
     Args:
         root: Folder to fill: missing, empty, or left unfinished by a call with these settings.
@@ -287,10 +345,18 @@ def draw(
     root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
     settings = json.dumps({"version": VERSION, "seed": seed, "per_class": counts}).encode() + b"\n"
     data = root / "ILSVRC" / "Data" / "CLS-LOC"
-    if _is_drawn(root, settings):
-        return data
-
+    if root.is_file():
+        _is_drawn(root, settings)
     root.mkdir(parents=True, exist_ok=True)
+    with lock(root):  # looked at within: another process may be at it
+        if not _is_drawn(root, settings):
+            _draw(root, data, seed, counts, settings, progress)
+    return data
+
+
+def _draw(
+    root: Path, data: Path, seed: int, counts: dict[str, int], settings: bytes, progress: bool
+) -> None:
     (root / UNFINISHED).write_bytes(settings)
     names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
     (root / "LOC_synset_mapping.txt").write_text(names)
@@ -301,7 +367,76 @@ def draw(
             (root / f"LOC_{split}_solution.csv").write_text(solution)
     (root / MARKER).write_bytes(settings)
     (root / UNFINISHED).unlink(missing_ok=True)
-    return data
+
+
+def draw_scenes(
+    root: str | Path,
+    *,
+    seed: int = 0,
+    train_images: int = 400,
+    val_images: int = 100,
+    progress: bool = False,
+) -> Path:
+    """Draws scenes with boxes into a folder, or does nothing if they are there.
+
+    The folder gets `train/`, `val/` and COCO's annotations of both, `annotations/
+    instances_train.json` and `instances_val.json`. Classes are the sample's, under their first
+    names. The same settings give the same bytes, and an image depends on the seed, its split and
+    its number alone. A second process waits until the first is done.
+
+    Args:
+        root: Folder to fill, as of `draw`.
+        seed: Not negative.
+        train_images, val_images: 1 or more.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `root`.
+
+    Raises:
+        ValueError: A number out of range, or a `root` that holds something else.
+    """
+    if seed < 0 or train_images < 1 or val_images < 1:
+        raise ValueError("seed must be 0 or more, images 1 or more")
+    root, counts = Path(root), {"train": train_images, "val": val_images}
+    kind = {"version": VERSION, "seed": seed, "scenes": counts}
+    settings = json.dumps(kind).encode() + b"\n"
+    if root.is_file():
+        _is_drawn(root, settings)
+    root.mkdir(parents=True, exist_ok=True)
+    bar = progress_bar(total=sum(counts.values()), unit=" images", disable=not progress)
+    with lock(root), bar:
+        if _is_drawn(root, settings, "annotations"):
+            return root
+        (root / UNFINISHED).write_bytes(settings)
+        for split, count in counts.items():
+            found = _draw_scenes(root / split, SPLITS.index(split), seed, count, bar)
+            path = root / "annotations" / f"instances_{split}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found))
+        (root / MARKER).write_bytes(settings)
+        (root / UNFINISHED).unlink()
+    return root
+
+
+def _draw_scenes(folder: Path, number: int, seed: int, count: int, bar: tqdm) -> dict[str, list]:
+    """Draws the images of one split and returns what COCO's file says of them."""
+    images, annotations = [], []
+    for index in range(count):
+        rng = np.random.default_rng((seed, SCENE_STREAM + number, index))
+        image, objects = render_scene(rng)
+        name = f"{index + 1:06d}.jpg"
+        _save(rng, image, folder / name, cmyk=False)
+        size = {"width": image.width, "height": image.height}
+        images.append({"id": index + 1, "file_name": name, **size})
+        for label, (x1, y1, x2, y2) in objects:
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+            of_what = {"image_id": index + 1, "category_id": label + 1, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, **of_what, **box})
+        bar.update()
+    names = [words.split(",")[0] for words in CLASSES]
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TWICE_S = 2  # within which a SIGTERM may come twice from one hand
 
 
 class Requested(Exception):
@@ -18,20 +20,23 @@ class Requested(Exception):
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM inside its `with` block; a second SIGINT interrupts at once.
+    """Catches SIGINT and SIGTERM inside its `with` block; the same one again interrupts at once.
 
-    A signal that is ignored stays ignored. Outside the main thread nothing is caught.
+    A SIGTERM less than `TWICE_S` after the first is no other: job managers send it to every
+    process, and torchrun hands it on to its own. A signal that is ignored stays ignored. Outside
+    the main thread nothing is caught.
 
     Args:
         catch: whether to; else nothing is ever requested.
         timeout_s: how long the processes wait for each other's flags.
 
     Attributes:
-        signal: name of the signal that came to this process, or None.
+        signal: name of the first signal that came to this process, or None.
     """
 
     def __init__(self, catch: bool = True, timeout_s: float = 600) -> None:
         self.signal: str | None = None
+        self._came_s: dict[int, float] = {}  # when each signal came first
         self._catches = catch and threading.current_thread() is threading.main_thread()
         self._before: dict[signal.Signals, object] = {}
         self._group = None
@@ -60,9 +65,11 @@ class StopRequest:
                 self._work.wait()
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
+        if number not in self._came_s:
+            self._came_s[number] = time.monotonic()
+            self.signal = self.signal or signal.Signals(number).name
+        elif number == signal.SIGINT or time.monotonic() - self._came_s[number] > TWICE_S:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
 
     def agreed(self) -> bool:
         """Whether all processes stop now; to be asked by each of them after each step.

@@ -165,7 +165,7 @@ def run_study(
         for arm, seed in study.runs()
     ]
     rows = {job.key: _read_result(job, facts) for job in jobs}
-    _keep_record(output, set(rows) if any(rows.values()) else set())
+    keep_record(output, set(rows) if any(rows.values()) else set())
     missing = [job for job in jobs if not rows[job.key]]
 
     def write() -> list[Row]:
@@ -187,7 +187,7 @@ def run_study(
     return pd.DataFrame(write())
 
 
-def _keep_record(output: str | Path, kept: set[tuple[str, int]]) -> None:
+def keep_record(output: str | Path, kept: set[tuple[str, int]]) -> None:
     """ValueError if `output` holds finished runs besides those that are kept or made again."""
     try:
         table = pd.read_csv(output, dtype={"commit": str})  # some are all digits

@@ -30,16 +30,15 @@ from utils.data import (
     CorruptImageError,
     Preprocess,
     Splits,
-    WorkerError,
     readable,
     stream_seed,
-    watched,
 )
 from utils.errors import Stopped, advising_on_memory
 from utils.evaluation import autocast, autocast_dtype, evaluate
 from utils.progress import progress_bar
 from utils.recipe import Recipe
 from utils.stopping import Requested, StopRequest
+from utils.workers import WorkerError, watched
 
 # By type, never by name: a layer called "bn_head" need not be one.
 NORM_LAYERS = (
@@ -496,7 +495,7 @@ def fit(
         sync_batchnorm: BatchNorm over all processes' images; on GPUs only.
         checkpoint_steps: save after every so many steps, too; 0 for the ends of epochs alone.
         keep_every: keep the checkpoint of every so many epochs; 0 for last and best alone.
-        timeout_s: how long to wait for a worker's batch.
+        timeout_s: how long to wait for a worker's batch, 0 for ever.
         tensorboard: also log every row for TensorBoard.
         quiet: show neither a progress bar nor a line per epoch.
         catch_signals: whether SIGINT and SIGTERM save first and stop then.
@@ -518,7 +517,7 @@ def fit(
             raise ValueError(f"{name}={value} must be at least 0")
     run_dir = Path(run_dir)
     device = device or distributed.pick_device()
-    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
+    loaders = make_loaders(data, recipe, seed, workers, device)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     trainer = Trainer(
         model.to(device), recipe, len(loaders[0]), len(data.classes), seed, skip_corrupt, **options
@@ -538,6 +537,7 @@ def fit(
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         )
+        stack.enter_context(_saying_how_to_go_on(run_dir))
         stack.enter_context(advising_on_memory(memory_advice(recipe)))
         stack.enter_context(_naming_images(trainer, data, run_dir))
         _Run(
@@ -546,7 +546,7 @@ def fit(
             run_dir,
             config,
             progress=stack.enter_context(bar),
-            stop=stack.enter_context(StopRequest(catch_signals, timeout_s)),
+            stop=stack.enter_context(StopRequest(catch_signals, timeout_s + distributed.MARGIN_S)),
             checkpoint_steps=checkpoint_steps,
             keep_every=keep_every,
             timeout_s=timeout_s,
@@ -597,12 +597,11 @@ class _Run:
             if isinstance(error, WorkerError):
                 if not self.stop.signal or distributed.world_size() > 1:
                     raise
-                trainer.settle()  # the signal ended the workers, too, and no step is under way
+                trainer.settle()  # no step is under way, and who waits for a disk may stop, too
             self._save()
             raise Stopped(
                 f"{self.stop.signal or 'a signal to another process'}, all is saved at step "
-                f"{trainer.step}; the same command with --output-dir "
-                f"{shlex.quote(str(self.run_dir))} goes on"
+                f"{trainer.step}; {_same_command(self.run_dir)} goes on"
             ) from None
 
     def _train_epoch(self) -> float:
@@ -682,6 +681,23 @@ def memory_advice(recipe: Recipe) -> str:
 
 
 @contextmanager
+def _saying_how_to_go_on(run_dir: Path) -> Iterator[None]:
+    """At an interrupt, after which nothing is saved."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"{_same_command(run_dir)} goes on from what was saved before"
+        ) from error
+
+
+def _same_command(run_dir: Path) -> str:
+    return f"the same command with --output-dir {shlex.quote(str(run_dir))}"
+
+
+@contextmanager
 def _naming_images(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[None]:
     """Names the images of a step gone wrong."""
     try:
@@ -718,10 +734,9 @@ def make_loaders(
     seed: int,
     workers: int,
     device: torch.device,
-    timeout_s: float = 0,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of training and validation batches."""
-    options = (workers, device.type == "cuda", timeout_s)
+    options = (workers, device.type == "cuda")
     return (
         inputs.train_loader(data.train, recipe.batch_size, seed, *options),
         inputs.eval_loader(data.val, recipe.batch_size, *options),

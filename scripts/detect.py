@@ -1,0 +1,82 @@
+"""Does a detector gain from a trained backbone? RetinaNets from scratch and pretrained, over seeds.
+
+    python scripts/detect.py
+    python scripts/detect.py --data-dir coco --checkpoint runs/NAME/last.pt --seeds 3
+
+Each seed trains one detector from random weights and one whose backbone was first trained to
+classify the embedded sample, as notebook 03 does it, or comes from --checkpoint. Without --data-dir
+the sample's objects are drawn as scenes with boxes.
+
+Interrupted, the same command goes on; finished runs are not repeated.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torch import nn
+
+import backbones
+from backbones.classifier import create_classifier
+from backbones.detection import retinanet
+from utils import findings, imagenet, sample
+from utils.detection_study import SCRATCH, DetectionStudy, run_detection_study
+from utils.distributed import pick_device
+from utils.errors import Parser, exit_code, whole_number
+from utils.recipe import RECIPES, DetectorRecipe
+from utils.trained import load_trained
+
+SAMPLE, SCENES = Path("data/sample"), Path("data/scenes")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help=f"folder in COCO's layout (default: {SCENES}, drawn)")
+    add("--checkpoint", type=Path, help="last.pt of a run of scripts/train.py, for every seed")
+    add("--runs-dir", type=Path, default=Path("runs/detection"), help="default: %(default)s")
+    add("--output", type=Path, default=Path("runs/detection.csv"), help="default: %(default)s")
+    add("--seeds", type=whole_number(1), default=5, help="how many (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def make_detector(backbone: str, num_classes: int, recipe: DetectorRecipe, **options) -> nn.Module:
+    net = backbones.create(backbone, out_indices=(2, 3, 4), **options)
+    size_px = {"min_size": recipe.image_px, "max_size": recipe.image_px}
+    model = retinanet(net, num_classes, out_channels=recipe.out_channels, **size_px)
+    return model.to(pick_device())
+
+
+def detect(args: argparse.Namespace) -> None:
+    backbone, recipe, sample_dir = "cspdarknet19", RECIPES["quick"], None
+    options = recipe.backbone_options
+    if args.checkpoint:
+        trained = load_trained(args.checkpoint, create_classifier)
+        backbone, options, recipe = trained.backbone, trained.options, trained.recipe
+    else:
+        sample_dir = sample.draw(SAMPLE)
+        imagenet.sort_val(SAMPLE / "LOC_val_solution.csv", sample_dir / "val")
+    study = DetectionStudy(
+        backbone,
+        options,
+        create_classifier,
+        make_detector,
+        DetectorRecipe(),
+        args.data_dir or sample.draw_scenes(SCENES),
+        sample_dir,
+        recipe,
+        args.checkpoint,
+    )
+    table = run_detection_study(study, args.seeds, args.runs_dir, args.output)
+    print(table.groupby("value", sort=False).map_pct.agg(["mean", "std", "count"]).round(2))
+    print(findings.compare(table, SCRATCH, "map_pct").round(2).to_string())
+    print(f"table: {args.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return exit_code(lambda: detect(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,571 @@
+"""Detectors on every backbone, boxes against pixels, precision against a hand count, the study."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from faster_coco_eval import COCO
+from helpers import TINY, assert_same_bits, run
+from PIL import Image
+from torchvision.models.detection.retinanet import _default_anchorgen
+
+import backbones
+from backbones.classifier import create_classifier
+from backbones.detection import Pyramid, faster_rcnn, retinanet
+from utils import detection, sample
+from utils.data import Key
+from utils.detection import (
+    BoxedImages,
+    detect,
+    mean_average_precision,
+    open_boxes,
+    train_detector,
+)
+from utils.detection_study import DetectionStudy, run_detection_study
+from utils.errors import DataError
+from utils.images import CorruptImageError
+from utils.recipe import DetectorRecipe
+from utils.trained import load_trained
+from utils.training import DivergedError
+
+SMALL = {"min_size": 64, "max_size": 64, "out_channels": 32}
+FAMILIES = ("darknet19", "cspdarknet19", "vovnet19_slim", "resnet18", "mobilenet_v3_small")
+
+
+def narrow(name, **options):
+    """A backbone at the paper's strides for detection, narrow where its family can be."""
+    if "darknet" in name or "vovnet" in name:
+        options["width"] = 0.125
+    return backbones.create(name, **{"out_indices": (2, 3, 4), **options})
+
+
+def scene(channels=3):
+    """Two images, the second without an object."""
+    torch.manual_seed(0)
+    boxes = torch.tensor([[4.0, 6, 40, 50], [30, 20, 60, 44]])
+    first = {"boxes": boxes, "labels": torch.tensor([1, 3])}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    return [torch.rand(channels, 64, 64), torch.rand(channels, 64, 48)], [first, empty]
+
+
+def take_a_step(model, channels=3):
+    """One step of SGD moves the backbone's first weights; all losses and weights are finite."""
+    images, targets = scene(channels)
+    first = next(model.backbone.backbone.parameters())
+    before = first.detach().clone()
+    losses = model.train()(images, targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.isfinite().all()
+                parameter -= 1e-3 * parameter.grad
+    assert not torch.equal(first, before)
+
+
+# ---- detectors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", backbones.list_models())
+def test_every_backbone_takes_a_step_in_a_retinanet(name):
+    take_a_step(retinanet(narrow(name), 3, **SMALL))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backbone_of_each_family_takes_a_step_in_a_faster_rcnn(name):
+    take_a_step(faster_rcnn(narrow(name, out_indices=(1, 2, 3, 4)), 3, **SMALL))
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_detections_lie_within_their_images(make):
+    images, _ = scene()
+    found = make(narrow("resnet18"), 3, score_thresh=0.0, **SMALL).eval()(images)
+    for image, each in zip(images, found, strict=True):
+        assert len(each["boxes"])
+        assert set(each["labels"].tolist()) <= {0, 1, 2, 3}
+        height_px, width_px = image.shape[1:]
+        assert each["boxes"].min() >= 0
+        assert (each["boxes"] <= torch.tensor([width_px, height_px] * 2)).all()
+
+
+def test_the_pyramid_has_a_level_per_map():
+    """Sizes of ceil(size / stride); the coarsest is its map through two convolutions."""
+    pyramid, images = Pyramid(narrow("vovnet19_slim"), 16).eval(), torch.rand(1, 3, 72, 104)
+    levels = pyramid(images)
+    shapes = [tuple(level.shape) for level in levels.values()]
+    assert list(levels) == ["0", "1", "2"]
+    assert shapes == [(1, 16, 9, 13), (1, 16, 5, 7), (1, 16, 3, 4)]
+    coarsest = pyramid.fpn.inner_blocks[2](pyramid.backbone(images)[-1])
+    assert torch.equal(pyramid.fpn.layer_blocks[2](coarsest), levels["2"])
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16), (8, 16, 32)])
+def test_anchors_follow_the_strides(strides):
+    """As in the papers: 32 pixels and up at stride 8 (RetinaNet), 32 at stride 4 (Faster R-CNN)."""
+    picked = tuple(int(stride).bit_length() - 2 for stride in strides)
+    net = narrow("cspdarknet19", out_indices=picked)
+    assert net.strides == strides
+    anchors = retinanet(net, 3, **SMALL).anchor_generator.sizes
+    assert [sizes[0] for sizes in anchors] == [4 * strides[0] * 2**k for k in range(5)]
+    if strides[0] == 8:  # as of its retinanet_resnet50_fpn_v2
+        assert anchors == _default_anchorgen().sizes
+    proposals = faster_rcnn(net, 3, **SMALL).rpn.anchor_generator.sizes
+    assert proposals == tuple((8 * strides[0] * 2**k,) for k in range(4))
+
+
+def test_regions_are_read_at_the_scales_that_torchvision_infers():
+    """From images whose sizes the strides divide; ours are known before the first image."""
+    model = faster_rcnn(narrow("resnet18", out_indices=(1, 2, 3, 4)), 3, **SMALL).eval()
+    known = model.roi_heads.box_roi_pool
+    scales, levels = known.scales, vars(known.map_levels)
+    known.scales = known.map_levels = None
+    model(scene()[0][:1])
+    assert known.scales == scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert vars(known.map_levels) == levels
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_images_of_other_channels(make):
+    for channels in (1, 5):
+        model = make(narrow("darknet19", in_channels=channels), 3, **SMALL)
+        assert len(model.transform.image_mean) == len(model.transform.image_std) == channels
+        take_a_step(model, channels)
+    mean = [0.1, 0.2, 0.3]
+    assert make(narrow("darknet19"), 3, image_mean=mean, **SMALL).transform.image_mean == mean
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_what_makes_no_detector_is_refused(make):
+    net = narrow("resnet18")
+    with pytest.raises(ValueError, match=r"strides \(4, 16\) skip one; .* out_indices=\(2, 3, 4\)"):
+        make(narrow("resnet18", out_indices=(1, 3)), 3)
+    with pytest.raises(ValueError, match="backbone is a Conv2d; give a Backbone"):
+        make(torch.nn.Conv2d(3, 8, 1), 3)
+    for bad in (0, True, 2.0):
+        with pytest.raises(ValueError, match=f"num_classes={bad} must be an integer"):
+            make(net, bad)
+        with pytest.raises(ValueError, match=f"out_channels={bad} must be an integer"):
+            make(net, 3, out_channels=bad)
+    with pytest.raises(ValueError, match="image_std has 1 numbers; the backbone takes 3 channels"):
+        make(net, 3, image_std=[0.5])
+    with pytest.raises(ValueError, match="image_mean has 3 numbers; the backbone takes 1 channels"):
+        make(narrow("resnet18", in_channels=1), 3, image_mean=[0.5] * 3)
+    with pytest.raises(ValueError, match="out_channels=48 must be a multiple of 32"):
+        retinanet(net, 3, out_channels=48)
+
+
+# ---- scenes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """24 training and 8 validation scenes; read only."""
+    root = tmp_path_factory.mktemp("scenes") / "drawn"
+    return sample.draw_scenes(root, seed=1, train_images=24, val_images=8)
+
+
+def snapshot(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_scenes_are_the_same_bytes(scenes, tmp_path):
+    again = sample.draw_scenes(tmp_path / "a", seed=1, train_images=24, val_images=8)
+    assert snapshot(again) == snapshot(scenes)
+    assert sample.draw_scenes(again, seed=1, train_images=24, val_images=8) == again
+    fewer = snapshot(sample.draw_scenes(tmp_path / "b", seed=1, train_images=2, val_images=1))
+    images = {path: content for path, content in fewer.items() if path.suffix == ".jpg"}
+    assert len(images) == 3
+    assert images.items() <= snapshot(scenes).items()
+    other = snapshot(sample.draw_scenes(tmp_path / "c", seed=2, train_images=2, val_images=1))
+    assert not {other[path] for path in images} & set(images.values())
+
+
+def test_scenes_are_not_drawn_over_other_files(scenes, tmp_path):
+    with pytest.raises(ValueError, match="holds a sample with other settings"):
+        sample.draw_scenes(scenes, seed=2)
+    (tmp_path / "mine").touch()
+    for root in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(ValueError, match="holds something that is not a sample"):
+            sample.draw_scenes(root)
+    with pytest.raises(ValueError, match="images 1 or more"):
+        sample.draw_scenes(tmp_path / "new", val_images=0)
+
+
+def test_an_unfinished_drawing_of_scenes_is_finished(scenes, tmp_path, monkeypatch):
+    render = sample.render_scene
+
+    def interrupted(rng):
+        if len(list(tmp_path.rglob("*.jpg"))) == 5:
+            raise KeyboardInterrupt
+        return render(rng)
+
+    monkeypatch.setattr(sample, "render_scene", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.draw_scenes(tmp_path / "new", seed=1, train_images=24, val_images=8)
+    monkeypatch.setattr(sample, "render_scene", render)
+    sample.draw_scenes(tmp_path / "new", seed=1, train_images=24, val_images=8)
+    assert snapshot(tmp_path / "new") == snapshot(scenes)
+
+
+def test_the_boxes_of_a_scene_are_those_of_its_objects(monkeypatch):
+    """White objects on black ground, nothing else drawn: together the boxes hold all that is white,
+    and each one's sides touch it."""
+    shades = iter(())
+
+    def flat(_rng, size_px, *_colours):
+        return Image.new("RGB", size_px, next(shades))
+
+    monkeypatch.setattr(sample, "_texture", flat)
+    monkeypatch.setattr(sample, "_scatter", lambda *_: None)
+    monkeypatch.setattr(sample, "_cover", lambda *_: None)
+    monkeypatch.setattr(sample, "_photograph", lambda _, canvas: canvas.reduce(2))
+    counts, labels = set(), set()
+    for seed in range(40):
+        shades = itertools.chain(["black"], itertools.repeat("white"))
+        image, objects = sample.render_scene(np.random.default_rng(seed))
+        assert image.size == (128, 128)
+        white = np.asarray(image.convert("L")) > 0
+        inside = np.zeros_like(white)
+        for label, (x1, y1, x2, y2) in objects:
+            assert 0 <= x1 < x2 <= 128
+            assert 0 <= y1 < y2 <= 128
+            inside[y1:y2, x1:x2] = True
+            part = white[y1:y2, x1:x2]
+            assert all(side.any() for side in (part[0], part[-1], part[:, 0], part[:, -1]))
+            labels.add(label)
+        shadowless = np.asarray(image.convert("L")) > 127
+        assert not (shadowless & ~inside).any()
+        counts.add(len(objects))
+    assert counts == {1, 2, 3, 4}
+    assert len(labels) == 10
+
+
+def test_scenes_are_in_cocos_format(scenes):
+    """As faster-coco-eval's own reader takes it; every image a JPEG of its size, ids from 1."""
+    for split, count in (("train", 24), ("val", 8)):
+        coco = COCO(str(scenes / "annotations" / f"instances_{split}.json"))
+        assert coco.getImgIds() == list(range(1, count + 1))
+        names = [each["name"] for each in coco.loadCats(coco.getCatIds())]
+        assert names == [words.split(",")[0] for words in sample.CLASSES]
+        for each in coco.loadImgs(coco.getImgIds()):
+            with Image.open(scenes / split / each["file_name"]) as image:
+                assert (image.format, image.size) == ("JPEG", (each["width"], each["height"]))
+        for each in coco.loadAnns(coco.getAnnIds()):
+            assert each["area"] == each["bbox"][2] * each["bbox"][3] > 0
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def test_boxes_are_read_as_they_are_written(scenes):
+    data = open_boxes(scenes)
+    assert data.classes == [words.split(",")[0] for words in sample.CLASSES]
+    coco = COCO(str(scenes / "annotations" / "instances_val.json"))
+    for index in range(len(data.val)):
+        image, target = data.val[Key(0, index)]
+        assert image.shape == (3, 128, 128)
+        assert image.dtype == torch.uint8
+        written = coco.loadAnns(coco.getAnnIds(imgIds=index + 1))
+        sizes = target["boxes"][:, 2:] - target["boxes"][:, :2]
+        assert torch.cat([target["boxes"][:, :2], sizes], 1).tolist() == [
+            each["bbox"] for each in written
+        ]
+        assert target["labels"].tolist() == [each["category_id"] for each in written]
+
+
+def test_mirrored_images_have_mirrored_boxes(scenes):
+    """Half of the training images, others at each epoch, the same for the same seed."""
+    data, plain = open_boxes(scenes, seed=3).train, open_boxes(scenes).val
+    plain.names, plain.targets, plain.folder = data.names, data.targets, data.folder
+    mirrored = []
+    for epoch, index in itertools.product(range(4), range(len(data))):
+        (image, target), (whole, expected) = data[Key(epoch, index)], plain[Key(epoch, index)]
+        mirrored.append(not torch.equal(image, whole))
+        boxes = expected["boxes"]
+        if mirrored[-1]:
+            assert torch.equal(image, whole.flip(2))
+            boxes = torch.stack([128 - boxes[:, 2], boxes[:, 1], 128 - boxes[:, 0], boxes[:, 3]], 1)
+        assert torch.equal(target["boxes"], boxes)
+    assert 30 < sum(mirrored) < 66
+    assert mirrored[:24] != mirrored[24:48]
+
+
+def write_coco(root, **changes):
+    """A folder of one image a split, with one box."""
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg", "width": 40, "height": 30}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [5, 6, 10, 12.5]}],
+        "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "ant"}],
+    }
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        entries = content | (changes if split == "train" else {})
+        (root / split).mkdir()
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(entries))
+        Image.new("RGB", (40, 30)).save(root / split / "a.jpg")
+    return root
+
+
+def annotation(**changes):
+    return {
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [5, 6, 10, 12.5]} | changes
+        ]
+    }
+
+
+def test_boxes_end_at_the_image_and_those_without_area_and_crowds_are_left_out(tmp_path):
+    boxes = [[5, 6, 10, 12.5], [30, -5, 20, 10], [5, 5, 0, 9], [50, 5, 9, 9], [1, 1, 5, 5]]
+    entries = [
+        {"id": k, "image_id": 7, "category_id": (3, 9)[k % 2], "bbox": box, "iscrowd": int(k == 4)}
+        for k, box in enumerate(boxes)
+    ]
+    data = open_boxes(write_coco(tmp_path, annotations=entries))
+    assert data.classes == ["ant", "cat"]  # in the order of ids
+    (target,) = data.train.targets
+    assert target["boxes"].tolist() == [[5, 6, 15, 18.5], [30, 0, 40, 5]]
+    assert target["labels"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (annotation(bbox=[1, 2, 3]), r"annotations\[0\]: bbox=\[1, 2, 3\] must be 4 finite"),
+        (annotation(bbox="1234"), "bbox='1234' must be 4 finite numbers"),
+        (annotation(bbox=[1, 2, 3, None]), "must be 4 finite numbers"),
+        (annotation(bbox=[1, 2, 3, float("nan")]), "must be 4 finite numbers"),
+        (annotation(bbox=[1, 2, True, 4]), "must be 4 finite numbers"),
+        (annotation(image_id=8), r"annotations\[0\]: image_id=8 is no image's id"),
+        (annotation(image_id=[7]), r"image_id=\[7\] is no image's id"),
+        (annotation(category_id=1), "category_id=1 is no category's id"),
+        ({"annotations": None}, "has no list of annotations"),
+        ({"images": [1]}, "has no list of images"),
+        ({"images": []}, "0 images"),
+        ({"categories": []}, "0 different names of categories"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 9, "name": "a"}]}, "1 different names"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "an id stands there"),
+        ({"categories": [{"id": "3", "name": "a"}]}, r"categories\[0\]: id='3' must be an integer"),
+        ({"images": [{"id": 7, "width": 40, "height": 30}]}, "id 7: file_name=None must be a name"),
+        (
+            {"images": [{"id": 7, "file_name": "a.jpg", "width": 40}]},
+            r"width and height=\[40, None\] must be 2 finite numbers",
+        ),
+        ({"categories": [{"id": 3, "name": "dog"}]}, "classes of train .* are not those of val"),
+    ],
+)
+def test_what_is_wrong_with_annotations_is_one_line(tmp_path, changes, words):
+    root = write_coco(tmp_path, **changes)
+    with pytest.raises(DataError, match=words) as caught:
+        open_boxes(root)
+    assert str(root) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_without_boxes_are_told(folders, tmp_path):
+    with pytest.raises(DataError, match=r"0 files annotations/instances_train\*.json, needs one"):
+        open_boxes(folders)
+    root = write_coco(tmp_path)
+    path = root / "annotations" / "instances_val.json"
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"instances_val\.json: no readable JSON"):
+        open_boxes(root)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"instances_val\.json: no readable JSON"):
+        open_boxes(root)
+    path.write_text("[]")
+    with pytest.raises(DataError, match=r"instances_val\.json: has no list of images"):
+        open_boxes(root)
+    with pytest.raises(FileNotFoundError, match="no such file of annotations"):
+        BoxedImages(root, root / "none.json")
+    (root / "train" / "a.jpg").unlink()
+    with pytest.raises(CorruptImageError, match=r"train/a.jpg"):
+        BoxedImages(root / "train", root / "annotations" / "instances_train.json")[Key(0, 0)]
+
+
+# ---- training and precision --------------------------------------------------------------------
+
+QUICK = DetectorRecipe(epochs=2, batch_size=8, image_px=64, out_channels=32)
+
+
+def make_detector(backbone, num_classes, recipe, **options):
+    net = backbones.create(backbone, out_indices=(2, 3, 4), **options)
+    size_px = {"min_size": recipe.image_px, "max_size": recipe.image_px}
+    return retinanet(net, num_classes, out_channels=recipe.out_channels, **size_px)
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_the_same_seed_trains_to_the_same_bits(scenes, make):
+    states, losses = [], []
+    for seed in (5, 5, 6):
+        torch.manual_seed(0)
+        model = make(narrow("cspdarknet19"), 10, **SMALL)
+        data = open_boxes(scenes, seed)
+        rows = train_detector(model, data.train, QUICK, seed=seed, quiet=True)
+        losses.append([row["train_loss"] for row in rows])
+        states.append(model.state_dict())
+        assert [row["epoch"] for row in rows] == [1, 2]
+    assert losses[0] == losses[1] != losses[2]
+    assert_same_bits(*states[:2])
+
+
+def test_a_detector_learns_its_images(scenes):
+    """Few images by heart: the loss falls, and most of what is in them is found."""
+    data = open_boxes(scenes)
+    data.val.names, data.val.targets = data.val.names[:4], data.val.targets[:4]
+    torch.manual_seed(0)
+    recipe = DetectorRecipe(epochs=50, batch_size=4, lr=2e-3)
+    model = retinanet(
+        backbones.create("cspdarknet19", width=0.125, out_indices=(2, 3, 4)),
+        10,
+        out_channels=32,
+        min_size=128,
+        max_size=128,
+    )
+    rows = train_detector(model, data.val, recipe, quiet=True)
+    assert rows[-1]["train_loss"] < 0.3 * rows[0]["train_loss"]
+    found = detect(model, data.val)
+    assert mean_average_precision(found, data.val.targets)["map50_pct"] > 60
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(scenes):
+    model = retinanet(narrow("cspdarknet19"), 10, **SMALL)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergedError, match="the loss is not finite before step 3"):
+        train_detector(model, open_boxes(scenes).train, QUICK, quiet=True)
+
+
+def boxes(*rows):
+    return torch.tensor(rows, dtype=torch.float).reshape(-1, 4)
+
+
+def test_mean_average_precision_by_hand():
+    """Two objects of class 1, one of class 2; found are one wholly, one by overlap 0.6, one not.
+
+    Class 1, best score first: right at every overlap, wrong (no object there), right up to overlap
+    0.6. Precision interpolated at COCO's 101 recalls: 1 up to recall 0.5 (51 of them), 2/3 above,
+    at the overlaps 0.50, 0.55 and 0.60; elsewhere 1 up to 0.5 and 0 above. Class 2: nothing found.
+    """
+    targets = [
+        {"boxes": boxes([0, 0, 10, 10], [50, 50, 60, 60]), "labels": torch.tensor([1, 1])},
+        {"boxes": boxes([0, 0, 10, 10]), "labels": torch.tensor([2])},
+    ]
+    found = [
+        {
+            "boxes": boxes([0, 0, 10, 10], [80, 80, 90, 90], [50, 50, 60, 56.2]),
+            "labels": torch.tensor([1, 1, 1]),
+            "scores": torch.tensor([0.9, 0.8, 0.7]),
+        },
+        {
+            "boxes": boxes(),
+            "labels": torch.tensor([], dtype=torch.long),
+            "scores": torch.tensor([]),
+        },
+    ]
+    result = mean_average_precision(found, targets)
+    low, high = (51 + 50 * 2 / 3) / 101, 51 / 101
+    assert result["map50_pct"] == pytest.approx(100 * low / 2, abs=1e-3)
+    assert result["map_pct"] == pytest.approx(100 * (3 * low + 7 * high) / 10 / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epochs": 0}, {"lr": 0.0}, {"lr": float("inf")}, {"batch_size": 2.0}]
+)
+def test_a_bad_recipe_is_refused(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be"):
+        DetectorRecipe(**bad)
+    with pytest.raises(ValueError, match=r"warmup_epochs=3.0 must be below the epochs"):
+        DetectorRecipe(epochs=2, warmup_epochs=3.0)
+
+
+# ---- the study ---------------------------------------------------------------------------------
+
+
+def study_of(scenes, folders):
+    small = dataclasses.replace(TINY, epochs=1, warmup_epochs=0.0)
+    options = small.backbone_options
+    make = (create_classifier, make_detector)
+    return DetectionStudy("cspdarknet19", options, *make, QUICK, scenes, folders, small)
+
+
+def test_the_study_goes_on_where_it_stopped(scenes, folders, tmp_path, monkeypatch):
+    study, output = study_of(scenes, folders), tmp_path / "new" / "table.csv"
+    whole = run_detection_study(study, 2, tmp_path / "whole", tmp_path / "whole.csv")
+    assert whole[["value", "seed"]].values.tolist() == [
+        ["from scratch", 0],
+        ["pretrained", 0],
+        ["from scratch", 1],
+        ["pretrained", 1],
+    ]
+    assert not whole.isna().any(axis=None)
+    train = detection.train_detector
+
+    def interrupted(*args, seed, **options):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return train(*args, seed=seed, **options)
+
+    monkeypatch.setattr(detection, "train_detector", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_detection_study(study, 2, tmp_path / "runs", output)
+    assert pd.read_csv(output).seed.tolist() == [0, 0]
+    calls = []
+    monkeypatch.setattr(
+        detection,
+        "train_detector",
+        lambda *args, **options: calls.append(options["seed"]) or train(*args, **options),
+    )
+    table = run_detection_study(study, 2, tmp_path / "runs", output)
+    assert calls == [1, 1]
+    results = ["value", "seed", "map_pct", "map50_pct", "final_loss", "epochs"]
+    assert pd.read_csv(output)[results].equals(whole[results])
+    assert table[results].equals(whole[results])
+
+    other = dataclasses.replace(study, recipe=dataclasses.replace(QUICK, epochs=3))
+    with pytest.raises(DataError, match="from-scratch-seed0: holds a run with epochs=2, not 3"):
+        run_detection_study(other, 2, tmp_path / "runs", output)
+    path = tmp_path / "runs" / "pretrained-seed0" / "result.json"
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"pretrained-seed0/result\.json: damaged; remove it"):
+        run_detection_study(study, 2, tmp_path / "runs", output)
+    with pytest.raises(ValueError, match="holds 4 finished runs that would be lost"):
+        run_detection_study(study, 2, tmp_path / "others", output)
+
+
+def test_pretrained_weights_reach_the_detector(scenes, folders, tmp_path):
+    """The averaged ones of the seed's own classifier, and all of them."""
+    seen = {}
+
+    def make(backbone, num_classes, recipe, **options):
+        model = make_detector(backbone, num_classes, recipe, **options)
+        seen[options["weights"]] = model.backbone.backbone.state_dict()
+        seen[options["weights"]] = {k: v.clone() for k, v in seen[options["weights"]].items()}
+        return model
+
+    study = dataclasses.replace(study_of(scenes, folders), make_detector=make)
+    run_detection_study(study, 1, tmp_path, tmp_path / "table.csv")
+    checkpoint = tmp_path / "classifier-seed0" / "last.pt"
+    assert set(seen) == {None, checkpoint}
+    average = load_trained(checkpoint, create_classifier).average
+    assert_same_bits(seen[checkpoint], average.backbone.state_dict())
+
+
+def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
+    for options, code, words in (
+        (("--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
+        (("--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
+        (("--seeds", "0"), 2, "'0' must be a whole number, at least 1"),
+        (("--epochs", "3"), 2, "unrecognized arguments"),
+    ):
+        assert run("detect.py", *options) == code
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1, told
+        assert words in told[0]
