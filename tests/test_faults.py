@@ -473,7 +473,7 @@ def save(self, f=t._Run._save):
     f(self)
 t._Run._save = save
 """
-DIED = r"a decoding process died \(pid \d+\); out of memory\? try fewer --workers"
+DIED = r"a decoding process died \(pid \d+\); out of memory, or of shared memory \(/dev/shm .*"
 SILENT = r"decoding process 1 of 2 \(pid \d+\) gave no batch in 3 s; is its disk there\? .*"
 FAULTS = {
     "dies": (IN_WORKER.format(what="os.kill(os.getpid(), signal.SIGKILL)"), DIED),

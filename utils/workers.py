@@ -147,10 +147,10 @@ def _naming_workers(
 
 
 def _silent(workers: list[multiprocessing.Process], count: int | None) -> str:
-    """Number and process id of the worker whose turn it is, or else of those that are stopped."""
-    which = range(len(workers)) if count is None else [count % len(workers)]
-    if count is None:
-        which = [k for k in which if _is_stopped(workers[k].pid)] or which
+    """Numbers and process ids of workers that are stopped, or of the one whose turn it is."""
+    turn = range(len(workers)) if count is None else [count % len(workers)]
+    # One that is stopped amid sending a batch keeps all others from sending theirs.
+    which = [k for k, worker in enumerate(workers) if _is_stopped(worker.pid)] or turn
     names = [f"{k} of {len(workers)} (pid {workers[k].pid})" for k in which]
     return f"decoding process {', '.join(names)}"
 
