@@ -137,19 +137,20 @@ def _naming_workers(
 
 
 def _silent(workers: list[multiprocessing.Process], count: int | None) -> str:
-    """Number and process id of the worker whose turn it is, or else of those that are stopped."""
-    which = range(len(workers)) if count is None else [count % len(workers)]
-    if count is None:
-        which = [k for k in which if _is_stopped(workers[k].pid)] or which
+    """Number and process id of the worker to blame: one that is stopped, or whose turn it is.
+
+    One that is stopped may keep the queue from the others, whosever turn it is.
+    """
+    turn = range(len(workers)) if count is None else [count % len(workers)]
+    which = [k for k, worker in enumerate(workers) if _is_stopped(worker.pid)] or turn
     names = [f"{k} of {len(workers)} (pid {workers[k].pid})" for k in which]
     return f"decoding process {', '.join(names)}"
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, or in a system call that cannot be interrupted."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "TtD"
-    except OSError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "Tt"
+    except OSError:  # gone, or not Linux
         return False
 
 
