@@ -576,9 +576,14 @@ def test_pretrained_weights_reach_the_detector(scenes, folders, tmp_path):
 def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
+    damaged = write_coco(tmp_path / "damaged", annotations=[{"bbox": 3}])
+    boxed = ("--data-dir", write_coco(tmp_path / "boxed"))
     for options, code, words in (
-        (("--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
-        (("--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
+        (("--data-dir", "none"), 2, "none: no such folder"),
+        (("--data-dir", folders), 1, "a detector needs boxes in COCO's format"),
+        (("--data-dir", damaged), 1, "annotations[0]: image_id=None is no image's id"),
+        ((*boxed, "--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
+        ((*boxed, "--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
         (("--seeds", "0"), 2, "'0' must be a whole number, at least 1"),
         (("--epochs", "3"), 2, "unrecognized arguments"),
     ):
