@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from utils.images import (
 )
 from utils.recipe import Recipe
 from utils.workers import WorkerError, ready_worker, shared_memory
+
+if TYPE_CHECKING:
+    from utils.shards import Shards  # which imports this module
 
 # First word of every seed, so that no two uses of (seed, ...) draw the same numbers.
 SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
@@ -263,8 +266,8 @@ def _whole(batch: Batch | DataError) -> Batch | DataError | WorkerError:
 class Splits:
     """Training and validation images of one `data_dir`, with their class names."""
 
-    train: ImageFiles
-    val: ImageFiles
+    train: "ImageFiles | Shards"
+    val: "ImageFiles | Shards"
     classes: list[str]
 
 

@@ -1,8 +1,6 @@
 """A user's mistakes: one clear line on stderr and an exit code, never a traceback.
 
-Exit codes of every script: 0, done; 1, the data or a file is not right, or training failed; 2, bad
-usage: an option, a value or a path that is not there; 75, stopped by a signal with everything saved
-(EX_TEMPFAIL of sysexits.h: run the same command again); 130, interrupted at once.
+`EXIT_CODES` are those of every script; 75 is EX_TEMPFAIL of sysexits.h.
 """
 
 import argparse
@@ -19,6 +17,10 @@ from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+EXIT_CODES = """\
+Exit codes of every script: 0, done; 1, the data or a file is not right, memory ran out, or training
+failed; 2, a wrong option or path; 75, stopped by a signal and saved, so run the same command again;
+130, interrupted at once."""
 
 NO_MEMORY = re.compile(
     "(can't allocate|cannot allocate|not enough|out of) memory|ALLOC_FAILED", re.IGNORECASE
@@ -39,10 +41,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the module's docstring for its help, and errors of one line."""
+    """A parser whose help is the module's docstring and the exit codes, and errors one line."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("epilog", EXIT_CODES)
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:

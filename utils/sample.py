@@ -11,7 +11,6 @@ are drawn alike for every class. Flips, rotations and inverted colours keep the 
     python -m utils.sample data/sample
 """
 
-import argparse
 import colorsys
 import json
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from utils.errors import Parser, exit_code, whole_number
 from utils.locks import lock
 from utils.progress import progress_bar
 
@@ -446,18 +446,17 @@ def _draw_scenes(folder: Path, number: int, seed: int, count: int, bar: tqdm) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line: 0 when the sample is there, 2 when it cannot be drawn."""
-    parser = argparse.ArgumentParser("python -m utils.sample", description="Draw the sample.")
+    """Runs the command line and returns its exit code."""
+    parser = Parser("Draw the sample.", prog="python -m utils.sample")
     parser.add_argument("root", help="folder to fill, for example data/sample")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        data = draw(args.root, seed=args.seed, progress=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"The sample of {len(CLASSES)} classes is in {data}")
-    return 0
+    return exit_code(lambda: print(_drawn(args.root, args.seed)))
+
+
+def _drawn(root: str, seed: int) -> str:
+    data = draw(root, seed=seed, progress=True)
+    return f"The sample of {len(CLASSES)} classes is in {data}"
 
 
 if __name__ == "__main__":
