@@ -12,3 +12,5 @@ def pytest_configure(config):
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(config.option, "nbval_current_env"):
         config.option.nbval_current_env = True  # the kernel of this environment, not one by name
+    if getattr(config.option, "nbval", False) and getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadfile"  # under -n 2 as well, a notebook's cells share one kernel

@@ -280,7 +280,7 @@ def save(path: Path, table: pd.DataFrame) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: benchmark(args))
+    return exit_code(lambda: benchmark(args), "smaller --batch-sizes, --batch-size or --image-px")
 
 
 def benchmark(args: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: evaluate(args))
+    return exit_code(lambda: evaluate(args), "a smaller --size or fewer --workers")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ to 1 less the means (0.485, 0.456, 0.406), over the deviations (0.229, 0.224, 0.
 The file is read back, by ONNX Runtime or torch.export, and compared with its source at other batch
 and image sizes before it gets its name. Nothing that is there is replaced without --overwrite.
 ONNX takes the packages onnx, onnxscript and onnxruntime.
-
-Exit codes: 0, written; 1, a file is not right, or the export is not what its source is; 2, a wrong
-option or path.
 """
 
 import argparse

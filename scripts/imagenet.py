@@ -3,15 +3,14 @@
 import argparse
 import sys
 
-from utils.errors import Parser, exit_code
+from utils.errors import EXIT_CODES, Parser, exit_code
 from utils.imagenet import sort_val
 
 EXAMPLE = """example:
   python scripts/imagenet.py --val_solution_path LOC_val_solution.csv \\
       --val_image_dir ILSVRC/Data/CLS-LOC/val
 
-Exit codes: 0, every image of the CSV is in place (with --dry-run: can be put in place);
-1, the CSV or the images are not right; 2, a wrong option or path."""
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         "Sort ImageNet's val/*.JPEG into val/<wnid>/*.JPEG by renaming, or undo it. Safe to "
         "interrupt and to run again.",
-        epilog=EXAMPLE,
+        epilog=EXAMPLE + EXIT_CODES,
     )
     parser.add_argument(
         "--val_solution_path", required=True, metavar="CSV", help="LOC_val_solution.csv"

@@ -8,9 +8,6 @@ on. scripts/train.py reads the shards, from a disk or through a pipe:
 
     --data-dir "shards/{train-{000000..001281},val-{000000..000049}}.tar"
     --data-dir "pipe:curl -sf http://host/{train-{000000..001281},val-{000000..000049}}.tar"
-
-Exit codes: 0, all shards are made (with --verify: are whole); 1, the images or the shards are not
-right; 2, a wrong option or path.
 """
 
 import argparse

@@ -9,8 +9,6 @@ folder's name, for ImageNet such as n01440764; with --synset-mapping also by its
 
 --json prints a list of {"image": path, "predictions": [{"class", "name", "probability"}, ...]},
 the likeliest class first; name is the words, or the class again.
-
-Exit codes: 0, done; 1, an image or a file is not right; 2, a wrong option or path.
 """
 
 import argparse
@@ -82,7 +80,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: predict(args))
+    return exit_code(lambda: predict(args), "fewer images at a time or a smaller --size")
 
 
 if __name__ == "__main__":

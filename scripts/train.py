@@ -16,9 +16,8 @@ ImageNet's flat val/. Shards are scripts/make_shards.py's, on a disk or behind a
 Stopped at any moment, the same command with the same --output-dir goes on and
 ends in the same weights.
 
-Exit codes: 0, trained; 1, the data or a file is not right, or the loss is not finite; 2, a wrong
-option or path; 75, stopped by SIGINT, by SIGTERM or by one of each, and saved; 130, interrupted at
-once: by the same signal again, or before the training.
+SIGINT or SIGTERM saves and stops; the same signal again, or one before the training, ends it at
+once.
 """
 
 import argparse
@@ -165,7 +164,8 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: train(parse(argv)))
+    advice = "a smaller --batch-size, --train-crop-px or --width"
+    return exit_code(lambda: train(parse(argv)), advice)
 
 
 if __name__ == "__main__":

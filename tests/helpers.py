@@ -1,17 +1,20 @@
 """What more than one test file uses and no fixture can be."""
 
 import dataclasses
+import re
 import runpy
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 from utils.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
+CLEAR_PEAK = Path("/proc/self/clear_refs")
 # Options of scripts/train.py for a run of seconds on the fixture `folders`: six steps an epoch.
 SMALL = [
     *("--recipe", "quick", "--epochs", "2", "--batch-size", "8", "--train-crop-px", "32"),
@@ -38,6 +41,25 @@ def run(script, *args):
         return error.code
 
 
+def run_check(notebook, **values):
+    """The names of a notebook after its imports, its parameters with these values, and their check.
+
+    Args:
+        notebook: the beginning of its name, such as "03".
+    """
+    (path,) = (ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    tagged = ["parameters" in cell.metadata.get("tags", []) for cell in code].index(True)
+    names = {}
+    exec(re.sub(r"(?m)^%.*$", "", code[1].source), names)
+    exec(code[tagged].source, names)
+    assert values.keys() <= names.keys(), "not a parameter of this notebook"
+    names |= values
+    exec(code[tagged + 1].source, names)
+    return names
+
+
 @contextmanager
 def mounted(path, *options):
     """A mount on `path`, which is made, for the time of the block; skips where nobody may mount."""
@@ -50,6 +72,22 @@ def mounted(path, *options):
         yield path
     finally:
         subprocess.run(["umount", path], check=True)
+
+
+@contextmanager
+def at_most_mb(limit_mb):
+    """The block raises this process's memory by less at its highest; on Linux alone it is known."""
+    if CLEAR_PEAK.exists():
+        CLEAR_PEAK.write_text("5")  # the peak begins anew, man 5 proc
+    before = _status_mb("VmRSS")
+    yield
+    assert _status_mb("VmHWM") < before + limit_mb
+
+
+def _status_mb(entry):
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:")) / 1024
 
 
 def small_disk(path, size):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utils.data import Batch, CorruptImageError, Preprocess
-from utils.evaluation import autocast_dtype, confused_pairs, evaluate, predict
+from utils.evaluation import autocast_dtype, confused_pairs, evaluate, over_chance, predict
 
 CPU = torch.device("cpu")
 
@@ -76,3 +76,10 @@ def test_predictions_and_confused_pairs():
         {"true": "a", "predicted": "c", "images": 1, "share_pct": 50.0},
         {"true": "c", "predicted": "a", "images": 1, "share_pct": pytest.approx(100 / 3)},
     ]
+
+
+@pytest.mark.parametrize(
+    ("top1_pct", "classes", "share"), [(50, 2, 0), (75, 2, 0.5), (10, 10, 0), (100, 10, 1)]
+)
+def test_the_way_from_chance_to_no_error(top1_pct, classes, share):
+    assert over_chance(top1_pct, classes) == pytest.approx(share)

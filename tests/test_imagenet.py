@@ -13,8 +13,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchvision.datasets import Imagenette
 
-from utils.imagenet import LayoutError, apply, check_layout, plan, read_solution, read_synsets
+from utils.imagenet import (
+    IMAGENETTE,
+    LayoutError,
+    apply,
+    check_layout,
+    class_names,
+    plan,
+    read_solution,
+    read_synsets,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "imagenet.py"
@@ -497,3 +507,19 @@ def test_check_layout_errors(tmp_path, paths, words, command):
     assert str(data) in text
     run = "python scripts/imagenet.py --val_solution_path LOC_val_solution.csv --val_image_dir"
     assert (f"{run} '{data}/val'" in text) == command
+
+
+def test_class_names(tmp_path, monkeypatch):
+    """From the download's file where it is, else Imagenette's, else the folder's own."""
+    data = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    data.mkdir(parents=True)
+    classes = ["n01440764", "n03888257", "cats"]
+    assert class_names(data, classes) == ["tench", "parachute", "cats"]
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01440764 fish, big fish\n")
+    monkeypatch.chdir(data)
+    assert class_names(".", classes) == ["fish", "n03888257", "cats"]
+
+
+def test_imagenettes_names_are_torchvisions():
+    expected = {key: ", ".join(words) for key, words in Imagenette._WNID_TO_CLASS.items()}
+    assert expected == IMAGENETTE

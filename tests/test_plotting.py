@@ -1,5 +1,7 @@
 """Figures show every row that they are given; what they look like is for the eye."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -94,6 +96,34 @@ def test_trade_offs_have_a_point_per_row_and_cost():
     many = pd.concat([table] * 6, ignore_index=True)
     with pytest.raises(ValueError, match="12 groups to draw; at most 10"):
         plotting.plot_trade_offs(many, {"cost": "cost"}, "y")
+
+
+def test_long_names_of_trade_offs_stand_below_the_panels():
+    table = pd.DataFrame({"mean": [50.0, 60.0], "cost": [3.0, 4.0]}, ["a" * 30, "b"])
+    for rows, below in ((table, True), (table.set_axis(["a", "b"]), False)):
+        figure = plotting.plot_trade_offs(rows, {"cost": "cost (ms)"}, "top-1 (%)")
+        figure.draw_without_rendering()
+        legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+        assert (legend.y1 < axes.y0) == below
+        assert (legend.x0 > axes.x1) != below
+
+
+def test_titles_of_images_keep_to_their_columns():
+    """In a row of eight: no title reaches into the next, and all begin at one height."""
+    names = ["English springer 0.21", "black-and-tan coonhound", "ring"] * 3
+    sizes = [(40, 30), (30, 40), (40, 40)] * 3
+    images = [Image.new("RGB", size) for size in sizes]
+    figure = plotting.plot_images(images[:8], names[:8], columns=8)
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    heights = [box.y0 for box in boxes]
+    assert max(heights) - min(heights) < 2  # pixels
+
+
+def test_no_images_are_an_empty_figure():
+    """Such as the wrong guesses of a classifier that has none."""
+    assert not plotting.plot_images([], []).axes[0].images
 
 
 def test_boxes_are_drawn_where_they_are_and_named_inside_the_picture():

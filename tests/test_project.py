@@ -71,7 +71,7 @@ def code_of(path):
         return path.read_text()
     cells = json.loads(path.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return re.sub(r"(?m)^[%!].*$", "", "\n".join(code))
+    return re.sub(r"(?m)^ *[%!].*$", "", "\n".join(code))
 
 
 def forbidden(path, code):

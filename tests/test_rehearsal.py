@@ -95,7 +95,9 @@ def test_memory_that_runs_out_is_told_with_what_helps(folders, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Trainer, "train_step", full)
-    with pytest.raises(MemoryError, match="on cpu; try --accumulate 2"):
+    with pytest.raises(
+        MemoryError, match=r"^not enough memory on the GPU; try --accumulate 2, or a smaller"
+    ):
         rehearsed(folders)
 
 

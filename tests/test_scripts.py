@@ -19,6 +19,14 @@ from PIL import Image, ImageColor
 from backbones.classifier import create_classifier
 from backbones.weights import load_weights
 from utils import plotting
+from utils.errors import EXIT_CODES
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("scripts/*.py")))
+def test_help_lists_the_exit_codes_of_the_docs(script, capsys):
+    assert run(script, "--help") == 0
+    assert EXIT_CODES in capsys.readouterr().out
+    assert EXIT_CODES in (ROOT / "docs" / "reliability.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 
 from utils.distributed import rank, world_size
+from utils.errors import DataError
 from utils.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.images import (
     MEAN_RGB,
@@ -31,7 +32,10 @@ from utils.images import (
     train_transform,
 )
 from utils.recipe import Recipe
-from utils.workers import ready_worker
+from utils.workers import WorkerError, ready_worker, shared_memory
+
+if TYPE_CHECKING:
+    from utils.shards import Shards  # which imports this module
 
 # First word of every seed, so that no two uses of (seed, ...) draw the same numbers.
 SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
@@ -244,7 +248,17 @@ def make_loader(
     )
 
 
-def _whole(batch: Batch) -> Batch:
+def _whole(batch: Batch | DataError) -> Batch | DataError | WorkerError:
+    if isinstance(batch, Batch) and get_worker_info():
+        try:  # now, or the thread that sends it would fail, and the batch never come
+            batch.images.share_memory_()
+            batch.labels.share_memory_()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            return WorkerError(
+                f"a batch cannot be shared ({reason}); {shared_memory()}: make it larger, or try "
+                "fewer --workers, or --workers 0"
+            )
     return batch
 
 
@@ -252,8 +266,8 @@ def _whole(batch: Batch) -> Batch:
 class Splits:
     """Training and validation images of one `data_dir`, with their class names."""
 
-    train: ImageFiles
-    val: ImageFiles
+    train: "ImageFiles | Shards"
+    val: "ImageFiles | Shards"
     classes: list[str]
 
 

@@ -1,14 +1,13 @@
 """A user's mistakes: one clear line on stderr and an exit code, never a traceback.
 
-Exit codes of every script: 0, done; 1, the data or a file is not right, or training failed; 2, bad
-usage: an option, a value or a path that is not there; 75, stopped by a signal with everything saved
-(EX_TEMPFAIL of sysexits.h: run the same command again); 130, interrupted at once.
+`EXIT_CODES` are those of every script; 75 is EX_TEMPFAIL of sysexits.h.
 """
 
 import argparse
 import importlib
 import io
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,10 +17,23 @@ from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+EXIT_CODES = """\
+Exit codes of every script: 0, done; 1, the data or a file is not right, memory ran out, or training
+failed; 2, a wrong option or path; 75, stopped by a signal and saved, so run the same command again;
+130, interrupted at once."""
+
+NO_MEMORY = re.compile(
+    "(can't allocate|cannot allocate|not enough|out of) memory|ALLOC_FAILED", re.IGNORECASE
+)
+CLOSE_OTHERS = "again with other programs closed"
 
 
 class DataError(ValueError):
     """A file or folder is not as it should be; the text is one line that names it."""
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out; the text is one line that says what helps."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,10 +41,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the module's docstring for its help, and errors of one line."""
+    """A parser whose help is the module's docstring and the exit codes, and errors one line."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("epilog", EXIT_CODES)
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -96,13 +109,37 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(_tell("interrupted", "nothing had begun", INTERRUPTED))
 
 
-def exit_code(work: Callable[[], int | None]) -> int:
-    """Runs `work` and returns its exit code; what a user can mend is told in one line."""
+def is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, PyTorch's on a CPU or a GPU, or a library's of a GPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    )
+
+
+@contextmanager
+def advising_on_memory(advice: str) -> Iterator[None]:
+    """Where memory runs out in the block, an OutOfMemory that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, OutOfMemory) or not is_of_memory(error):
+            raise
+        where = " on the GPU" * ("CUDA" in str(error))
+        raise OutOfMemory(f"not enough memory{where}; try {advice}") from error
+
+
+def exit_code(work: Callable[[], int | None], memory_advice: str = CLOSE_OTHERS) -> int:
+    """Runs `work` and returns its exit code; what a user can mend is told in one line.
+
+    Args:
+        memory_advice: what else helps where memory runs out, and nothing inside of `work` says so.
+    """
     for stream in (sys.stdout, sys.stderr):  # a folder's name may hold any bytes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return work() or OK
+        with advising_on_memory(memory_advice):
+            return work() or OK
     except Stopped as error:
         return _tell("stopped", error, STOPPED)
     except KeyboardInterrupt as error:
@@ -112,8 +149,8 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return _tell("error", _of_system(error), BAD_USAGE)
     except OSError as error:
         return _tell("error", _of_system(error), BAD_DATA)
-    except MemoryError as error:
-        return _tell("error", f"not enough memory {error}".strip(), BAD_DATA)
+    except OutOfMemory as error:
+        return _tell("error", error, BAD_DATA)
     except (DataError, ArithmeticError) as error:
         return _tell("error", error, BAD_DATA)
     except ValueError as error:

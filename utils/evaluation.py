@@ -182,6 +182,12 @@ def _batches_of(
         yield collate(samples)
 
 
+def over_chance(top1_pct: float, classes: int) -> float:
+    """How far a top-1 accuracy has come from chance, at 0, to no error, at 1."""
+    chance_pct = 100 / classes
+    return (top1_pct - chance_pct) / (100 - chance_pct)
+
+
 def confused_pairs(labels: Tensor, guesses: Tensor, names: list[str]) -> pd.DataFrame:
     """Pairs of classes by how often the first is taken for the second, most often first.
 

@@ -29,6 +29,20 @@ WNID = re.compile(r"n[0-9]{8}")
 IMAGE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a plain file name: no separator, no dot
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
+# Imagenette's folders come without the synset file: its ten lines of it.
+IMAGENETTE = {
+    "n01440764": "tench, Tinca tinca",
+    "n02102040": "English springer, English springer spaniel",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw, chainsaw",
+    "n03028079": "church, church building",
+    "n03394916": "French horn, horn",
+    "n03417042": "garbage truck, dustcart",
+    "n03425413": "gas pump, gasoline pump, petrol pump, island dispenser",
+    "n03445777": "golf ball",
+    "n03888257": "parachute, chute",
+}
+
 Moves = list[tuple[str, str]]  # (source, target), relative to the validation folder
 
 
@@ -196,6 +210,20 @@ def read_synsets(path: str | Path) -> dict[str, str]:
             "in n01440764 tench, Tinca tinca"
         )
     return names
+
+
+def class_names(data_dir: str | Path, classes: Sequence[str]) -> list[str]:
+    """A readable name of each class folder, such as "tench" for n01440764.
+
+    From the download's `LOC_synset_mapping.txt`, three folders above `train/`'s, where it is there;
+    else of Imagenette's ten classes. Any other folder's name is left as it is.
+
+    Raises:
+        LayoutError: the file has bad lines.
+    """
+    synsets = Path(data_dir, "..", "..", "..", "LOC_synset_mapping.txt")
+    words = read_synsets(synsets) if synsets.is_file() else IMAGENETTE
+    return [words.get(name, name).split(",")[0] for name in classes]
 
 
 def check_layout(data_dir: str | Path) -> list[str]:

@@ -122,6 +122,8 @@ def one_clear_line(path: str | Path) -> Iterator[None]:
         raise CorruptImageError(
             f"{printable(str(path))}: not a readable image (of no known format)"
         ) from error
+    except MemoryError:  # not the file's fault
+        raise
     except Exception as error:  # Pillow's readers raise more than OSError on broken files
         reason = getattr(error, "strerror", None) or error
         raise CorruptImageError(printable(f"{path}: not a readable image ({reason})")) from error

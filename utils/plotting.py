@@ -1,5 +1,6 @@
 """Figures from records: rows in, matplotlib figures out."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,7 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
     table = pd.DataFrame(rows)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
-    loss.plot(table.epoch, table.train_loss, "-", color=TRAIN, label="training (augmented)")
+    loss.plot(table.epoch, table.train_loss, ".-", color=TRAIN, label="training (augmented)")
     for prefix, colour, label in (("", RAW, "raw"), ("ema_", EMA, "EMA")):
         loss.plot(table.epoch, table[f"{prefix}val_loss"], ".-", color=colour, label=label)
         top1.plot(table.epoch, table[f"{prefix}val_top1_pct"], ".-", color=colour, label=label)
@@ -59,7 +60,7 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
     for axes in (loss, top1):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
 
 
@@ -85,7 +86,7 @@ def plot_bands(
             axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, lw=0)
         axes.set(xlabel=x_label, ylabel=label)
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     look = {"frameon": False, "title": "mean, least to most of the seeds"}
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(labels) > 5:  # would hide the lines
@@ -182,12 +183,13 @@ def plot_trade_offs(
             axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(y_label)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(),
-        loc="outside right upper",
-        frameon=False,
-        title="± standard deviation" if "std" in table else None,
-    )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    look = {"loc": "outside right upper"}
+    if max(map(len, labels)) > 20:  # would take the width of a panel
+        look = {"loc": "outside lower center", "ncols": 3}
+        figure.set_figheight(4.6)
+    title = "± standard deviation" if "std" in table else None
+    figure.legend(handles, labels, frameon=False, title=title, **look)
     return figure
 
 
@@ -204,14 +206,16 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
     Args:
         images: PIL images, or uint8 tensors `[3, H, W]`.
     """
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(9, 9 / columns * rows * 1.18), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
+        axes.set_anchor("N")  # titles of a row on one line
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
         pixels = image.permute(1, 2, 0) if isinstance(image, Tensor) else image
         axes.imshow(pixels)
-        axes.set_title(title, fontsize=8)
+        lines = [textwrap.fill(line, 150 // columns) for line in title.splitlines()]
+        axes.set_title("\n".join(lines), fontsize=8)  # as wide as its column
     return figure
 
 

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 
 from utils import distributed, inputs
 from utils.data import Batch, Splits, readable
+from utils.errors import advising_on_memory
 from utils.evaluation import evaluate
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
-from utils.training import Trainer, advising_on_memory, make_loaders, train_one_epoch
+from utils.training import Trainer, make_loaders, memory_advice, train_one_epoch
 from utils.workers import watched
 
 
@@ -52,7 +53,7 @@ def rehearse(
 
     Raises:
         ValueError, CorruptImageError, DivergedError, WorkerError: as `fit`.
-        MemoryError: a step needs more than the device has.
+        OutOfMemory: a step needs more than there is.
     """
     device = device or distributed.pick_device()
     if distributed.rank() > 0:
@@ -139,10 +140,10 @@ def _paces(
         among the workers, or 0 without any: then it is in the other times.
 
     Raises:
-        MemoryError: a step needs more than the device has.
+        OutOfMemory: a step needs more than there is.
     """
     workers = loaders[0].num_workers
-    with advising_on_memory(trainer):
+    with advising_on_memory(memory_advice(trainer.recipe)):
         first_s, train_s = _pace(loaders[0], partial(train_one_epoch, trainer), timeout_s)
         _, eval_s = _pace(loaders[1], partial(_evaluate, trainer), timeout_s)
     paces_s = [first_s, train_s, eval_s, 0.0, 0.0]

@@ -31,7 +31,7 @@ import PIL
 import torch
 import torchvision
 
-from utils.errors import DataError
+from utils.errors import DataError, is_of_memory
 from utils.locks import lock
 
 # What may differ between two starts of one run: where and by whom it is run, not what it computes.
@@ -181,13 +181,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles: what comes of them is looked at below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except RunError:
+    except (RunError, MemoryError):
         raise
     except zipfile.BadZipFile as error:
         raise RunError(f"{path}: not a checkpoint, or cut short") from error
     except pickle.UnpicklingError as error:
         raise RunError(f"{path}: not a checkpoint, or one that would run code") from error
     except Exception as error:  # torch raises many types for broken files
+        if is_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = reason.splitlines()[0]
         raise RunError(f"{path}: not a readable checkpoint ({reason})") from error

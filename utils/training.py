@@ -33,7 +33,7 @@ from utils.data import (
     readable,
     stream_seed,
 )
-from utils.errors import Stopped
+from utils.errors import Stopped, advising_on_memory
 from utils.evaluation import autocast, autocast_dtype, evaluate
 from utils.progress import progress_bar
 from utils.recipe import Recipe
@@ -538,7 +538,7 @@ def fit(
             disable=quiet or distributed.rank() > 0,
         )
         stack.enter_context(_saying_how_to_go_on(run_dir))
-        stack.enter_context(advising_on_memory(trainer))
+        stack.enter_context(advising_on_memory(memory_advice(recipe)))
         stack.enter_context(_naming_images(trainer, data, run_dir))
         _Run(
             trainer,
@@ -671,14 +671,13 @@ class _Run:
             runs.log_tensorboard(self.run_dir, *rows)
 
 
-@contextmanager
-def advising_on_memory(trainer: Trainer) -> Iterator[None]:
-    """Says what helps where the device's memory runs out, in a MemoryError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        parts = 2 * trainer.recipe.accumulate
-        raise MemoryError(f"on {trainer.device}; try --accumulate {parts}") from error
+def memory_advice(recipe: Recipe) -> str:
+    """What helps where training runs out of memory, the least harmful first."""
+    parts = 2 * recipe.accumulate
+    fits = parts <= recipe.batch_size // distributed.world_size()
+    return (
+        f"--accumulate {parts}, or " * fits + "a smaller --batch-size, --train-crop-px or --width"
+    )
 
 
 @contextmanager

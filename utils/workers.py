@@ -22,6 +22,15 @@ class WorkerError(ChildProcessError):
     """A decoding process died or gave no batch in time; the text is one line."""
 
 
+def shared_memory() -> str:
+    """How much there is, on Linux."""
+    try:
+        there = os.statvfs("/dev/shm")
+    except (AttributeError, OSError):
+        return "/dev/shm is not there"
+    return f"/dev/shm has {there.f_blocks * there.f_frsize / 1e6:.3g} MB"
+
+
 def ready_worker(worker: int) -> None:
     """Terminals, torchrun and job managers signal whole groups, or every process there is; the
     trainer saves first, with its workers.
@@ -55,7 +64,8 @@ def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Any]:
             thread.
 
     Raises:
-        WorkerError: a worker died, or gave nothing for so long; all of them are killed.
+        WorkerError: a worker died, or gave nothing for so long, and all of them are killed; or
+            has no shared memory.
         DataError: of a broken shard.
     """
     with _own_signals(loader):
@@ -72,7 +82,7 @@ def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Any]:
                 batch = next(batches, None)
             if batch is None:
                 return
-            if isinstance(batch, DataError):
+            if isinstance(batch, (DataError, WorkerError)):
                 raise batch
             yield batch
 
@@ -124,8 +134,8 @@ def _naming_workers(
         connection.wait([worker.sentinel for worker in batches._workers], timeout=1)
         dead = [str(worker.pid) for worker in batches._workers if not worker.is_alive()]
         if dead:
-            text = f"a decoding process died (pid {', '.join(dead)}); out of memory? try fewer "
-            text += "--workers"
+            text = f"a decoding process died (pid {', '.join(dead)}); out of memory, or of shared "
+            text += f"memory ({shared_memory()})? try fewer --workers, or --workers 0"
         elif isinstance(error, _LateError):
             text = f"{_silent(batches._workers, count)} gave no batch in {timeout_s:g} s; is its "
             text += "disk there? --timeout-s sets the time"

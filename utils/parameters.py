@@ -1,0 +1,134 @@
+"""The check of a notebook's parameter cell: a wrong value ends in one line that says what is right.
+
+Nothing is read or trained before: papermill, too, sets these values, and types them as it likes.
+"""
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from utils import sample
+from utils.imagenet import check_layout, sort_val
+from utils.recipe import RECIPES, Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "data" / "sample"
+MAX_SEED = 2**63 - 1  # of PyTorch's generators
+
+
+class ParameterError(ValueError):
+    """A parameter has a wrong value."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the line alone, for the cells above it are not to blame."""
+        return [f"ParameterError: {self}"]
+
+
+def one_of(names: Iterable[str], why: str = "", **values: Any) -> None:
+    """ParameterError for a value that is none of `names`; of many names it tells the nearest.
+
+    Args:
+        why: ends the line, where it is not plain why there are no others.
+    """
+    names = list(names)
+    for key, value in values.items():
+        if not isinstance(value, str) or value not in names:
+            nearest = names
+            if len(names) > 8:
+                nearest = difflib.get_close_matches(str(value), names, cutoff=0.5) or names
+            raise ParameterError(f"{key}={value!r} must be one of {', '.join(nearest)}{why}")
+
+
+def some_of(names: Iterable[str], **values: Any) -> None:
+    """ParameterError for a value that is no list of `names`, each at most once, at least one."""
+    names = list(names)
+    for key, value in values.items():
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ParameterError(f"{key}={value!r} must be a list of some of {', '.join(names)}")
+        for k, each in enumerate(value):
+            one_of(names, **{f"{key}[{k}]": each})
+            if each in value[:k]:
+                raise ParameterError(f"{key}={value!r} has {each!r} twice")
+
+
+def whole(least: int, most: int, **values: Any) -> None:
+    """ParameterError for a value that is no whole number of this range, as 2.5, "3" and True."""
+    for key, value in values.items():
+        if type(value) is not int or not least <= value <= most:
+            wanted = f"a whole number, {least} to {most}"
+            raise ParameterError(f"{key}={value!r} must be {wanted}")
+
+
+def recipe_of(name: str, epochs: int | None = None, **changes: Any) -> Recipe:
+    """The recipe of that name, with those of the changes that are not None.
+
+    The warm-up takes half of the epochs at most, so that few epochs can be asked for.
+
+    Raises:
+        ParameterError: no such recipe, or a wrong value of a field.
+    """
+    one_of(RECIPES, recipe=name)
+    if epochs is not None:
+        whole(1, 10_000, epochs=epochs)
+        changes["epochs"] = epochs
+    values = dataclasses.asdict(RECIPES[name])
+    values |= {key: value for key, value in changes.items() if value is not None}
+    values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
+    try:
+        return Recipe(**values)
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
+
+
+def data_folder(data_dir: str | Path) -> Path:
+    """The folder with `train/` and `val/`; for "" the embedded sample, drawn and sorted if need be.
+
+    Raises:
+        ParameterError: not a path, or not a folder of at least two classes in this layout.
+    """
+    if not isinstance(data_dir, (str, Path)):
+        wanted = 'the path of a folder with train/ and val/, or "" for the embedded sample'
+        raise ParameterError(f"data_dir={data_dir!r} must be {wanted}")
+    if data_dir == "":
+        folder = sample.draw(SAMPLE)
+        sort_val(SAMPLE / "LOC_val_solution.csv", folder / "val")
+        return folder
+    folder = Path(data_dir).expanduser()
+    try:
+        classes = check_layout(folder)
+    except (ValueError, OSError) as error:
+        raise ParameterError(f"data_dir={str(data_dir)!r}: {error}") from error
+    if len(classes) < 2:
+        raise ParameterError(
+            f"data_dir={str(data_dir)!r} holds one class, {classes[0]}; two at least"
+        )
+    return folder
+
+
+def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:
+    """The folder of a run: the one asked for, or for "" a new one below `runs/`, not yet made.
+
+    Args:
+        number: of the notebook; a new folder's name begins with it.
+        ours: what a folder with anything in it holds if an earlier run left it, to go on from.
+
+    Raises:
+        ParameterError: not a path, or it holds something else.
+    """
+    if not isinstance(output_dir, (str, Path)):
+        wanted = 'the path of a new folder, or of a run to go on with, or ""'
+        raise ParameterError(f"output_dir={output_dir!r} must be {wanted}")
+    if output_dir == "":
+        return ROOT / "runs" / f"{number}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ParameterError(f"output_dir={str(output_dir)!r} is not a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ours).exists():
+        raise ParameterError(
+            f"output_dir={str(output_dir)!r} holds other files and no run of this notebook; "
+            "choose another"
+        )
+    return folder.absolute()
