@@ -20,6 +20,7 @@ import backbones
 from backbones.classifier import create_classifier
 from backbones.detection import retinanet
 from utils import findings, imagenet, sample
+from utils.detection import open_boxes
 from utils.detection_study import SCRATCH, DetectionStudy, run_detection_study
 from utils.distributed import pick_device
 from utils.errors import Parser, exit_code, whole_number
@@ -48,6 +49,8 @@ def make_detector(backbone: str, num_classes: int, recipe: DetectorRecipe, **opt
 
 
 def detect(args: argparse.Namespace) -> None:
+    data_dir = args.data_dir or sample.draw_scenes(SCENES)
+    open_boxes(data_dir)  # tells what is wrong there before anything else is done
     backbone, recipe, sample_dir = "cspdarknet19", RECIPES["quick"], None
     options = recipe.backbone_options
     if args.checkpoint:
@@ -62,7 +65,7 @@ def detect(args: argparse.Namespace) -> None:
         create_classifier,
         make_detector,
         DetectorRecipe(),
-        args.data_dir or sample.draw_scenes(SCENES),
+        data_dir,
         sample_dir,
         recipe,
         args.checkpoint,

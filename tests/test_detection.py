@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from utils.detection import (
 from utils.detection_study import DetectionStudy, run_detection_study
 from utils.errors import DataError
 from utils.images import CorruptImageError
+from utils.locks import lock
 from utils.recipe import DetectorRecipe
 from utils.trained import load_trained
 from utils.training import DivergedError
@@ -210,6 +212,21 @@ def test_an_unfinished_drawing_of_scenes_is_finished(scenes, tmp_path, monkeypat
     monkeypatch.setattr(sample, "render_scene", render)
     sample.draw_scenes(tmp_path / "new", seed=1, train_images=24, val_images=8)
     assert snapshot(tmp_path / "new") == snapshot(scenes)
+
+
+@pytest.mark.parametrize("draw", [sample.draw, sample.draw_scenes])
+def test_a_second_drawing_waits_for_the_first(tmp_path, monkeypatch, draw):
+    monkeypatch.setattr(sample, "CLASSES", dict(list(sample.CLASSES.items())[:2]))
+    monkeypatch.setattr(sample, "WNIDS", sample.WNIDS[:2])
+    counts = dict(list(draw.__kwdefaults__.items())[1:3])
+    second = threading.Thread(target=draw, args=[tmp_path], kwargs=dict.fromkeys(counts, 1))
+    with lock(tmp_path):
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+        assert not list(tmp_path.iterdir())
+    second.join()
+    assert (tmp_path / sample.MARKER).exists()
 
 
 def test_the_boxes_of_a_scene_are_those_of_its_objects(monkeypatch):
@@ -559,9 +576,14 @@ def test_pretrained_weights_reach_the_detector(scenes, folders, tmp_path):
 def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
+    damaged = write_coco(tmp_path / "damaged", annotations=[{"bbox": 3}])
+    boxed = ("--data-dir", write_coco(tmp_path / "boxed"))
     for options, code, words in (
-        (("--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
-        (("--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
+        (("--data-dir", "none"), 2, "none: no such folder"),
+        (("--data-dir", folders), 1, "a detector needs boxes in COCO's format"),
+        (("--data-dir", damaged), 1, "annotations[0]: image_id=None is no image's id"),
+        ((*boxed, "--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
+        ((*boxed, "--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
         (("--seeds", "0"), 2, "'0' must be a whole number, at least 1"),
         (("--epochs", "3"), 2, "unrecognized arguments"),
     ):

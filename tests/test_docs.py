@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -26,6 +27,7 @@ from torchvision.models import Weights, WeightsEnum
 
 from backbones.classifier import create_classifier
 from utils import sample, studies
+from utils.recipe import DetectorRecipe
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -118,6 +120,8 @@ def place(tmp_path, monkeypatch, folders):
     (cloud / "aws").chmod(0o755)
     monkeypatch.setenv("PATH", str(cloud), prepend=os.pathsep)
     monkeypatch.setattr(sample, "draw", partial(sample.draw, train_per_class=4, val_per_class=2))
+    few = partial(sample.draw_scenes, train_images=16, val_images=4)
+    monkeypatch.setattr(sample, "draw_scenes", few)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -261,6 +265,17 @@ def ablate(place, script, args):
     assert (place / args[args.index("--output") + 1]).exists()
 
 
+def detect(place, script, args):
+    """One seed, a few steps on a few scenes."""
+    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
+    small = {"epochs": 1, "warmup_epochs": 0.0}
+    main.__globals__["RECIPES"] = {"quick": replace(TINY, **small)}
+    sizes = {"image_px": 64, "out_channels": 32}
+    main.__globals__["DetectorRecipe"] = partial(DetectorRecipe, **small, **sizes)
+    assert main([*args, "--seeds", "1"]) == 0
+    assert len(pd.read_csv(place / "runs" / "detection.csv")) == 2
+
+
 def benchmark(place, script, args):
     """Its arguments alone: what it measures is in tests/test_benchmark.py."""
     runpy.run_path(str(ROOT / "scripts" / script))["parse"](args)
@@ -295,6 +310,7 @@ def update_readme(place, script, args):
 SCRIPTS = {
     "ablate.py": ablate,
     "benchmark.py": benchmark,
+    "detect.py": detect,
     "evaluate.py": lambda *call: as_it_is(*call, "--workers", 0, "--device", "cpu"),
     "export.py": as_it_is,
     "imagenet.py": as_it_is,
@@ -332,6 +348,11 @@ def test_every_command_does_what_it_should(path, place):
     """All commands of a document in their order, each once."""
     assert scripts_of(path)
     follow(place, scripts_of(path))
+
+
+def test_the_study_of_detectors_runs(place):
+    """As README's command does, whose record takes long."""
+    follow(place, ["python scripts/detect.py"])
 
 
 @pytest.mark.parametrize("command", ["frobnicate x", "python scripts/nothing.py", "make nothing"])

@@ -7,7 +7,6 @@ targets in, losses or detections out. Labels are 1 to the number of classes; 0 i
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,9 +194,12 @@ def open_boxes(data_dir: str | Path, seed: int = 0) -> BoxedSplits:
     The images of `annotations/instances_train*.json` are in `train*/`, those of val likewise.
 
     Raises:
-        DataError: it is no such folder, or its two splits have other classes.
+        FileNotFoundError: there is no such folder.
+        DataError: it holds something else, or its two splits have other classes.
     """
     data_dir, found = Path(data_dir), {}
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"{data_dir}: no such folder")
     for split in ("train", "val"):
         paths = sorted(data_dir.glob(f"annotations/instances_{split}*.json"))
         if len(paths) != 1:
@@ -241,7 +243,7 @@ def train_detector(
     model.train()
     rows, step = [], 0
     count = total * recipe.batch_size
-    with closing(progress_bar(total=count, unit=" images", disable=quiet)) as bar:
+    with progress_bar(total=count, unit=" images", disable=quiet) as bar:
         for epoch in range(recipe.epochs):
             batches.begin(epoch)
             losses = []

@@ -14,6 +14,8 @@ are drawn alike for every class. Flips, rotations and inverted colours keep the 
 import colorsys
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -297,7 +299,28 @@ def _draw_split(data: Path, split: str, seed: int, per_class: int, bar: tqdm) ->
     return "\n".join(lines) + "\n"
 
 
-def _is_drawn(root: Path, settings: bytes, content: str = "ILSVRC") -> bool:
+@contextmanager
+def _drawing(root: Path, content: str, settings: dict[str, object]) -> Iterator[bool]:
+    """Keeps the folder for this process, and gives whether `content` is still to be drawn.
+
+    Raises:
+        ValueError: as `_is_drawn`.
+    """
+    marked = json.dumps(settings).encode() + b"\n"
+    if not root.is_dir():
+        _is_drawn(root, content, marked)  # says if a file is there
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(root):
+        if _is_drawn(root, content, marked):
+            yield False
+            return
+        (root / UNFINISHED).write_bytes(marked)
+        yield True
+        (root / MARKER).write_bytes(marked)
+        (root / UNFINISHED).unlink(missing_ok=True)
+
+
+def _is_drawn(root: Path, content: str, settings: bytes) -> bool:
     """Whether the drawing is there; False where the folder is free or ours to finish.
 
     Raises:
@@ -325,7 +348,7 @@ def draw(
     """Draws the sample into a folder, or does nothing if it is there, its val/ sorted or not.
 
     The same settings give the same bytes. An image depends on the seed, its split and its number
-    alone. One process draws, and others that want the same wait for it.
+    alone. A second process waits until the first is done.
 
     Args:
         root: Folder to fill: missing, empty, or left unfinished by a call with these settings.
@@ -343,30 +366,19 @@ def draw(
     if seed < 0 or train_per_class < 1 or val_per_class < 1:
         raise ValueError("seed must be 0 or more, images per class 1 or more")
     root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
-    settings = json.dumps({"version": VERSION, "seed": seed, "per_class": counts}).encode() + b"\n"
+    settings = {"version": VERSION, "seed": seed, "per_class": counts}
     data = root / "ILSVRC" / "Data" / "CLS-LOC"
-    if root.is_file():
-        _is_drawn(root, settings)
-    root.mkdir(parents=True, exist_ok=True)
-    with lock(root):  # looked at within: another process may be at it
-        if not _is_drawn(root, settings):
-            _draw(root, data, seed, counts, settings, progress)
+    with _drawing(root, "ILSVRC", settings) as wanted:
+        if not wanted:
+            return data
+        names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
+        (root / "LOC_synset_mapping.txt").write_text(names)
+        total = len(CLASSES) * sum(counts.values())
+        with progress_bar(total=total, unit=" images", disable=not progress) as bar:
+            for split in SPLITS:
+                solution = _draw_split(data, split, seed, counts[split], bar)
+                (root / f"LOC_{split}_solution.csv").write_text(solution)
     return data
-
-
-def _draw(
-    root: Path, data: Path, seed: int, counts: dict[str, int], settings: bytes, progress: bool
-) -> None:
-    (root / UNFINISHED).write_bytes(settings)
-    names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
-    (root / "LOC_synset_mapping.txt").write_text(names)
-    total = len(CLASSES) * sum(counts.values())
-    with progress_bar(total=total, unit=" images", disable=not progress) as bar:
-        for split in SPLITS:
-            solution = _draw_split(data, split, seed, counts[split], bar)
-            (root / f"LOC_{split}_solution.csv").write_text(solution)
-    (root / MARKER).write_bytes(settings)
-    (root / UNFINISHED).unlink(missing_ok=True)
 
 
 def draw_scenes(
@@ -399,23 +411,17 @@ def draw_scenes(
     if seed < 0 or train_images < 1 or val_images < 1:
         raise ValueError("seed must be 0 or more, images 1 or more")
     root, counts = Path(root), {"train": train_images, "val": val_images}
-    kind = {"version": VERSION, "seed": seed, "scenes": counts}
-    settings = json.dumps(kind).encode() + b"\n"
-    if root.is_file():
-        _is_drawn(root, settings)
-    root.mkdir(parents=True, exist_ok=True)
-    bar = progress_bar(total=sum(counts.values()), unit=" images", disable=not progress)
-    with lock(root), bar:
-        if _is_drawn(root, settings, "annotations"):
+    settings = {"version": VERSION, "seed": seed, "scenes": counts}
+    with _drawing(root, "annotations", settings) as wanted:
+        if not wanted:
             return root
-        (root / UNFINISHED).write_bytes(settings)
-        for split, count in counts.items():
-            found = _draw_scenes(root / split, SPLITS.index(split), seed, count, bar)
-            path = root / "annotations" / f"instances_{split}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(found))
-        (root / MARKER).write_bytes(settings)
-        (root / UNFINISHED).unlink()
+        total = sum(counts.values())
+        with progress_bar(total=total, unit=" images", disable=not progress) as bar:
+            for split, count in counts.items():
+                found = _draw_scenes(root / split, SPLITS.index(split), seed, count, bar)
+                path = root / "annotations" / f"instances_{split}.json"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(found))
     return root
 
 

@@ -369,7 +369,7 @@ class ShardStream(IterableDataset):
     In training the images that fill no batch, at the end of the row, are left out of this epoch.
     In evaluation every image comes once, in order within a worker, and parts may be uneven.
 
-    A shard's error comes in the place of a batch: `utils.data.watched` raises it.
+    A shard's error comes in the place of a batch: `utils.workers.watched` raises it.
 
     Args:
         batch_size: images per step over all processes.

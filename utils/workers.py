@@ -147,19 +147,20 @@ def _naming_workers(
 
 
 def _silent(workers: list[multiprocessing.Process], count: int | None) -> str:
-    """Numbers and process ids of workers that are stopped, or of the one whose turn it is."""
+    """Number and process id of the worker to blame: one that is stopped, or whose turn it is.
+
+    One that is stopped may keep the queue from the others, whosever turn it is.
+    """
     turn = range(len(workers)) if count is None else [count % len(workers)]
-    # One that is stopped amid sending a batch keeps all others from sending theirs.
     which = [k for k, worker in enumerate(workers) if _is_stopped(worker.pid)] or turn
     names = [f"{k} of {len(workers)} (pid {workers[k].pid})" for k in which]
     return f"decoding process {', '.join(names)}"
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, or in a system call that cannot be interrupted."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "TtD"
-    except OSError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "Tt"
+    except OSError:  # gone, or not Linux
         return False
 
 
