@@ -39,6 +39,8 @@ def updated(readme: str) -> str:
         "comparison": tables.markdown(compared.drop(columns="what was tried")),
         "recipe": tables.markdown(findings.recipe_table()),
         "fixres": tables.markdown(findings.fixres_table()),
+        "source": tables.markdown(findings.source_table()),
+        "input": tables.markdown(findings.input_table()),
         "length": tables.markdown(findings.length_table()),
         "speed": tables.markdown(speed.aims_table(speed.read_benchmark())),
     }

@@ -260,6 +260,20 @@ def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     return found.rename(columns={"test_crop_px": "test crop (px)"})
 
 
+def source_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Training from shards against training from the class folders that they were packed from."""
+    table = finished(pd.read_csv(results / "shards_imagenette.csv"))
+    return pairs_table(table, "epochs", "folders", "shards", "top1_ema_pct")
+
+
+def input_table(results: Path = RESULTS) -> pd.DataFrame:
+    """The input of `utils.images` against an earlier one, by the size that was trained at."""
+    table = finished(pd.read_csv(results / "input_imagenette.csv"))
+    before, now = table.value.unique()
+    found = pairs_table(table, "train_crop_px", before, now, "top1_ema_pct")
+    return found.rename(columns={"train_crop_px": "training crop (px)"})
+
+
 def read_detection(results: Path = RESULTS) -> pd.DataFrame:
     """The record of scripts/detect.py on the embedded sample's scenes."""
     return pd.read_csv(results / "detection_sample.csv")
