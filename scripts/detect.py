@@ -20,7 +20,7 @@ import backbones
 from backbones.classifier import create_classifier
 from backbones.detection import retinanet
 from utils import findings, imagenet, sample
-from utils.detection import open_boxes
+from utils.boxes import open_boxes
 from utils.detection_study import SCRATCH, DetectionStudy, run_detection_study
 from utils.distributed import pick_device
 from utils.errors import Parser, exit_code, whole_number

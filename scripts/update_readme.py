@@ -42,6 +42,7 @@ def updated(readme: str) -> str:
         "source": tables.markdown(findings.source_table()),
         "input": tables.markdown(findings.input_table()),
         "length": tables.markdown(findings.length_table()),
+        "detection": tables.markdown(findings.detection_table(findings.read_detection())),
         "speed": tables.markdown(speed.aims_table(speed.read_benchmark())),
     }
     for name in ("csp_split", "vovnet"):

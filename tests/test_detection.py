@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import threading
 
 import numpy as np
@@ -10,22 +11,17 @@ import pandas as pd
 import pytest
 import torch
 from faster_coco_eval import COCO
-from helpers import TINY, assert_same_bits, run
+from helpers import TINY, assert_same_bits, run, run_check
 from PIL import Image
 from torchvision.models.detection.retinanet import _default_anchorgen
 
 import backbones
 from backbones.classifier import create_classifier
 from backbones.detection import Pyramid, faster_rcnn, retinanet
-from utils import detection, sample
+from utils import detection, parameters, sample
+from utils.boxes import BoxedImages, open_boxes
 from utils.data import Key
-from utils.detection import (
-    BoxedImages,
-    detect,
-    mean_average_precision,
-    open_boxes,
-    train_detector,
-)
+from utils.detection import clearest, detect, mean_average_precision, train_detector
 from utils.detection_study import DetectionStudy, run_detection_study
 from utils.errors import DataError
 from utils.images import CorruptImageError
@@ -461,6 +457,19 @@ def boxes(*rows):
     return torch.tensor(rows, dtype=torch.float).reshape(-1, 4)
 
 
+def test_at_each_place_the_clearest_is_kept():
+    """The second overlaps the first by 0.8, the third by a third; the fourth is not sure."""
+    found = {
+        "boxes": boxes([0, 0, 10, 10], [0, 0, 10, 8], [5, 0, 15, 10], [40, 40, 50, 50]),
+        "labels": torch.tensor([1, 2, 2, 1]),
+        "scores": torch.tensor([0.6, 0.7, 0.5, 0.2]),
+    }
+    sure = clearest(found, 0.3)
+    assert sure["labels"].tolist() == [2, 2]
+    assert sure["boxes"].tolist() == [[0, 0, 10, 8], [5, 0, 15, 10]]
+    assert sure["scores"].tolist() == pytest.approx([0.7, 0.5])
+
+
 def test_mean_average_precision_by_hand():
     """Two objects of class 1, one of class 2; found are one wholly, one by overlap 0.6, one not.
 
@@ -591,3 +600,36 @@ def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch)
         told = capsys.readouterr().err.splitlines()
         assert len(told) == 1, told
         assert words in told[0]
+
+
+# ---- the notebook's parameters -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("data_dir", 3, "data_dir=3 must be the path of a folder"),
+        ("data_dir", "nowhere", "data_dir='nowhere': nowhere: no such folder"),
+        ("checkpoint", None, "checkpoint=None must be the path of a run's checkpoint"),
+        ("checkpoint", "none.pt", "checkpoint='none.pt': none.pt: no such checkpoint"),
+        ("backbone", "vovnet3", "backbone='vovnet3' must be one of vovnet39"),
+        ("backbone", "resnet18", "resnet18 takes no 'width'"),
+        ("recipe", "imagnet", "recipe='imagnet' must be one of imagenet"),
+        ("seed", -1, "seed=-1 must be a whole number"),
+        ("classifier_epochs", 0, "classifier_epochs=0 must be a whole number, 1 to"),
+        ("epochs", "3", "epochs='3' must be a whole number, 1 to"),
+        ("output_dir", None, "output_dir=None must be the path"),
+    ],
+)
+def test_a_wrong_parameter_of_the_notebook_is_one_line(scenes, name, value, line):
+    with pytest.raises(ValueError, match=re.escape(line)) as caught:
+        run_check("08", **{"data_dir": str(scenes), name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_right_parameters_of_the_notebook(scenes, folders):
+    names = run_check("08", data_dir=str(scenes), epochs=1, classifier_epochs=1)
+    assert names["data_dir"] == scenes
+    assert names["detector_recipe"] == DetectorRecipe(epochs=1, warmup_epochs=0.5)
+    with pytest.raises(parameters.ParameterError, match="a detector needs boxes in COCO's format"):
+        run_check("08", data_dir=str(folders))

@@ -40,7 +40,7 @@ def tags(cell):
 
 
 def test_there_are_notebooks():
-    assert {path.name[:2] for path in NOTEBOOKS} >= {"01", "02", "03", "04", "05", "06", "07"}
+    assert {path.name[:2] for path in NOTEBOOKS} >= {"01", "02", "03", "04", "05", "06", "07", "08"}
 
 
 def test_cells_were_executed_in_order(code):

@@ -13,6 +13,7 @@ import backbones
 from backbones.classifier import create_classifier
 from utils import speed
 from utils.measure import count_parameters
+from utils.recipe import DetectorRecipe
 from utils.studies import STUDIES
 from utils.study import curves_path
 
@@ -143,3 +144,22 @@ def test_records_say_how_they_were_made():
         # A benchmark's sides are called by their types.
         assert "autocast" in table or path.name.startswith("benchmark_")
         assert not table.isna().any().any(), path.name
+
+
+def test_the_detection_study_is_recorded_whole():
+    """Five seeds of both arms, by the recipe and the counts that README names."""
+    table = pd.read_csv(ROOT / "results" / "detection_sample.csv")
+    arms = ("from scratch", "pretrained")
+    assert table[["value", "seed"]].values.tolist() == [[a, s] for s in range(5) for a in arms]
+    assert set(table.status) == {"done"}
+    assert table.map_pct.between(0, table.map50_pct).all()
+    assert table.map50_pct.max() <= 100
+    (row,) = table[["epochs", "train_images", "val_images", "threads"]].drop_duplicates().values
+    epochs, train_images, val_images, threads = row.tolist()
+    assert (epochs, threads) == (DetectorRecipe().epochs, 1)
+    assert f"{train_images} drawn pictures of {DetectorRecipe().image_px} pixels" in README
+    assert f"for {epochs} epochs" in README
+    assert f"on {val_images} other scenes" in README
+    gain = table.pivot(index="seed", columns="value", values="map_pct")
+    difference = (gain["pretrained"] - gain["from scratch"]).mean()
+    assert f"| {difference:+.1f} [" in README.partition("<!-- detection -->")[2]

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from utils import detection, runs, training
+from utils import boxes, detection, runs, training
 from utils.data import open_folders
 from utils.errors import DataError
 from utils.locks import lock
@@ -34,7 +34,7 @@ class DetectionStudy:
         make_classifier: of (backbone, number of classes, **options), as `create_classifier`.
         make_detector: of (backbone, number of classes, recipe, **options), whose option `weights`
             is None or a checkpoint that `backbones.create` takes.
-        data_dir: folder with boxes, see `utils.detection.open_boxes`.
+        data_dir: folder with boxes, see `utils.boxes.open_boxes`.
         sample_dir: folder with classes, on which each seed's classifier is trained.
         classifier_recipe: with which it is; also gives the backbone's options.
         checkpoint: of a trained classifier, in place of one for each seed.
@@ -69,7 +69,7 @@ def run_detection_study(
         DivergedError: a loss is not finite.
     """
     runs_dir = Path(runs_dir)
-    data = detection.open_boxes(study.data_dir)
+    data = boxes.open_boxes(study.data_dir)
     jobs = [(arm, seed) for seed in range(seeds) for arm in (SCRATCH, PRETRAINED)]
     asked = {job: _config(study, data, *job) for job in jobs}
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -94,9 +94,7 @@ def _folder(runs_dir: Path, arm: str, seed: int) -> Path:
     return runs_dir / f"{arm.replace(' ', '-')}-seed{seed}"
 
 
-def _config(
-    study: DetectionStudy, data: detection.BoxedSplits, arm: str, seed: int
-) -> dict[str, Any]:
+def _config(study: DetectionStudy, data: boxes.BoxedSplits, arm: str, seed: int) -> dict[str, Any]:
     """What makes one run another; equal to itself after a visit to JSON."""
     config = {
         "recipe": asdict(study.recipe),
@@ -132,7 +130,7 @@ def _read_result(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def _run(study: DetectionStudy, arm: str, seed: int, runs_dir: Path) -> dict[str, Any]:
     """Trains one detector, and first its classifier; returns its row."""
-    data = detection.open_boxes(study.data_dir, seed)
+    data = boxes.open_boxes(study.data_dir, seed)
     weights = None
     if arm == PRETRAINED:
         weights = study.checkpoint or _train_classifier(study, seed, runs_dir)

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from utils import sample
+from utils import runs, sample
+from utils.boxes import open_boxes
 from utils.imagenet import check_layout, sort_val
-from utils.recipe import RECIPES, Recipe
+from utils.recipe import RECIPES, DetectorRecipe, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ROOT / "data" / "sample"
+SAMPLE, SCENES = ROOT / "data" / "sample", ROOT / "data" / "scenes"
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 
 
@@ -83,6 +84,14 @@ def recipe_of(name: str, epochs: int | None = None, **changes: Any) -> Recipe:
         raise ParameterError(str(error)) from error
 
 
+def detector_recipe_of(epochs: int) -> DetectorRecipe:
+    """The detector's recipe in so many epochs, the warm-up half of them at most."""
+    whole(1, 10_000, epochs=epochs)
+    return DetectorRecipe(
+        epochs=epochs, warmup_epochs=min(DetectorRecipe.warmup_epochs, epochs / 2)
+    )
+
+
 def data_folder(data_dir: str | Path) -> Path:
     """The folder with `train/` and `val/`; for "" the embedded sample, drawn and sorted if need be.
 
@@ -106,6 +115,44 @@ def data_folder(data_dir: str | Path) -> Path:
             f"data_dir={str(data_dir)!r} holds one class, {classes[0]}; two at least"
         )
     return folder
+
+
+def boxes_folder(data_dir: str | Path) -> Path:
+    """The folder of images with boxes; for "" the embedded sample's scenes, drawn if need be.
+
+    Raises:
+        ParameterError: not a path, or not a folder in COCO's layout.
+    """
+    if not isinstance(data_dir, (str, Path)):
+        wanted = 'the path of a folder in COCO\'s layout, or "" for the embedded scenes'
+        raise ParameterError(f"data_dir={data_dir!r} must be {wanted}")
+    if data_dir == "":
+        return sample.draw_scenes(SCENES)
+    folder = Path(data_dir).expanduser()
+    try:
+        open_boxes(folder)
+    except (ValueError, OSError) as error:
+        raise ParameterError(f"data_dir={str(data_dir)!r}: {error}") from error
+    return folder
+
+
+def checkpoint_file(checkpoint: str | Path) -> Path | None:
+    """The checkpoint of a run, None for "".
+
+    Raises:
+        ParameterError: not a path, or no whole checkpoint.
+    """
+    if not isinstance(checkpoint, (str, Path)):
+        wanted = 'the path of a run\'s checkpoint, or "" to train one'
+        raise ParameterError(f"checkpoint={checkpoint!r} must be {wanted}")
+    if checkpoint == "":
+        return None
+    path = Path(checkpoint).expanduser()
+    try:
+        runs.load_checkpoint(path)
+    except (ValueError, OSError) as error:
+        raise ParameterError(f"checkpoint={str(checkpoint)!r}: {error}") from error
+    return path
 
 
 def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:
