@@ -225,7 +225,7 @@ def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(contest, "PEAK_ROUNDS", 1)  # a new process each
     path = tmp_path / "new" / "benchmark.csv"
     command = ["--data-dir", str(folders), *SMALL, "--batch-sizes", "2", "--output", str(path)]
-    command += ["--task", "inference", "step", "input", "loop", "listing", "import"]
+    command += ["--task", "inference", "step", "input", "loop", "listing"]
     assert benchmark.main([*command, "--files", "50", "1100"]) == 0
     assert path.read_text().splitlines()[0] == (
         "task,what,setting,ours,peer,unit,ours_value,peer_value,ratio_median,ratio_min,ratio_max,"
@@ -237,7 +237,7 @@ def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
     assert (table.ratio_min <= table.ratio_median).all()
     assert (table.ratio_median <= table.ratio_max).all()
     assert table.groupby("task", sort=False).size().to_dict() == {
-        "inference": 8, "step": 4, "input": 1, "loop": 1, "listing": 3, "import": 1,
+        "inference": 8, "step": 4, "input": 1, "loop": 1, "listing": 3,
     }  # fmt: skip
     peers = set(table[table.task == "inference"].peer)
     assert peers == {contest.PLAIN, contest.BF16, contest.TORCHVISION, "matmul"}
@@ -246,6 +246,14 @@ def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for row in table.itertuples():
         assert f"{row.task}: {row.what}, {row.setting}: {row.ours} " in printed
+
+
+def test_imports_are_timed_in_new_interpreters(monkeypatch):
+    codes = []
+    monkeypatch.setattr(contest.subprocess, "run", lambda command, check: codes.append(command[2]))
+    (row,) = contest.imports(2)
+    assert (row["ours"], row["peer"]) == ("import backbones", "import torch, torchvision")
+    assert set(codes) == {f"import torch, torchvision; {ours}" for ours in ("", row["ours"])}
 
 
 def test_rows_of_the_same_pair_are_replaced(tmp_path):

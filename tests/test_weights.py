@@ -528,7 +528,8 @@ def test_wrappers_in_wrappers_and_larger_networks():
 
 def test_a_run_tells_its_options(tmp_path):
     """The activation shows in no key."""
-    state = {"model": Classifier(tiny(act="mish"), 3).state_dict(), "ema": {}, "optimizer": {}}
+    weights = Classifier(tiny(act="mish"), 3).state_dict()
+    state = {"model": weights, "ema": weights, "optimizer": {}}
     path = tmp_path / "last.pt"
     torch.save({**state, "config": {"options": {"width": 0.125, "act": "mish"}}}, path)
     with pytest.raises(WeightsError, match="made with act='mish'"):
