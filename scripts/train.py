@@ -164,8 +164,7 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    advice = "a smaller --batch-size, --train-crop-px or --width"
-    return exit_code(lambda: train(parse(argv)), advice)
+    return exit_code(lambda: train(parse(argv)), training.SMALLER)
 
 
 if __name__ == "__main__":

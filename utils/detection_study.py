@@ -141,7 +141,6 @@ def _run(study: DetectionStudy, arm: str, seed: int, runs_dir: Path) -> dict[str
     start_s = time.perf_counter()
     losses = detection.train_detector(model, data.train, study.recipe, seed=seed, quiet=True)
     found = detection.detect(model, data.val)
-    machine = runs.describe_machine()
     return {
         "study": "detection",
         "status": "done",
@@ -158,11 +157,7 @@ def _run(study: DetectionStudy, arm: str, seed: int, runs_dir: Path) -> dict[str
         "val_images": len(data.val),
         "time_s": round(time.perf_counter() - start_s),
         "autocast": "float32",
-        "threads": machine["hardware"]["threads"],
-        "hardware": machine["hardware"]["gpu"] or machine["hardware"]["cpu"],
-        "torch": machine["versions"]["torch"],
-        "commit": machine["commit"],
-        "command": runs.command_line(),
+        **runs.provenance({**runs.describe_machine(), "command": runs.command_line()}),
     }
 
 

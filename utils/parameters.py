@@ -6,7 +6,8 @@ Nothing is read or trained before: papermill, too, sets these values, and types 
 import dataclasses
 import difflib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +93,38 @@ def detector_recipe_of(epochs: int) -> DetectorRecipe:
     )
 
 
+def _path(wanted: str, **value: Any) -> Path | None:
+    """The one value as a path, None for ""; ParameterError for what is neither."""
+    ((key, given),) = value.items()
+    if not isinstance(given, (str, Path)):
+        raise ParameterError(f"{key}={given!r} must be {wanted}")
+    return None if given == "" else Path(given).expanduser()
+
+
+@contextmanager
+def _naming(**value: Any) -> Iterator[None]:
+    """Names the one value before what is wrong with its file or folder, in a ParameterError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        ((key, given),) = value.items()
+        raise ParameterError(f"{key}={str(given)!r}: {error}") from error
+
+
 def data_folder(data_dir: str | Path) -> Path:
     """The folder with `train/` and `val/`; for "" the embedded sample, drawn and sorted if need be.
 
     Raises:
         ParameterError: not a path, or not a folder of at least two classes in this layout.
     """
-    if not isinstance(data_dir, (str, Path)):
-        wanted = 'the path of a folder with train/ and val/, or "" for the embedded sample'
-        raise ParameterError(f"data_dir={data_dir!r} must be {wanted}")
-    if data_dir == "":
+    wanted = 'the path of a folder with train/ and val/, or "" for the embedded sample'
+    folder = _path(wanted, data_dir=data_dir)
+    if folder is None:
         folder = sample.draw(SAMPLE)
         sort_val(SAMPLE / "LOC_val_solution.csv", folder / "val")
         return folder
-    folder = Path(data_dir).expanduser()
-    try:
+    with _naming(data_dir=data_dir):
         classes = check_layout(folder)
-    except (ValueError, OSError) as error:
-        raise ParameterError(f"data_dir={str(data_dir)!r}: {error}") from error
     if len(classes) < 2:
         raise ParameterError(
             f"data_dir={str(data_dir)!r} holds one class, {classes[0]}; two at least"
@@ -123,16 +138,12 @@ def boxes_folder(data_dir: str | Path) -> Path:
     Raises:
         ParameterError: not a path, or not a folder in COCO's layout.
     """
-    if not isinstance(data_dir, (str, Path)):
-        wanted = 'the path of a folder in COCO\'s layout, or "" for the embedded scenes'
-        raise ParameterError(f"data_dir={data_dir!r} must be {wanted}")
-    if data_dir == "":
+    wanted = 'the path of a folder in COCO\'s layout, or "" for the embedded scenes'
+    folder = _path(wanted, data_dir=data_dir)
+    if folder is None:
         return sample.draw_scenes(SCENES)
-    folder = Path(data_dir).expanduser()
-    try:
+    with _naming(data_dir=data_dir):
         open_boxes(folder)
-    except (ValueError, OSError) as error:
-        raise ParameterError(f"data_dir={str(data_dir)!r}: {error}") from error
     return folder
 
 
@@ -142,16 +153,10 @@ def checkpoint_file(checkpoint: str | Path) -> Path | None:
     Raises:
         ParameterError: not a path, or no whole checkpoint.
     """
-    if not isinstance(checkpoint, (str, Path)):
-        wanted = 'the path of a run\'s checkpoint, or "" to train one'
-        raise ParameterError(f"checkpoint={checkpoint!r} must be {wanted}")
-    if checkpoint == "":
-        return None
-    path = Path(checkpoint).expanduser()
-    try:
-        runs.load_checkpoint(path)
-    except (ValueError, OSError) as error:
-        raise ParameterError(f"checkpoint={str(checkpoint)!r}: {error}") from error
+    path = _path('the path of a run\'s checkpoint, or "" to train one', checkpoint=checkpoint)
+    if path is not None:
+        with _naming(checkpoint=checkpoint):
+            runs.load_checkpoint(path)
     return path
 
 
@@ -165,12 +170,10 @@ def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:
     Raises:
         ParameterError: not a path, or it holds something else.
     """
-    if not isinstance(output_dir, (str, Path)):
-        wanted = 'the path of a new folder, or of a run to go on with, or ""'
-        raise ParameterError(f"output_dir={output_dir!r} must be {wanted}")
-    if output_dir == "":
+    wanted = 'the path of a new folder, or of a run to go on with, or ""'
+    folder = _path(wanted, output_dir=output_dir)
+    if folder is None:
         return ROOT / "runs" / f"{number}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ParameterError(f"output_dir={str(output_dir)!r} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / ours).exists():

@@ -72,6 +72,21 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def provenance(config: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a record that say how a run was made.
+
+    Args:
+        config: a run's, or `describe_machine`'s result with the `command`.
+    """
+    return {
+        "threads": config["hardware"]["threads"],
+        "hardware": config["hardware"]["gpu"] or config["hardware"]["cpu"],
+        "torch": config["versions"]["torch"],
+        "commit": config["commit"],
+        "command": config["command"],
+    }
+
+
 def command_line() -> str:
     """The command that runs now, without the interpreter's path."""
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])

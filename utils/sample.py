@@ -190,6 +190,17 @@ def _cover(rng: np.random.Generator, canvas: Image.Image, centre: np.ndarray) ->
     ImageDraw.Draw(canvas).line(ends, fill=_ink(rng), width=round(width_px))
 
 
+def _background(
+    rng: np.random.Generator, size_px: tuple[int, int]
+) -> tuple[Image.Image, np.ndarray]:
+    """A canvas with a texture and clutter on it, and the mean of the texture's two colours."""
+    first, second = _colour(rng), _colour(rng)
+    second = first + rng.uniform(0.1, 0.7) * (second - first)
+    canvas = _texture(rng, size_px, first, second)
+    _scatter(rng, canvas, rng.integers(0, 5))
+    return canvas, (first + second) / 2
+
+
 def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box]:
     """Draws one image with one object.
 
@@ -206,12 +217,9 @@ def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box
     width_px, height_px = rng.permutation(size_px).tolist()
     canvas_px = (width_px * SUPERSAMPLING, height_px * SUPERSAMPLING)
 
-    first, second = _colour(rng), _colour(rng)
-    second = first + rng.uniform(0.1, 0.7) * (second - first)
-    canvas = _texture(rng, canvas_px, first, second)
-    _scatter(rng, canvas, rng.integers(0, 5))
+    canvas, mean = _background(rng, canvas_px)
     outlines = _place(rng, list(CLASSES.values())[class_index], canvas_px)
-    box = _paste_object(rng, canvas, outlines, _contrasting_colour(rng, (first + second) / 2))
+    box = _paste_object(rng, canvas, outlines, _contrasting_colour(rng, mean))
     if rng.random() < 0.2:
         _cover(rng, canvas, outlines[0].mean(axis=0))
     _scatter(rng, canvas, rng.integers(0, 3))
@@ -228,17 +236,14 @@ def render_scene(
         those of `render`.
     """
     canvas_px = (side_px * SUPERSAMPLING, side_px * SUPERSAMPLING)
-    first, second = _colour(rng), _colour(rng)
-    second = first + rng.uniform(0.1, 0.7) * (second - first)
-    canvas = _texture(rng, canvas_px, first, second)
-    _scatter(rng, canvas, rng.integers(0, 5))
+    canvas, mean = _background(rng, canvas_px)
     objects = []
     for centre, radius_px in _places(rng, canvas_px[0]):
         label = int(rng.integers(len(CLASSES)))
         bent, depths = _bend(rng, list(CLASSES.values())[label])
         outlines = [centre + radius_px * p / d for p, d in zip(bent, depths, strict=True)]
-        colour = _contrasting_colour(rng, (first + second) / 2)
-        objects.append((label, _paste_object(rng, canvas, outlines, colour)))
+        box = _paste_object(rng, canvas, outlines, _contrasting_colour(rng, mean))
+        objects.append((label, box))
     if rng.random() < 0.2:
         _cover(rng, canvas, rng.random(2) * canvas_px)
     _scatter(rng, canvas, rng.integers(0, 3))

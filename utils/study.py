@@ -397,11 +397,7 @@ def _row(trainer: training.Trainer, images: ImageFiles, crop_px: int, config: Ro
         "images_per_s": round(speed.train_images_per_s.median(), 1),
         "time_s": round(speed.train_time_s.sum() + speed.eval_time_s.sum()),
         "autocast": config["autocast"],
-        "threads": config["hardware"]["threads"],
-        "hardware": config["hardware"]["gpu"] or config["hardware"]["cpu"],
-        "torch": config["versions"]["torch"],
-        "commit": config["commit"],
-        "command": config["command"],
+        **runs.provenance(config),
     }
 
 

@@ -50,7 +50,7 @@ NORM_LAYERS = (
 )
 TOO_FEW = "more than 1 value per channel"  # what PyTorch's BatchNorm says
 PROGRESS_STEPS = 20  # steps between two looks at the loss; a look waits for the device
-
+SMALLER = "a smaller --batch-size, --train-crop-px or --width"  # needs less memory
 
 # What a row of an epoch holds, for all who read it.
 METRICS = (
@@ -675,9 +675,7 @@ def memory_advice(recipe: Recipe) -> str:
     """What helps where training runs out of memory, the least harmful first."""
     parts = 2 * recipe.accumulate
     fits = parts <= recipe.batch_size // distributed.world_size()
-    return (
-        f"--accumulate {parts}, or " * fits + "a smaller --batch-size, --train-crop-px or --width"
-    )
+    return f"--accumulate {parts}, or " * fits + SMALLER
 
 
 @contextmanager
