@@ -229,7 +229,7 @@ def networks(args: argparse.Namespace) -> pd.DataFrame:
         width=chosen.width,
         crop_px=chosen.train_crop_px,
         batch_size=chosen.batch_size,
-        autocast=str(dtype or torch.float32).removeprefix("torch."),
+        autocast=evaluation.dtype_name(dtype),
         **machine(args),
     )
     medians = table.pivot_table("value", "network", ["quantity", "unit"], "median", sort=False)

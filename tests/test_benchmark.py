@@ -237,10 +237,13 @@ def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
     assert (table.ratio_min <= table.ratio_median).all()
     assert (table.ratio_median <= table.ratio_max).all()
     assert table.groupby("task", sort=False).size().to_dict() == {
-        "inference": 8, "step": 4, "input": 1, "loop": 1, "listing": 3,
+        "inference": 1 + 4 * len(contest.fast_dtypes(CPU)), "step": 4, "input": 1, "loop": 1,
+        "listing": 3,
     }  # fmt: skip
     peers = set(table[table.task == "inference"].peer)
-    assert peers == {contest.PLAIN, contest.BF16, contest.TORCHVISION, "matmul"}
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in contest.fast_dtypes(CPU)]
+    best = {f"timm {dtype} channels_last" for dtype in dtypes}
+    assert peers == {contest.PLAIN, *best, contest.TORCHVISION, "matmul"}
     kept = table[(table.task == "listing") & (table.setting == "peak memory")]
     assert kept.ours.item() == "1100 files"
     printed = capsys.readouterr().out

@@ -35,6 +35,7 @@ from utils.data import (
     TrainBatches,
     make_loader,
 )
+from utils.evaluation import autocast_dtype, dtype_name
 from utils.images import decode, train_transform
 from utils.measure import (
     by_steps,
@@ -98,8 +99,12 @@ def compare(
 # ---- inference -----------------------------------------------------------------------------------
 
 Make = Callable[[], nn.Module]
-PLAIN, BF16 = "timm float32", "timm bfloat16 channels_last"
-TORCHVISION, ONNX = "torchvision float32", "onnxruntime float32"
+PLAIN, TORCHVISION, ONNX = "timm float32", "torchvision float32", "onnxruntime float32"
+
+
+def fast_dtypes(device: torch.device) -> list[torch.dtype]:
+    """float32, and bfloat16 where the device computes it: nobody would pick an emulated one."""
+    return [torch.float32] + [torch.bfloat16] * (autocast_dtype(device, "bf16") is not None)
 
 
 def inference(
@@ -118,29 +123,25 @@ def inference(
         compiled: whether to measure compiled sides and ONNX Runtime too.
     """
     images = torch.randn(batch_size, 3, side_px, side_px, device=device)
-    calls = {
-        f"ours {_word(dtype)}": _pass(optimized(name, dtype, False).to(device), images)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    timm_net = peers.timm_backbone(name).eval().to(device)
-    timm_bf16 = peers.timm_backbone(name).eval().to(device, memory_format=torch.channels_last)
-    timm_bf16 = timm_bf16.bfloat16()
-    images_bf16 = images.bfloat16().contiguous(memory_format=torch.channels_last)
-    calls |= {PLAIN: _pass(timm_net, images), BF16: _pass(timm_bf16, images_bf16)}
-    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN), ("ours bfloat16", BF16)]
+    calls, pairs = {PLAIN: _pass(peers.timm_backbone(name).eval().to(device), images)}, []
+    for dtype in fast_dtypes(device):
+        ours, peer = f"ours {dtype_name(dtype)}", f"timm {dtype_name(dtype)} channels_last"
+        calls[ours] = _pass(optimized(name, dtype, False).to(device), images)
+        calls[peer] = _timm_pass(name, images, dtype)
+        pairs += [(ours, PLAIN), (ours, peer)]
     if peers.SHARED[name].nodes:
         calls[TORCHVISION] = _pass(peers.torchvision_backbone(name).eval().to(device), images)
         pairs += [("ours float32", TORCHVISION)]
     if compiled:
-        more, other = _compiled(name, optimized, images, images_bf16, device)
+        more, other = _compiled(name, optimized, images)
         calls, pairs = calls | more, pairs + other
     times_s = seconds_per_call({side: _done(call, device) for side, call in calls.items()}, rounds)
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
     setting = f"batch {batch_size}, {side_px} px"
     rows = compare(times_ms, pairs, "ms", task="inference", what=name, setting=setting)
-    operations = 2 * count_macs(timm_net, side_px, side_px) * batch_size
-    for dtype in (torch.float32, torch.bfloat16):
-        side = f"ours {_word(dtype)}"
+    operations = 2 * count_macs(peers.timm_backbone(name), side_px, side_px) * batch_size
+    for dtype in fast_dtypes(device):
+        side = f"ours {dtype_name(dtype)}"
         speeds = {
             side: [operations / t / 1e9 for t in times_s[side]],
             "matmul": [matmul_flops(dtype, device) / 1e9] * rounds,
@@ -153,22 +154,30 @@ def inference(
 
 
 def _compiled(
-    name: str, optimized: Callable[..., nn.Module], images: Tensor, images_bf16: Tensor, device: Any
+    name: str, optimized: Callable[..., nn.Module], images: Tensor
 ) -> tuple[dict[str, Callable[[], object]], list[tuple[str, str]]]:
     """Sides under torch.compile, with frozen weights on both, and ONNX Runtime; their pairs."""
     calls, pairs = {}, []
-    for dtype, pixels in ((torch.float32, images), (torch.bfloat16, images_bf16)):
-        ours, peer = f"ours {_word(dtype)} compiled", f"timm {_word(dtype)} compiled"
-        net = peers.timm_backbone(name).eval().to(device, dtype, memory_format=torch.channels_last)
-        net = torch.compile(net, options={"freezing": True})
-        calls[ours] = _pass(optimized(name, dtype, True).to(device), images)
-        calls[peer] = _pass(net, pixels.contiguous(memory_format=torch.channels_last))
+    for dtype in fast_dtypes(images.device):
+        ours, peer = (f"{side} {dtype_name(dtype)} compiled" for side in ("ours", "timm"))
+        calls[ours] = _pass(optimized(name, dtype, True).to(images.device), images)
+        calls[peer] = _timm_pass(name, images, dtype, compile=True)
         pairs.append((ours, peer))
-    if device.type == "cpu":
+    if images.device.type == "cpu":
         threads = torch.get_num_threads()
         calls[ONNX] = peers.onnxruntime_call(peers.timm_backbone(name), images, threads)
         pairs += [("ours float32 compiled", ONNX), ("ours float32", ONNX)]
     return calls, pairs
+
+
+def _timm_pass(
+    name: str, images: Tensor, dtype: torch.dtype, compile: bool = False
+) -> Callable[[], object]:
+    """timm's network at its fastest: images and weights of one type and channels_last."""
+    how = {"dtype": dtype, "memory_format": torch.channels_last}
+    net = peers.timm_backbone(name).eval().to(images.device, **how)
+    net = torch.compile(net, options={"freezing": True}) if compile else net
+    return _pass(net, images.to(**how))
 
 
 def inference_peaks(
@@ -176,18 +185,17 @@ def inference_peaks(
 ) -> list[Row]:
     """Memory of forward passes beyond weights and images, by processes of their own, on the CPU."""
     makes = {
-        "ours float32": partial(optimized, name, torch.float32, False),
-        "ours bfloat16": partial(optimized, name, torch.bfloat16, False),
-        PLAIN: partial(peers.timm_backbone, name),
+        f"ours {dtype_name(dtype)}": partial(optimized, name, dtype, False)
+        for dtype in fast_dtypes(torch.device("cpu"))
     }
+    pairs = [(side, PLAIN) for side in makes]
     peaks = {
         side: [
             _mebibytes(peak_memory(_prepared_passes, make, batch_size, side_px))
             for _ in range(PEAK_ROUNDS)
         ]
-        for side, make in makes.items()
+        for side, make in {**makes, PLAIN: partial(peers.timm_backbone, name)}.items()
     }
-    pairs = [("ours float32", PLAIN), ("ours bfloat16", PLAIN)]
     setting = f"peak memory, batch {batch_size}, {side_px} px"
     return compare(peaks, pairs, "MiB", task="inference", what=name, setting=setting)
 
@@ -227,10 +235,6 @@ def _done(call: Callable[[], object], device: torch.device) -> Callable[[], obje
     return wait
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Floating point operations per second of the best of a few square matrix products."""
     best = 0.0
@@ -261,13 +265,14 @@ def step(
         side: _our_step(partial(make_ours, name, NUM_CLASSES), recipe, device, compile)
         for side, compile in sides.items()
     }
-    calls["torchvision float32"] = _peer_step(
+    calls[TORCHVISION] = _peer_step(
         peers.TorchvisionTrainer, partial(make_ours, name, NUM_CLASSES), recipe, device
     )
     make_timm = partial(peers.timm_classifier, name, NUM_CLASSES)
-    calls[BF16] = _peer_step(peers.TimmTrainer, make_timm, recipe, device)
+    timm = peers.timm_side(device)
+    calls[timm] = _peer_step(peers.TimmTrainer, make_timm, recipe, device)
     times_s = seconds_per_call({side: _done(call, device) for side, call in calls.items()}, rounds)
-    pairs = [(side, peer) for side in sides for peer in ("torchvision float32", BF16)]
+    pairs = [(side, peer) for side in sides for peer in (TORCHVISION, timm)]
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
     setting = f"batch {recipe.batch_size}, {recipe.train_crop_px} px"
     return compare(times_ms, pairs, "ms", task="step", what=name, setting=setting)
@@ -277,10 +282,11 @@ def step_peaks(name: str, make_ours: Callable[[str, int], nn.Module], recipe: Re
     """Memory of a training step beyond weights and optimizer, by processes of their own."""
     ours = partial(make_ours, name, NUM_CLASSES)
     cpu = torch.device("cpu")
+    timm = peers.timm_side(cpu)
     sides = {
         "ours": (_our_step, ours, recipe, cpu, False),
-        "torchvision float32": (_peer_step, peers.TorchvisionTrainer, ours, recipe, cpu),
-        BF16: (
+        TORCHVISION: (_peer_step, peers.TorchvisionTrainer, ours, recipe, cpu),
+        timm: (
             *(_peer_step, peers.TimmTrainer),
             *(partial(peers.timm_classifier, name, NUM_CLASSES), recipe, cpu),
         ),
@@ -289,7 +295,7 @@ def step_peaks(name: str, make_ours: Callable[[str, int], nn.Module], recipe: Re
         side: [_mebibytes(peak_memory(_second_call, *args)) for _ in range(PEAK_ROUNDS)]
         for side, args in sides.items()
     }
-    pairs = [("ours", "torchvision float32"), ("ours", BF16)]
+    pairs = [("ours", TORCHVISION), ("ours", timm)]
     setting = f"peak memory, batch {recipe.batch_size}, {recipe.train_crop_px} px"
     return compare(peaks, pairs, "MiB", task="step", what=name, setting=setting)
 

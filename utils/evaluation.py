@@ -30,6 +30,11 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
     return torch.bfloat16 if fast else None
 
 
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """Such as "bfloat16"; None is float32, as above."""
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Autocast to `dtype` on `device`; does nothing for None."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)

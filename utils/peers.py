@@ -26,6 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 from utils.errors import needed
+from utils.evaluation import autocast, autocast_dtype, dtype_name
 from utils.recipe import Recipe
 from utils.training import param_groups
 
@@ -95,6 +96,11 @@ def onnxruntime_call(net: nn.Module, images: Tensor, threads: int) -> Callable[[
     )
     feed = {session.get_inputs()[0].name: images.numpy()}
     return partial(session.run, None, feed)
+
+
+def timm_side(device: torch.device) -> str:
+    """What `TimmTrainer` is called in records."""
+    return f"timm {dtype_name(autocast_dtype(device, 'bf16'))} channels_last"
 
 
 def _timm() -> Any:
@@ -206,12 +212,14 @@ class TimmTrainer:
     """Trains `model` in place by the steps of timm's train.py: bf16 autocast and channels_last.
 
     Those of train_one_epoch in train.py of github.com/huggingface/pytorch-image-models, at its
-    `--amp --amp-dtype bfloat16 --channels-last --opt momentum`, without averaged weights.
+    `--amp --amp-dtype bfloat16 --channels-last --opt momentum`, without averaged weights; without
+    `--amp` where the device has no bfloat16, which would make it slow.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model.to(memory_format=torch.channels_last)
         self.device = next(model.parameters()).device
+        self.dtype = autocast_dtype(self.device, "bf16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.optimizer = torch.optim.SGD(
             param_groups(model, recipe.weight_decay, recipe.norm_weight_decay),
@@ -223,7 +231,7 @@ class TimmTrainer:
         """One update; returns its loss."""
         image = image.to(self.device).contiguous(memory_format=torch.channels_last)
         target = target.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device, self.dtype):
             output = self.model(image)
             loss = self.criterion(output, target)
         loss.backward()
@@ -291,9 +299,10 @@ def _with_ours(script: Path, name: str, register: str, options: dict[str, Any]) 
 def timm_command(
     script: Path, name: str, folder: Path, recipe: Recipe, workers: int, output_dir: Path
 ) -> list[str]:
-    """timm's train.py by `recipe`, in bf16 and channels_last, on the CPU, training our network.
+    """timm's train.py by `recipe`, in channels_last, on the CPU, training our network.
 
-    It has no TrivialAugment; RandAugment with one operation stands for it.
+    In bf16 as `TimmTrainer` is. It has no TrivialAugment; RandAugment with one operation stands for
+    it.
     """
     register = (
         "import timm.models._registry as r; r._model_entrypoints['ours'] = "
@@ -303,7 +312,6 @@ def timm_command(
         "data-dir": folder,
         "model": "ours",
         "device": "cpu",
-        "amp-dtype": "bfloat16",
         "num-classes": len([path for path in (folder / "train").iterdir() if path.is_dir()]),
         "img-size": recipe.train_crop_px,
         "crop-pct": recipe.eval_crop_px / recipe.eval_resize_px,
@@ -324,4 +332,6 @@ def timm_command(
     }
     if recipe.trivial_augment:
         options["aa"] = "rand-m9-n1"
-    return [*_with_ours(script, name, register, options), "--amp", "--channels-last"]
+    has_bf16 = autocast_dtype(torch.device("cpu"), "bf16") is not None
+    amp = ["--amp", "--amp-dtype=bfloat16"] * has_bf16
+    return [*_with_ours(script, name, register, options), *amp, "--channels-last"]

@@ -359,4 +359,6 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    # Virtual machines name generations alike that differ in what they compute in one instruction.
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()}, {vectors}, {os.cpu_count()} cores"

@@ -34,7 +34,7 @@ from utils.data import (
     stream_seed,
 )
 from utils.errors import Stopped, advising_on_memory
-from utils.evaluation import autocast, autocast_dtype, evaluate
+from utils.evaluation import autocast, autocast_dtype, dtype_name, evaluate
 from utils.progress import progress_bar
 from utils.recipe import Recipe
 from utils.stopping import Requested, StopRequest
@@ -749,7 +749,7 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
         "shards": inputs.describe(data.train, workers),
         "train_images": len(data.train),
         "val_images": len(data.val),
-        "autocast": str(trainer.dtype or torch.float32).removeprefix("torch."),
+        "autocast": dtype_name(trainer.dtype),
         "processes": distributed.world_size(),
         "workers": workers,
         **runs.describe_machine(),
