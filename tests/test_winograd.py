@@ -1,0 +1,90 @@
+"""Convolutions by tiles against PyTorch's, and networks that have them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+
+import backbones
+from backbones import winograd
+from backbones.deploy import FusedConv, optimize
+
+
+def by_tiles(x, weight, bias):
+    """The products as PyTorch's plain grouped convolution computes them."""
+    values = winograd.cut(x)
+    assert values.shape == winograd.values_shape(x.shape)
+    products = conv2d(values, winograd.kernels(weight), winograd.biases(bias), groups=36)
+    return winograd.join(products, x.shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 7, 9), (3, 4, 1, 2), (1, 8, 14, 5)])
+def test_is_the_convolution(shape):
+    """In double precision to rounding, at sizes that are no multiples of a tile's."""
+    x, weight = torch.randn(shape).double(), torch.randn(6, shape[1], 3, 3).double()
+    for bias in (torch.randn(6).double(), None):
+        expected = conv2d(x, weight, bias, padding=1)
+        torch.testing.assert_close(by_tiles(x, weight, bias), expected, rtol=0, atol=1e-12)
+
+
+def test_rounds_in_float32_as_stated():
+    """Against double precision: less than 1e-4 of the largest value, in one layer."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 128, 28, 28), torch.randn(128, 128, 3, 3)
+    expected = conv2d(x.double(), weight.double(), padding=1)
+    error = (by_tiles(x, weight, None) - expected).abs().max() / expected.abs().max()
+    assert error < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "suited"),
+    [
+        ({}, 28, True),
+        ({}, 12, False),  # too few tiles
+        ({"stride": 2}, 28, False),
+        ({"dilation": 2, "padding": 2}, 28, False),
+        ({"padding": 0}, 28, False),
+        ({"groups": 2}, 28, False),
+        ({"kernel_size": 5, "padding": 2}, 28, False),
+        ({"in_channels": 64}, 28, False),
+    ],
+)
+def test_what_it_suits(options, size, suited):
+    shape = {"in_channels": 128, "out_channels": 128, "kernel_size": 3, "padding": 1, **options}
+    conv = nn.Conv2d(**shape)
+    assert winograd.suits(conv, torch.Size((1, conv.in_channels, size, size))) == suited
+
+
+@pytest.mark.parametrize("name", ["cspdarknet19", "resnet18", "vovnet39"])
+def test_networks_lose_no_precision(name, monkeypatch):
+    """Maps as near those of double precision as the plain network's, within a factor of four."""
+    torch.manual_seed(0)
+    net, x = backbones.create(name).eval(), torch.randn(3, 3, 128, 160)
+    joined = []
+    join = winograd.join
+    monkeypatch.setattr(winograd, "join", lambda *args: joined.append(args) or join(*args))
+    with torch.no_grad():
+        plain, fast = net(x), optimize(net)
+        fast(x)  # plain weights still
+        assert not joined
+        found = fast(x)
+        exact = net.double()(x.double())
+    assert joined
+    for a, b, c in zip(found, plain, exact, strict=True):
+        largest = c.abs().max()
+        assert a.is_contiguous(memory_format=torch.channels_last)
+        assert (a - c).abs().max() / largest < max(1e-5, 4 * (b - c).abs().max() / largest)
+
+
+def test_sums_and_activations_follow():
+    """What oneDNN has in its kernel otherwise: ResNet's addition, and an activation."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(128, 128, 3, padding=1, bias=False)
+    fused = FusedConv(conv, nn.SiLU())
+    x, added = torch.randn(2, 1, 128, 28, 28)
+    with torch.no_grad():
+        expected = [nn.functional.silu(conv(x)), nn.functional.silu(conv(x) + added)]
+        for _ in range(3):
+            found = [fused(x), fused(x, added)]
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
