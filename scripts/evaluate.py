@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from backbones.classifier import create_classifier
+from backbones.deploy import optimize
 from utils import distributed, evaluation
 from utils.errors import Parser, exit_code, whole_number
 from utils.trained import load_trained
@@ -38,6 +39,7 @@ def evaluate(args: argparse.Namespace) -> None:
         size_px=args.size,
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
+        optimize=optimize,
     )
     for message in skipped:
         print(f"skipped: {message}")

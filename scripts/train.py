@@ -32,7 +32,7 @@ with starting():  # PyTorch takes seconds
     import torch
 
     from backbones.classifier import create_classifier
-    from backbones.deploy import keep_freed_memory
+    from backbones.deploy import keep_freed_memory, optimize
     from utils import distributed, plotting, recipe, rehearsal, runs, training
     from utils.inputs import open_data
 
@@ -123,6 +123,7 @@ def train(args: argparse.Namespace) -> None:
         "skip_corrupt": args.skip_corrupt,
         "compile": args.compile,
         "sync_batchnorm": args.sync_batchnorm,
+        "optimize": optimize,
         "timeout_s": args.timeout_s,
     }
     with distributed.process_group(device, args.timeout_s):

@@ -1,13 +1,18 @@
 """Evaluation, predictions and confusions against loops."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from utils.data import Batch, CorruptImageError, Preprocess
+from backbones.classifier import create_classifier
+from backbones.deploy import optimize
+from utils.data import Batch, CorruptImageError, Preprocess, open_folders
 from utils.evaluation import autocast_dtype, confused_pairs, evaluate, over_chance, predict
+from utils.recipe import RECIPES
+from utils.training import fit
 
 CPU = torch.device("cpu")
 
@@ -83,3 +88,26 @@ def test_predictions_and_confused_pairs():
 )
 def test_the_way_from_chance_to_no_error(top1_pct, classes, share):
     assert over_chance(top1_pct, classes) == pytest.approx(share)
+
+
+def test_optimized_copies_find_the_same(folders, tmp_path):
+    """A run's metrics, to rounding; the weights that it goes on with are those that it trained."""
+    recipe = dataclasses.replace(
+        RECIPES["quick"], epochs=1, warmup_epochs=0.0, batch_size=8, precision="float32"
+    )
+    rows, weights, optimized = [], [], []
+
+    def noted(model, dtype):
+        optimized.append(dtype)
+        return optimize(model, dtype)
+
+    for how in (None, noted):
+        torch.manual_seed(0)
+        model = create_classifier("cspdarknet19", 3, width=0.125)
+        data = open_folders(folders, recipe)
+        trainer = fit(model, data, recipe, tmp_path / str(how is None), device=CPU, optimize=how)
+        rows.append(trainer.metrics[0])
+        weights.append(trainer.model.state_dict())
+    assert optimized == [torch.float32] * 2  # the last weights, and the averaged ones
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

@@ -16,6 +16,8 @@ from utils.recipe import Recipe
 from utils.trained import Trained
 from utils.workers import watched
 
+# Makes of a network and a type a faster copy for inference: `backbones.deploy.optimize`.
+Optimize = Callable[[nn.Module, torch.dtype], nn.Module]
 MOST_IMAGES = 256  # in a batch that is evaluated, whatever the recipe trains with
 
 
@@ -46,14 +48,23 @@ def evaluate(
     batches: Iterable[Batch],
     preprocess: Preprocess,
     dtype: torch.dtype | None = None,
+    optimize: Optimize | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy of several models in one pass over the images of all processes.
+
+    Args:
+        dtype: to autocast to, or None for float32.
+        optimize: makes a copy of each model in that type, which stands for it on a CPU. On a GPU
+            it is the images that are waited for.
 
     Returns:
         For each model `loss` (cross-entropy without smoothing), `top1_pct` and `top5_pct` (top-k
         with k the number of classes if those are fewer), and `images`, how many were counted.
     """
     sums = {name: torch.zeros(4, dtype=torch.float64, device=preprocess.device) for name in models}
+    if optimize and preprocess.device.type == "cpu":
+        models = {name: optimize(model, dtype or torch.float32) for name, model in models.items()}
+        dtype = None
     for model in models.values():
         model.eval()
     for batch in batches:
@@ -95,11 +106,13 @@ def evaluate_trained(
     size_px: int | None = None,
     workers: int = 0,
     skip_corrupt: bool = False,
+    optimize: Optimize | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Accuracy of a run's raw and EMA weights on `data_dir/val`.
 
     Args:
         size_px: side of the centre crop; images are resized in proportion. None for the recipe's.
+        optimize: as of `evaluate`.
 
     Returns:
         `evaluate`'s results for "raw" and "EMA", and a message per image that was left out.
@@ -118,6 +131,7 @@ def evaluate_trained(
         readable(watched(loader), skip_corrupt, skipped),
         Preprocess(device, len(val.classes), recipe.channels_last),
         autocast_dtype(device, recipe.precision),
+        optimize,
     )
     return results, list(skipped)
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from utils import distributed, inputs
-from utils.data import Batch, Splits, readable
+from utils.data import Batch, Splits
 from utils.errors import advising_on_memory
-from utils.evaluation import evaluate
+from utils.evaluation import Optimize
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
 from utils.training import Trainer, make_loaders, memory_advice, train_one_epoch
@@ -33,6 +33,7 @@ def rehearse(
     skip_corrupt: bool = False,
     compile: bool = False,
     sync_batchnorm: bool = False,
+    optimize: Optimize | None = None,
     timeout_s: float = 600,
     tell: Callable[[str], Any] = print,
 ) -> float:
@@ -45,7 +46,8 @@ def rehearse(
     Args:
         model: trained in place for two steps.
         name: what to call it.
-        seed, workers, device, skip_corrupt, compile, sync_batchnorm, timeout_s: as of `fit`.
+        seed, workers, device, skip_corrupt, compile, sync_batchnorm, optimize, timeout_s: as of
+            `fit`.
         tell: gets each line, in the process of rank 0.
 
     Returns:
@@ -60,7 +62,7 @@ def rehearse(
         tell = _nobody
     loaders = make_loaders(data, recipe, seed, workers, device)
     tell(describe_model(name, model, recipe.train_crop_px))
-    options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
+    options = {"compile": compile, "sync_batchnorm": sync_batchnorm, "optimize": optimize}
     trainer = Trainer(
         model.to(device), recipe, len(loaders[0]), len(data.classes), seed, skip_corrupt, **options
     )
@@ -145,7 +147,7 @@ def _paces(
     workers = loaders[0].num_workers
     with advising_on_memory(memory_advice(trainer.recipe)):
         first_s, train_s = _pace(loaders[0], partial(train_one_epoch, trainer), timeout_s)
-        _, eval_s = _pace(loaders[1], partial(_evaluate, trainer), timeout_s)
+        _, eval_s = _pace(loaders[1], trainer.evaluate, timeout_s)
     paces_s = [first_s, train_s, eval_s, 0.0, 0.0]
     if workers:
         alone = make_loaders(data, trainer.recipe, trainer.seed, 0, trainer.device)
@@ -176,9 +178,3 @@ def _passes(loader: DataLoader, timeout_s: float) -> Iterator[Batch]:
         if hasattr(loader.batch_sampler or loader.dataset, "begin"):  # training has an order
             inputs.begin(loader, epoch)
         yield from watched(loader, timeout_s)
-
-
-def _evaluate(trainer: Trainer, batches: list[Batch]) -> None:
-    models = {"": trainer.model, "ema_": trainer.ema.module}
-    batches = readable(batches, trainer.skip_corrupt, trainer.skipped)
-    evaluate(models, batches, trainer.eval_preprocess, trainer.dtype)

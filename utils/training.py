@@ -34,7 +34,7 @@ from utils.data import (
     stream_seed,
 )
 from utils.errors import Stopped, advising_on_memory
-from utils.evaluation import autocast, autocast_dtype, dtype_name, evaluate
+from utils.evaluation import Optimize, autocast, autocast_dtype, dtype_name, evaluate
 from utils.progress import progress_bar
 from utils.recipe import Recipe
 from utils.stopping import Requested, StopRequest
@@ -124,6 +124,7 @@ class Trainer:
         skip_corrupt: leave unreadable images out instead of raising.
         compile: whether steps run the network under `torch.compile`.
         sync_batchnorm: whether BatchNorm's statistics are those of all processes' images.
+        optimize: makes what is evaluated, as of `utils.evaluation.evaluate`.
 
     Raises:
         ValueError: a step's images make no such parts, or parts too small for BatchNorm.
@@ -144,6 +145,7 @@ class Trainer:
         skip_corrupt: bool = False,
         compile: bool = False,
         sync_batchnorm: bool = False,
+        optimize: Optimize | None = None,
     ) -> None:
         refuse_tiny_parts(model, recipe, sync_batchnorm)
         self.device = next(model.parameters()).device
@@ -175,7 +177,7 @@ class Trainer:
             cutmix_alpha=recipe.cutmix_alpha,
             mixup_alpha=recipe.mixup_alpha,
         )
-        self.skip_corrupt = skip_corrupt
+        self.skip_corrupt, self.optimize = skip_corrupt, optimize
         self.step = 0
         self.meter = LossMeter(self.device)
         # Of the training of the epoch under way: since when, if it runs, and for how long before.
@@ -217,6 +219,12 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         return total
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, dict[str, float]]:
+        """Accuracy of the last weights, under the name "", and of the averaged ones, "ema_"."""
+        models = {"": self.model, "ema_": self.ema.module}
+        batches = readable(batches, self.skip_corrupt, self.skipped)
+        return evaluate(models, batches, self.eval_preprocess, self.dtype, self.optimize)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end in the same bits, as `settle` left it."""
@@ -478,6 +486,7 @@ def fit(
     skip_corrupt: bool = False,
     compile: bool = False,
     sync_batchnorm: bool = False,
+    optimize: Optimize | None = None,
     checkpoint_steps: int = 0,
     keep_every: int = 0,
     timeout_s: float = 600,
@@ -493,6 +502,7 @@ def fit(
         skip_corrupt: leave unreadable images out and list them, instead of stopping.
         compile: train under `torch.compile`: a minute or more at the start, then faster steps.
         sync_batchnorm: BatchNorm over all processes' images; on GPUs only.
+        optimize: makes what is evaluated on a CPU: `backbones.deploy.optimize`.
         checkpoint_steps: save after every so many steps, too; 0 for the ends of epochs alone.
         keep_every: keep the checkpoint of every so many epochs; 0 for last and best alone.
         timeout_s: how long to wait for a worker's batch, 0 for ever.
@@ -520,7 +530,9 @@ def fit(
     loaders = make_loaders(data, recipe, seed, workers, device)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     trainer = Trainer(
-        model.to(device), recipe, len(loaders[0]), len(data.classes), seed, skip_corrupt, **options
+        *(model.to(device), recipe, len(loaders[0]), len(data.classes), seed, skip_corrupt),
+        **options,
+        optimize=optimize,
     )
     config = {**(config or {}), **_describe(trainer, data, workers), **options}
     with ExitStack() as stack:
@@ -630,10 +642,8 @@ class _Run:
         trainer, start_s = self.trainer, time.perf_counter()
         # Each process has statistics of its own images; rank 0's are those that are saved.
         distributed.broadcast_buffers(trainer.model, trainer.ema)
-        models = {"": trainer.model, "ema_": trainer.ema.module}
         batches = self.stop.watch(watched(self.val_loader, self.timeout_s))
-        batches = readable(batches, trainer.skip_corrupt, trainer.skipped)
-        results = evaluate(models, batches, trainer.eval_preprocess, trainer.dtype)
+        results = trainer.evaluate(batches)
         row = {
             "epoch": trainer.epoch + 1,
             "step": trainer.step,
