@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
@@ -254,3 +254,35 @@ def test_erasing_leaves_the_mean_colour():
     colours, counts = image.flatten(1).unique(dim=1, return_counts=True)
     assert colours.T.tolist() == [[124, 116, 104], [255, 0, 0]]
     assert 0.02 <= counts[0] / counts.sum() <= 0.4
+
+
+@pytest.mark.parametrize("erasing", [0.0, 1.0])
+def test_flips_and_erases_as_torchvision_does(erasing):
+    """The same draws as its own transforms make."""
+    rgb = images.from_pillow(picture(size_px=(32, 32)))
+    value = [round(c) for c in images.MEAN_RGB]
+    theirs = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomErasing(erasing, value=value)])
+    ours = transforms.Compose(
+        [images.Sometimes(0.5, images.flip), images.Sometimes(erasing, images.Erase())]
+    )
+    flipped = 0
+    for seed in range(20):
+        with seeded(seed):
+            expected = theirs(rgb)
+        with seeded(seed):
+            found = ours(rgb)
+        assert torch.equal(found, expected)
+        flipped += not torch.equal(found, rgb)
+    assert flipped == 20 or 4 < flipped < 16
+
+
+@pytest.mark.parametrize("name", images.STRETCHES)
+def test_levels_of_odd_histograms(name):
+    """One level, two, few pixels: what Pillow makes of them."""
+    rng = np.random.default_rng(0)
+    for high, size_px in ((1, (9, 7)), (2, (40, 30)), (3, (2, 2)), (256, (5, 4)), (30, (64, 48))):
+        array = rng.integers(0, high, (*size_px, 3), dtype=np.uint8) + np.uint8(90 * (high < 99))
+        image = Image.fromarray(array)
+        expected = {"AutoContrast": ImageOps.autocontrast, "Equalize": ImageOps.equalize}[name]
+        found = images.to_pillow(images.augment(images.from_pillow(image), name, 0.0))
+        assert np.array_equal(np.asarray(found), np.asarray(expected(image)))

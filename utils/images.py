@@ -184,6 +184,26 @@ def resize(rgb: Tensor, size_px: tuple[int, int]) -> Tensor:
     return interpolate(batch, size_px, mode="bilinear", antialias=True)[0]
 
 
+def _auto_contrast(histogram: np.ndarray) -> np.ndarray:
+    """The levels that Pillow's ImageOps.autocontrast gives to 0 to 255: the darkest becomes 0."""
+    there = histogram.nonzero()[0]
+    low, high = int(there[0]), int(there[-1])
+    if high == low:
+        return np.arange(256, dtype=np.uint8)
+    scale = 255 / (high - low)
+    return (np.arange(256) * scale - low * scale).clip(0, 255).astype(np.uint8)
+
+
+def _equalize(histogram: np.ndarray) -> np.ndarray:
+    """The levels that Pillow's ImageOps.equalize gives to 0 to 255: equally many of each."""
+    there = histogram[histogram > 0]
+    step = int(there[:-1].sum()) // 255
+    if not step:
+        return np.arange(256, dtype=np.uint8)
+    darker = histogram.cumsum() - histogram
+    return ((step // 2 + darker) // step).clip(0, 255).astype(np.uint8)
+
+
 MAGNITUDES = 31  # TrivialAugment's levels, from none to the largest
 
 # Inverse maps (a, b, c, d, e, f) of the "wide" space's warps (arXiv:2103.10158, table 7), by
@@ -195,18 +215,26 @@ WARPS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "TranslateY": lambda m, w, h: (1, 0, 0, 0, 1, -int(32 * m)),
     "Rotate": lambda m, w, h: _rotation(math.radians(135 * m), w / 2, h / 2),
 }
-# What changes colours, by strength m: in -1 to 1 for the first three, else in 0 to 1.
-COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+# What gives every level of 0 to 255 another, whatever the image, by strength m: in -1 to 1 for the
+# first, else in 0 to 1.
+LEVELS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Brightness": lambda image, m: functional.adjust_brightness(image, 1 + 0.99 * m),
-    "Color": lambda image, m: functional.adjust_saturation(image, 1 + 0.99 * m),
-    "Contrast": lambda image, m: functional.adjust_contrast(image, 1 + 0.99 * m),
     "Posterize": lambda image, m: functional.posterize(image, 8 - round(6 * m)),
     "Solarize": lambda image, m: functional.solarize(image, 255 * (1 - m)),
-    "AutoContrast": lambda image, m: functional.autocontrast(image),
-    "Equalize": lambda image, m: functional.equalize(image),
 }
-SIGNED = {*WARPS, "Brightness", "Color", "Contrast", "Sharpness"}
-OPERATIONS = ("Identity", *WARPS, "Sharpness", *COLOURS)
+# And by an image's histograms, a channel each, whatever the strength.
+STRETCHES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
+}
+# The others that change colours, by strength m in -1 to 1.
+COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "Color": lambda image, m: functional.adjust_saturation(image, 1 + 0.99 * m),
+    "Contrast": lambda image, m: functional.adjust_contrast(image, 1 + 0.99 * m),
+}
+SIGNED = {*WARPS, *COLOURS, "Brightness", "Sharpness"}
+OPERATIONS = ("Identity", *WARPS, "Sharpness", *COLOURS, *LEVELS, *STRETCHES)
+RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
 
 
 class TrivialAugment:
@@ -214,7 +242,8 @@ class TrivialAugment:
 
     The operations, their ranges and odds are those of torchvision's TrivialAugmentWide with a
     bilinear filter. Warps and sharpening run in OpenCV, five to ten times as fast as in Pillow and
-    off by its fixed-point rounding (tests/test_images.py); the others are torchvision's.
+    off by its fixed-point rounding (tests/test_images.py); so do changes of levels, without any
+    difference. The others are torchvision's.
 
     Shape:
         uint8 `[3, H, W]` to the same.
@@ -238,6 +267,11 @@ def augment(rgb: Tensor, name: str, strength: float) -> Tensor:
     height, width = array.shape[:2]
     if name == "Sharpness":
         array = _sharpen(array, 1 + 0.99 * strength)
+    elif name in LEVELS:
+        array = cv2.LUT(array, np.asarray(LEVELS[name](RAMP, strength)))
+    elif name in STRETCHES:
+        tables = [STRETCHES[name](_histogram(array, channel)) for channel in range(3)]
+        array = cv2.LUT(array, np.stack(tables, axis=-1)[None])
     else:
         array = _warp(array, WARPS[name](strength, width, height))
     return torch.from_numpy(array).permute(2, 0, 1)
@@ -266,15 +300,48 @@ def _sharpen(array: np.ndarray, factor: float) -> np.ndarray:
     return cv2.addWeighted(smooth, 1 - factor, array, factor, 0)
 
 
-def train_transform(recipe: Recipe) -> v2.Compose:
+def _histogram(array: np.ndarray, channel: int) -> np.ndarray:
+    counts = cv2.calcHist([array], [channel], None, [256], [0, 256])
+    return counts[:, 0].astype(np.int64)
+
+
+class Sometimes:
+    """Applies a transform with a probability.
+
+    What torchvision's own transforms do, which first look for the images in what they get: that
+    takes longer than most transforms of a crop.
+    """
+
+    def __init__(self, probability: float, transform: Callable[[Tensor], Tensor]) -> None:
+        self.probability, self.transform = probability, transform
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        return self.transform(rgb) if torch.rand(1) < self.probability else rgb
+
+
+def flip(rgb: Tensor) -> Tensor:
+    """uint8 `[3, H, W]` from right to left."""
+    return torch.from_numpy(cv2.flip(rgb.permute(1, 2, 0).numpy(), 1)).permute(2, 0, 1)
+
+
+class Erase:
+    """RandomErasing (arXiv:1708.04896) in the mean colour: zero once normalised."""
+
+    def __init__(self) -> None:
+        self.erasing = v2.RandomErasing(p=1, value=[round(c) for c in MEAN_RGB])
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        return self.erasing.transform(rgb, self.erasing.make_params([rgb]))
+
+
+def train_transform(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
     """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from an image to uint8."""
-    steps = [RandomCrop(recipe.train_crop_px, recipe.min_crop_area), v2.RandomHorizontalFlip()]
+    steps = [RandomCrop(recipe.train_crop_px, recipe.min_crop_area), Sometimes(0.5, flip)]
     if recipe.trivial_augment:
         steps.append(TrivialAugment())
     if recipe.random_erasing:
-        # The mean colour is zero once normalised, which is what the reference erases to.
-        steps.append(v2.RandomErasing(recipe.random_erasing, value=[round(c) for c in MEAN_RGB]))
-    return v2.Compose(steps)
+        steps.append(Sometimes(recipe.random_erasing, Erase()))
+    return transforms.Compose(steps)
 
 
 def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
