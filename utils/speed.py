@@ -45,7 +45,7 @@ def aim(row: pd.Series) -> float | None:
 
 
 def aims_table(benchmark: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have an aim, for the README: each contest, its ratio, the aim, the verdict."""
+    """The rows that have an aim: each contest, its ratio, the aim, the verdict."""
     rows = []
     for _, row in benchmark.iterrows():
         least = aim(row)
@@ -56,8 +56,13 @@ def aims_table(benchmark: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def aims_on(hardware: str, benchmark: pd.DataFrame) -> pd.DataFrame:
+    """`aims_table` of one machine, for the README."""
+    return aims_table(benchmark[benchmark.hardware == hardware]).drop(columns="hardware")
+
+
 def describe(row: pd.Series) -> dict[str, str]:
-    """A row's contest in words: what, the two sides with their medians, the ratio and its range."""
+    """A row in words: contest, both sides with their medians, ratio and range, the hardware."""
     kept = ", freed memory kept" if row.freed_memory_kept_by == "all" else ""
     return {
         "contest": f"{row.task}: {row.what}, {row.setting}{kept}",
@@ -65,6 +70,7 @@ def describe(row: pd.Series) -> dict[str, str]:
         "against": f"{row.peer}: {row.peer_value:.4g}",
         "times better (range)": f"{row.ratio_median:.2f} ({row.ratio_min:.2f} to "
         f"{row.ratio_max:.2f})",
+        "hardware": row.hardware,
     }
 
 
@@ -74,7 +80,7 @@ def verdict(row: pd.Series, least: float) -> str:
 
 
 def inference_ratios(benchmark: pd.DataFrame) -> pd.DataFrame:
-    """Inference in batches of 8 over timm's float32: a row per network and side of ours."""
+    """Inference in batches of 8 over timm's float32: a row per network, machine and our sides."""
     rows = benchmark[
         (benchmark.task == "inference")
         & benchmark.setting.str.startswith("batch 8")
@@ -82,4 +88,5 @@ def inference_ratios(benchmark: pd.DataFrame) -> pd.DataFrame:
         & (benchmark.peer == "timm float32")
         & (benchmark.freed_memory_kept_by == "none")
     ]
+    rows = rows.assign(what=rows.what + ", " + rows.hardware.str.removesuffix(", 2 cores"))
     return rows.sort_values("ratio_median", ascending=False, ignore_index=True)
