@@ -9,7 +9,7 @@ What `optimize` changes, and why it is faster:
   weights in its own order: PyTorch's plain convolution orders them again at every call. These are
   the operators of oneDNN that `torch.compile` uses.
 - In float32 on a CPU, wide 3x3 convolutions go by tiles, with a quarter of the multiplications
-  (`backbones.winograd`).
+  (`backbones.winograd`), unless compiled: what inductor makes of them is slower.
 - Sums and gates that autograd would need unchanged are written in place.
 
 What is left of the time beside the convolutions is, in the main, the system's: a map of more than
@@ -45,7 +45,6 @@ FUSED: dict[type[nn.Module], Callable[[nn.Module], tuple[str, list[float], str]]
 }
 
 NOTHING = ("none", [], "")
-_one_kernel = torch.ops.mkldnn._convolution_pointwise
 
 
 def optimize(
@@ -60,8 +59,9 @@ def optimize(
     2 % (tests/test_deploy.py, every name). It can be exported, compiled, pickled, moved to a GPU.
 
     On a CPU weights are held twice, the second time in the kernels' order for images of the size
-    that came last, and there those of 3x3 convolutions that go by tiles are four times as large. A
-    size that comes once runs as fast as in a plain network.
+    that came last, and there those of 3x3 convolutions that go by tiles are four times as large;
+    the tiles' values take several times the memory of a map while such a layer runs. A size that
+    comes once runs as fast as in a plain network.
 
     Args:
         net: a `Backbone` or `Classifier`, on any device.
@@ -134,19 +134,25 @@ class FusedConv(nn.Module):
         self.post = NOTHING if act is None else FUSED[type(act)](act)
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self._seen: tuple | None = None
-        self._packed: tuple[tuple, Tensor, Tensor] | None = None  # for what, of what, packed
+        # For what, of what, packed, and whether for `backbones.winograd`.
+        self._packed: tuple[tuple, Tensor, Tensor, bool] | None = None
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """The convolution of `x`, plus `added` if given, activated."""
-        weight = self._packed_for(x)
+        weight, in_tiles = self._packed_for(x)
         if weight is None:
             y = self.conv(x)
-        elif self._in_tiles(x):
-            values, bias = winograd.cut(x), winograd.biases(self.conv.bias)
-            products = _one_kernel(values, weight, bias, *winograd.GEOMETRY, *NOTHING)
-            y = winograd.join(products, x.shape)
+        elif in_tiles:
+            with torch.autocast("cpu", enabled=False):  # which would round what it multiplies
+                values, bias = winograd.cut(x), winograd.biases(self.conv.bias)
+                products = torch.ops.mkldnn._convolution_pointwise(
+                    values, weight, bias, *winograd.GEOMETRY, *NOTHING
+                )
+                y = winograd.join(products, x.shape)
         elif added is None:
-            return _one_kernel(x, weight, self.conv.bias, *self.geometry, *self.post)
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, weight, self.conv.bias, *self.geometry, *self.post
+            )
         else:
             return torch.ops.mkldnn._convolution_pointwise.binary(
                 x, added, weight, self.conv.bias, *self.geometry, "add", 1.0, *self.post
@@ -154,31 +160,29 @@ class FusedConv(nn.Module):
         y = y if added is None else y + added
         return y if self.act is None else self.act(y)
 
-    def _in_tiles(self, x: Tensor) -> bool:
-        """Whether `backbones.winograd` computes it, for which bfloat16 is not precise enough."""
-        return x.dtype == torch.float32 and winograd.suits(self.conv, x.shape)
-
-    def _packed_for(self, x: Tensor) -> Tensor | None:
+    def _packed_for(self, x: Tensor) -> tuple[Tensor | None, bool]:
         """The weights in the order that suits images of this shape, or None to do without.
 
+        And whether they are those of `backbones.winograd`, which bfloat16 is too coarse for.
         They are packed when a shape comes a second time in a row: packing takes as long as it saves
         in one call.
         """
         if torch.compiler.is_compiling() or not x.is_cpu or not x.numel() or not _packs(x.dtype):
-            return None
-        weight = self.conv.weight
+            return None, False
+        weight, packed = self.conv.weight, self._packed  # other threads may put theirs there
         key = (x.shape, weight._version)  # which moves when weights are loaded
-        if self._packed is None or self._packed[0] != key or self._packed[1] is not weight:
+        if packed is None or packed[0] != key or packed[1] is not weight:
             seen, self._seen = self._seen, key
             if seen != key:
-                return None
+                return None, False
+            in_tiles = x.dtype == torch.float32 and winograd.suits(self.conv, x.shape)
             kernels, geometry, shape = weight, self.geometry, x.shape
-            if self._in_tiles(x):
+            if in_tiles:
                 kernels, geometry = winograd.kernels(weight), winograd.GEOMETRY
                 shape = winograd.values_shape(x.shape)
             ordered = torch.ops.mkldnn._reorder_convolution_weight(kernels, *geometry, shape)
-            self._packed = (key, weight, ordered)
-        return self._packed[2]
+            self._packed = packed = (key, weight, ordered, in_tiles)
+        return packed[2:]
 
     def __getstate__(self) -> dict:
         # The kernel's order is of this machine.

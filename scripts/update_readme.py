@@ -27,8 +27,8 @@ from utils.studies import STUDIES
 from utils.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
-# Tables of the benchmark and the machine of each, as records name it.
-SPEED = {"speed": "AMD EPYC, 2 cores", "speed_avx2": "AMD EPYC, AVX2, 2 cores"}
+# README's tables of the benchmark, and the machine of each as records name it.
+SPEED = {"speed": "AMD EPYC, AVX512, 2 cores", "speed_avx2": "AMD EPYC, AVX2, 2 cores"}
 
 
 def updated(readme: str) -> str:

@@ -111,3 +111,17 @@ def test_optimized_copies_find_the_same(folders, tmp_path):
     assert optimized == [torch.float32] * 2  # the last weights, and the averaged ones
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_optimized_copies_in_bfloat16():
+    """In the place of autocast: a loss that is as near float32's."""
+    torch.manual_seed(0)
+    model = create_classifier("cspdarknet19", 3, width=0.125).eval()
+    images = torch.randint(256, (16, 3, 64, 64), dtype=torch.uint8)
+    batches = [Batch(images, torch.arange(16) % 3, [])] * 3
+    how = {"models": {"": model}, "batches": batches, "preprocess": Preprocess(CPU, 3)}
+    exact = evaluate(**how)[""]["loss"]
+    plain = evaluate(**how, dtype=torch.bfloat16)[""]["loss"]
+    fast = evaluate(**how, dtype=torch.bfloat16, optimize=optimize)[""]["loss"]
+    assert fast == pytest.approx(exact, abs=max(1e-3, 4 * abs(plain - exact)))
+    assert fast != exact

@@ -262,8 +262,8 @@ def test_flips_and_erases_as_torchvision_does(erasing):
     rgb = images.from_pillow(picture(size_px=(32, 32)))
     value = [round(c) for c in images.MEAN_RGB]
     theirs = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomErasing(erasing, value=value)])
-    ours = transforms.Compose(
-        [images.Sometimes(0.5, images.flip), images.Sometimes(erasing, images.Erase())]
+    ours = v2.Compose(
+        [v2.RandomApply([images.flip], 0.5), v2.RandomApply([images.Erase()], erasing)]
     )
     flipped = 0
     for seed in range(20):

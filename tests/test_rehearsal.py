@@ -63,7 +63,7 @@ def test_what_it_tells(folders):
 )
 def test_the_estimate_by_hand(folders, monkeypatch, workers, paces_s, expected_s):
     paces = iter(paces_s)
-    monkeypatch.setattr(rehearsal, "_pace", lambda loader, work, timeout_s=0: next(paces))
+    monkeypatch.setattr(rehearsal, "_pace", lambda *args, **options: next(paces))
     monkeypatch.setattr(LossMeter, "mean", lambda self: 0.0)
     total_s, said = rehearsed(folders, workers=workers)
     assert total_s == pytest.approx(expected_s)

@@ -1,5 +1,7 @@
 """Convolutions by tiles against PyTorch's, and networks that have them."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,17 @@ from torch.nn.functional import conv2d
 import backbones
 from backbones import winograd
 from backbones.deploy import FusedConv, optimize
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN"
+)
+
+
+@pytest.fixture
+def all_by_tiles(monkeypatch):
+    """However few channels and tiles."""
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "LEAST_TILES", 1)
 
 
 def by_tiles(x, weight, bias):
@@ -47,6 +60,7 @@ def test_rounds_in_float32_as_stated():
         ({"groups": 2}, 28, False),
         ({"kernel_size": 5, "padding": 2}, 28, False),
         ({"in_channels": 64}, 28, False),
+        ({"out_channels": 64}, 28, False),
     ],
 )
 def test_what_it_suits(options, size, suited):
@@ -55,6 +69,7 @@ def test_what_it_suits(options, size, suited):
     assert winograd.suits(conv, torch.Size((1, conv.in_channels, size, size))) == suited
 
 
+@needs_onednn
 @pytest.mark.parametrize("name", ["cspdarknet19", "resnet18", "vovnet39"])
 def test_networks_lose_no_precision(name, monkeypatch):
     """Maps as near those of double precision as the plain network's, within a factor of four."""
@@ -82,9 +97,44 @@ def test_sums_and_activations_follow():
     conv = nn.Conv2d(128, 128, 3, padding=1, bias=False)
     fused = FusedConv(conv, nn.SiLU())
     x, added = torch.randn(2, 1, 128, 28, 28)
+    assert winograd.suits(conv, x.shape)
     with torch.no_grad():
         expected = [nn.functional.silu(conv(x)), nn.functional.silu(conv(x) + added)]
         for _ in range(3):
             found = [fused(x), fused(x, added)]
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["cspdarknet53", "darknet19", "vovnet39", "resnet18", "resnet50"])
+def test_small_networks_by_tiles_alone(all_by_tiles, name):
+    """Maps within what `optimize` states, also in inference mode, for other weights and a copy."""
+    torch.manual_seed(0)
+    options = {} if name.startswith("resnet") else {"width": 0.25}
+    net, other = (backbones.create(name, **options).eval() for _ in range(2))
+    fast, x = optimize(net), torch.randn(2, 3, 64, 96)
+    fast(x)
+
+    def compare(fast, net):
+        for a, b in zip(fast(x), net(x), strict=True):
+            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+    with torch.inference_mode():
+        compare(fast, net)
+    with torch.no_grad():
+        compare(pickle.loads(pickle.dumps(fast)), net)
+        fast.load_state_dict(optimize(other).state_dict())
+        for _ in range(3):
+            compare(fast, other)
+
+
+@needs_onednn
+def test_autocast_changes_nothing(all_by_tiles):
+    conv = FusedConv(nn.Conv2d(8, 8, 3, padding=1))
+    x = torch.randn(1, 8, 12, 12)
+    with torch.no_grad():
+        conv(x)
+        expected = conv(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(conv(x), expected)

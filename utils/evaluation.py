@@ -28,7 +28,8 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        has_onednn = torch.backends.mkldnn.is_available()
+        fast = device.type != "cpu" or (has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if fast else None
 
 
@@ -54,8 +55,8 @@ def evaluate(
 
     Args:
         dtype: to autocast to, or None for float32.
-        optimize: makes a copy of each model in that type, which stands for it on a CPU. On a GPU
-            it is the images that are waited for.
+        optimize: makes a copy of each model in that type, which stands for it on a CPU and gives
+            the same to rounding. On a GPU it is the images that are waited for.
 
     Returns:
         For each model `loss` (cross-entropy without smoothing), `top1_pct` and `top5_pct` (top-k

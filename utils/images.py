@@ -233,7 +233,10 @@ COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Contrast": lambda image, m: functional.adjust_contrast(image, 1 + 0.99 * m),
 }
 SIGNED = {*WARPS, *COLOURS, "Brightness", "Sharpness"}
-OPERATIONS = ("Identity", *WARPS, "Sharpness", *COLOURS, *LEVELS, *STRETCHES)
+OPERATIONS = (
+    *("Identity", *WARPS, "Sharpness", "Brightness", "Color", "Contrast", "Posterize", "Solarize"),
+    *STRETCHES,
+)
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
 
 
@@ -305,20 +308,6 @@ def _histogram(array: np.ndarray, channel: int) -> np.ndarray:
     return counts[:, 0].astype(np.int64)
 
 
-class Sometimes:
-    """Applies a transform with a probability.
-
-    What torchvision's own transforms do, which first look for the images in what they get: that
-    takes longer than most transforms of a crop.
-    """
-
-    def __init__(self, probability: float, transform: Callable[[Tensor], Tensor]) -> None:
-        self.probability, self.transform = probability, transform
-
-    def __call__(self, rgb: Tensor) -> Tensor:
-        return self.transform(rgb) if torch.rand(1) < self.probability else rgb
-
-
 def flip(rgb: Tensor) -> Tensor:
     """uint8 `[3, H, W]` from right to left."""
     return torch.from_numpy(cv2.flip(rgb.permute(1, 2, 0).numpy(), 1)).permute(2, 0, 1)
@@ -334,14 +323,16 @@ class Erase:
         return self.erasing.transform(rgb, self.erasing.make_params([rgb]))
 
 
-def train_transform(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
+def train_transform(recipe: Recipe) -> v2.Compose:
     """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from an image to uint8."""
-    steps = [RandomCrop(recipe.train_crop_px, recipe.min_crop_area), Sometimes(0.5, flip)]
+    # v2.RandomHorizontalFlip and v2.RandomErasing first look for the images in what they get, which
+    # takes longer than to flip one.
+    steps = [RandomCrop(recipe.train_crop_px, recipe.min_crop_area), v2.RandomApply([flip], 0.5)]
     if recipe.trivial_augment:
         steps.append(TrivialAugment())
     if recipe.random_erasing:
-        steps.append(Sometimes(recipe.random_erasing, Erase()))
-    return transforms.Compose(steps)
+        steps.append(v2.RandomApply([Erase()], recipe.random_erasing))
+    return v2.Compose(steps)
 
 
 def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:

@@ -209,11 +209,11 @@ def _accuracy(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TimmTrainer:
-    """Trains `model` in place by the steps of timm's train.py: bf16 autocast and channels_last.
+    """Trains `model` in place by the steps of timm's train.py, at its fastest.
 
     Those of train_one_epoch in train.py of github.com/huggingface/pytorch-image-models, at its
     `--amp --amp-dtype bfloat16 --channels-last --opt momentum`, without averaged weights; without
-    `--amp` where the device has no bfloat16, which would make it slow.
+    `--amp` where the device only emulates bfloat16.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:

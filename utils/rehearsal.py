@@ -1,7 +1,7 @@
 """A run before it is one: what would be trained, two of its steps, and how long it would take."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import count, islice
@@ -37,9 +37,9 @@ def rehearse(
     timeout_s: float = 600,
     tell: Callable[[str], Any] = print,
 ) -> float:
-    """Tells what `utils.training.fit` would do, trains and evaluates two batches, writes nothing.
+    """Tells what `utils.training.fit` would do, trains two batches, evaluates three; no files.
 
-    The first batch starts workers, takes memory and compiles; the second stands for all others.
+    The first batch starts workers, takes memory and compiles; the last stands for all others.
     Workers have its images ready, so its time is not all: if they take longer to decode, by one
     process and shared among the workers, than to train on, that time counts. Checkpoints do not.
 
@@ -147,7 +147,9 @@ def _paces(
     workers = loaders[0].num_workers
     with advising_on_memory(memory_advice(trainer.recipe)):
         first_s, train_s = _pace(loaders[0], partial(train_one_epoch, trainer), timeout_s)
-        _, eval_s = _pace(loaders[1], trainer.evaluate, timeout_s)
+        # What is evaluated is made with the first batch, and puts its weights in order with the
+        # second.
+        _, eval_s = _pace(loaders[1], trainer.evaluate, timeout_s, batches=3)
     paces_s = [first_s, train_s, eval_s, 0.0, 0.0]
     if workers:
         alone = make_loaders(data, trainer.recipe, trainer.seed, 0, trainer.device)
@@ -156,20 +158,29 @@ def _paces(
 
 
 def _pace(
-    loader: DataLoader, work: Callable[[list[Batch]], Any], timeout_s: float = 0
+    loader: DataLoader,
+    work: Callable[[Iterable[Batch]], Any],
+    timeout_s: float = 0,
+    batches: int = 2,
 ) -> tuple[float, float]:
-    """Seconds that `work` takes with the first batch, and with each image of the second.
+    """Seconds that `work` takes with the first batch, and with each image of the last.
 
     The time in which the batch is waited for is in both. A process without images has no pace.
     """
-    times_s, some = [], []
-    with closing(_passes(loader, timeout_s)) as batches:
-        for _ in range(2):
-            start_s = time.perf_counter()
-            some = list(islice(batches, 1))
-            work(some)
-            times_s.append(time.perf_counter() - start_s)
-    return times_s[0], times_s[1] / max(1, sum(len(batch.labels) for batch in some))
+    asked_s, images = [], [0]
+
+    def asked() -> Iterator[Batch]:
+        with closing(_passes(loader, timeout_s)) as passes:
+            for _ in range(batches):
+                asked_s.append(time.perf_counter())
+                for batch in islice(passes, 1):
+                    images.append(len(batch.labels))
+                    yield batch
+
+    work(asked())
+    asked_s.append(time.perf_counter())
+    last_s = asked_s[-1] - asked_s[-2] if images[-1] else 0.0
+    return asked_s[1] - asked_s[0], last_s / max(1, images[-1])
 
 
 def _passes(loader: DataLoader, timeout_s: float) -> Iterator[Batch]:

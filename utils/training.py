@@ -529,10 +529,9 @@ def fit(
     device = device or distributed.pick_device()
     loaders = make_loaders(data, recipe, seed, workers, device)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
+    sizes = len(loaders[0]), len(data.classes)
     trainer = Trainer(
-        *(model.to(device), recipe, len(loaders[0]), len(data.classes), seed, skip_corrupt),
-        **options,
-        optimize=optimize,
+        model.to(device), recipe, *sizes, seed, skip_corrupt, optimize=optimize, **options
     )
     config = {**(config or {}), **_describe(trainer, data, workers), **options}
     with ExitStack() as stack:
