@@ -144,11 +144,7 @@ class FusedConv(nn.Module):
             y = self.conv(x)
         elif in_tiles:
             with torch.autocast("cpu", enabled=False):  # which would round what it multiplies
-                values, bias = winograd.cut(x), winograd.biases(self.conv.bias)
-                products = torch.ops.mkldnn._convolution_pointwise(
-                    values, weight, bias, *winograd.GEOMETRY, *NOTHING
-                )
-                y = winograd.join(products, x.shape)
+                y = torch.cat([self._by_tiles(part, weight) for part in winograd.parts(x)])
         elif added is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, self.conv.bias, *self.geometry, *self.post
@@ -159,6 +155,13 @@ class FusedConv(nn.Module):
             )
         y = y if added is None else y + added
         return y if self.act is None else self.act(y)
+
+    def _by_tiles(self, x: Tensor, weight: Tensor) -> Tensor:
+        values, bias = winograd.cut(x), winograd.biases(self.conv.bias)
+        products = torch.ops.mkldnn._convolution_pointwise(
+            values, weight, bias, *winograd.GEOMETRY, *NOTHING
+        )
+        return winograd.join(products, x.shape)
 
     def _packed_for(self, x: Tensor) -> tuple[Tensor | None, bool]:
         """The weights in the order that suits images of this shape, or None to do without.
@@ -179,7 +182,7 @@ class FusedConv(nn.Module):
             kernels, geometry, shape = weight, self.geometry, x.shape
             if in_tiles:
                 kernels, geometry = winograd.kernels(weight), winograd.GEOMETRY
-                shape = winograd.values_shape(x.shape)
+                shape = winograd.values_shape(winograd.parts(x)[0].shape)
             ordered = torch.ops.mkldnn._reorder_convolution_weight(kernels, *geometry, shape)
             self._packed = packed = (key, weight, ordered, in_tiles)
         return packed[2:]

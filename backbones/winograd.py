@@ -40,6 +40,7 @@ G = (
 # With fewer channels the transforms take longer than the products save; with fewer tiles the
 # kernels, four times as large, are read for too little (two cores of an AMD EPYC, AVX2).
 LEAST_CHANNELS, LEAST_TILES = 128, 48
+PART = 128  # tiles at a time: few enough for their values to stay in a cache
 
 
 def suits(conv: nn.Conv2d, shape: torch.Size) -> bool:
@@ -54,6 +55,11 @@ def suits(conv: nn.Conv2d, shape: torch.Size) -> bool:
 
 def _tiles(pixels: int) -> int:
     return -(-pixels // OUT)
+
+
+def parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Images in parts of about so many tiles as are best taken at a time."""
+    return x.split(max(1, round(PART / (_tiles(x.shape[2]) * _tiles(x.shape[3])))))
 
 
 def values_shape(shape: torch.Size) -> tuple[int, int, int, int]:
