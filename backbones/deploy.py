@@ -144,7 +144,8 @@ class FusedConv(nn.Module):
             y = self.conv(x)
         elif in_tiles:
             with torch.autocast("cpu", enabled=False):  # which would round what it multiplies
-                y = torch.cat([self._by_tiles(part, weight) for part in winograd.parts(x)])
+                bias = winograd.biases(self.conv.bias)
+                y = torch.cat([_by_tiles(part, weight, bias) for part in winograd.parts(x)])
         elif added is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, self.conv.bias, *self.geometry, *self.post
@@ -155,13 +156,6 @@ class FusedConv(nn.Module):
             )
         y = y if added is None else y + added
         return y if self.act is None else self.act(y)
-
-    def _by_tiles(self, x: Tensor, weight: Tensor) -> Tensor:
-        values, bias = winograd.cut(x), winograd.biases(self.conv.bias)
-        products = torch.ops.mkldnn._convolution_pointwise(
-            values, weight, bias, *winograd.GEOMETRY, *NOTHING
-        )
-        return winograd.join(products, x.shape)
 
     def _packed_for(self, x: Tensor) -> tuple[Tensor | None, bool]:
         """The weights in the order that suits images of this shape, or None to do without.
@@ -190,6 +184,13 @@ class FusedConv(nn.Module):
     def __getstate__(self) -> dict:
         # The kernel's order is of this machine.
         return {**self.__dict__, "_packed": None, "_seen": None}
+
+
+def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    products = torch.ops.mkldnn._convolution_pointwise(
+        winograd.cut(x), weight, bias, *winograd.GEOMETRY, *NOTHING
+    )
+    return winograd.join(products, x.shape)
 
 
 def _packs(dtype: torch.dtype) -> bool:

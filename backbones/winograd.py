@@ -49,7 +49,7 @@ def suits(conv: nn.Conv2d, shape: torch.Size) -> bool:
     return (
         geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
         and min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS
-        and shape[0] * _tiles(shape[2]) * _tiles(shape[3]) >= LEAST_TILES
+        and values_shape(shape)[2] >= LEAST_TILES
     )
 
 
