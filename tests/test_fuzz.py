@@ -213,13 +213,14 @@ def test_images(content):
     for decode in (pixels, lambda image: resized_crop(image, (0, 0, *image.size[::-1]), 4)):
         try:
             # Up to 89 million pixels, Pillow's limit: 4 bytes each, twice, and 3 bytes.
-            with quiet_and_small(1100), open_image(name, content) as image:
+            with quiet_and_small(1100):
+                image = open_image(name, content)
                 found, (width, height) = decode(image), image.size
         except CorruptImageError as error:
             assert_one_line(error, printable(name))
             continue
-        assert found.dtype == torch.uint8
-        assert found.shape == ((3, height, width) if decode is pixels else (3, 4, 4))
+        assert found.dtype == np.uint8
+        assert found.shape == ((height, width, 3) if decode is pixels else (4, 4, 3))
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ and how many times ours is better, within each round. Only peaks of memory, the 
 listing and the rate of a matrix product are measured one after another.
 """
 
+import collections
 import copy
 import dataclasses
 import io
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -403,8 +404,8 @@ def input_speed(folder: Path, recipe: Recipe, rounds: int, steps: int) -> list[R
     preprocess = Preprocess(torch.device("cpu"), NUM_CLASSES)
     theirs = peers.torchvision_loader(folder, recipe, workers=0)
     calls = {
-        "ours": by_steps(lambda batches: [preprocess(batch) for batch in batches], loader),
-        "torchvision preset": by_steps(list, theirs),
+        "ours": by_steps(lambda batches: _use_up(map(preprocess, batches)), loader),
+        "torchvision preset": by_steps(_use_up, theirs),
     }
     speeds = throughputs(calls, recipe.batch_size, steps=steps, rounds=rounds, settle_steps=1)
     sizes = [data.path(i).stat().st_size for i in range(len(data))]
@@ -414,6 +415,11 @@ def input_speed(folder: Path, recipe: Recipe, rounds: int, steps: int) -> list[R
         speeds, [("ours", "torchvision preset")], "images/s per core", more_is_better=True,
         task="input", what=what, setting=f"crop {recipe.train_crop_px} px",
     )  # fmt: skip
+
+
+def _use_up(batches: Iterable[object]) -> None:
+    """Lets go of each before the next, as training does."""
+    collections.deque(batches, maxlen=0)
 
 
 def shards_speed(
@@ -430,7 +436,7 @@ def shards_speed(
     for side, source in {"shards": f"{folder}/{{{names}}}.tar", "folders": data_dir}.items():
         images = inputs.open_data(source, recipe).train
         loader = inputs.train_loader(images, recipe.batch_size, 0, workers)
-        reads[side] = by_steps(list, loader)
+        reads[side] = by_steps(_use_up, loader)
     settle_steps = 2 * workers + 1
     speeds = throughputs(
         reads, recipe.batch_size, steps=steps, rounds=rounds, settle_steps=settle_steps
@@ -499,7 +505,7 @@ def listing(source: ImageFiles, folder: Path, counts: Sequence[int], recipe: Rec
         peaks[side] = [
             max(peak_memory(_listing_call, root), mmap.PAGESIZE) / count for _ in range(PEAK_ROUNDS)
         ]
-        reads[side] = by_steps(list, loader)
+        reads[side] = by_steps(_use_up, loader)
     speeds = throughputs(reads, recipe.batch_size, steps=4, rounds=9, settle_steps=1)
     first, *others = start_s
     pairs = [(side, first) for side in others]

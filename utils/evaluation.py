@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from utils import distributed, inputs
 from utils.data import Batch, Preprocess, collate, readable
-from utils.images import CorruptImageError, eval_transform, open_image
+from utils.images import CorruptImageError, OpenImage, eval_transform, open_image
 from utils.recipe import Recipe
 from utils.trained import Trained
 from utils.workers import watched
@@ -191,15 +190,12 @@ def predict_files(
 
 
 def _batches_of(
-    paths: Sequence[str | Path], transform: Callable[[Image.Image], Tensor]
+    paths: Sequence[str | Path], transform: Callable[[OpenImage], Tensor]
 ) -> Iterator[Batch]:
     """The images of files, whose classes nobody knows, labelled 0."""
     for first in range(0, len(paths), MOST_IMAGES):
-        samples = []
-        for path in paths[first : first + MOST_IMAGES]:
-            with open_image(path) as image:
-                samples.append((transform(image), 0))
-        yield collate(samples)
+        some = paths[first : first + MOST_IMAGES]
+        yield collate([(transform(open_image(path)), 0) for path in some])
 
 
 def over_chance(top1_pct: float, classes: int) -> float:

@@ -2,15 +2,19 @@
 
 Fast where torchvision's own transforms are slow, and the same in what they give: crops are drawn
 from the size in the header, a JPEG file is decoded no finer than its crop needs, and pixels stay
-uint8, each laid out beside the next (channels_last).
+uint8 `[H, W, 3]`, as OpenCV and Pillow have them, until a transform's result is a tensor
+(channels_last). Between one decoded image and the next hardly anything of PyTorch is in a core's
+caches: a call of it that takes 5 us in a row of its like took 50 here, so that there are few.
 """
 
 import contextlib
 import io
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -20,7 +24,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -33,6 +36,8 @@ STD_RGB = (58.395, 57.12, 57.375)
 
 # What is read, whatever the file's name: Pillow knows others that run programs, such as EPS.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "PPM", "TIFF")
+# Pillow's bound of what it opens without a warning, 89 million; ImageNet's largest has 61 million.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 # Longer than so many times their shorter side, images are evaluated by their middle: at full length
 # a line of 1 x 65,000 pixels would be resized to ten gigabytes.
 MAX_ASPECT = 16
@@ -44,8 +49,38 @@ class CorruptImageError(DataError):
     """A file that is no readable image; the message holds its path."""
 
 
-def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """The image in a file, its header read and its pixels not yet decoded.
+class Jpeg:
+    """A JPEG file in memory, its header read, which Pillow takes ten times as long for.
+
+    Args:
+        content: the file's bytes.
+        path: what names it.
+
+    Raises:
+        ValueError: not a file that libjpeg-turbo reads, or one of CMYK or of too many pixels;
+            Pillow may know better.
+    """
+
+    def __init__(self, content: bytes, path: str | Path) -> None:
+        self.content, self.path = content, path
+        self.height, self.width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours not in ("YCbCr", "Gray", "RGB"):
+            raise ValueError(f"{path}: {colours}")
+        if self.height * self.width > MAX_PIXELS:
+            raise ValueError(f"{path}: {self.width} x {self.height} pixels")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, as Pillow has it."""
+        return self.width, self.height
+
+
+# An image whose header was read, and its pixels not yet decoded.
+OpenImage = Jpeg | Image.Image
+
+
+def open_image(path: str | Path, content: bytes | None = None) -> OpenImage:
+    """The image in a file.
 
     Args:
         content: the file's bytes, where they do not lie at `path`, which then only names them.
@@ -53,15 +88,23 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     Raises:
         CorruptImageError: the file is missing or no image.
     """
-    with one_clear_line(path):
-        content = Path(path).read_bytes() if content is None else content
+    if content is None:
+        with one_clear_line(path):
+            content = Path(path).read_bytes()
+    with contextlib.suppress(ValueError):
+        return Jpeg(content, path)
+    return _open_in_pillow(path, content)
+
+
+def _open_in_pillow(path: str | Path, content: bytes) -> Image.Image:
+    with one_clear_line(path), _few_warnings():
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         image.filename = str(path)
         return image
 
 
-def pixels(image: Image.Image, enough_px: tuple[int, int] | None = None) -> Tensor:
-    """The pixels of an image as RGB, uint8 `[3, H, W]`, laid out pixel by pixel (channels_last).
+def pixels(image: OpenImage, enough_px: tuple[int, int] | None = None) -> np.ndarray:
+    """The pixels of an image as RGB, uint8 `[H, W, 3]`.
 
     Takes grayscale, palette and CMYK images, PNG under a .JPEG name and broken EXIF, all of which
     ImageNet holds. The EXIF orientation is not applied, as nobody does on ImageNet.
@@ -74,20 +117,19 @@ def pixels(image: Image.Image, enough_px: tuple[int, int] | None = None) -> Tens
     Raises:
         CorruptImageError: the file is truncated or broken.
     """
-    content = image.fp if isinstance(getattr(image, "fp", None), io.BytesIO) else None
-    if content and image.format == "JPEG" and image.mode in ("RGB", "L"):
+    if isinstance(image, Jpeg):
         # libjpeg-turbo, as in Pillow, with less around it. What it has a doubt about, truncated
         # files among them, is left to Pillow's judgement.
         width_px, height_px = enough_px or image.size
         with contextlib.suppress(ValueError):
-            rgb = simplejpeg.decode_jpeg(
-                content.getbuffer(), "RGB", min_width=width_px, min_height=height_px, min_factor=2
+            return simplejpeg.decode_jpeg(
+                image.content, "RGB", min_width=width_px, min_height=height_px, min_factor=2
             )
-            return torch.from_numpy(rgb).permute(2, 0, 1)
-    with one_clear_line(getattr(image, "filename", "image")):
+        image = _open_in_pillow(image.path, image.content)
+    with one_clear_line(getattr(image, "filename", "image")), _few_warnings():
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        return from_pillow(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def decode(path: str | Path) -> Image.Image:
@@ -96,28 +138,26 @@ def decode(path: str | Path) -> Image.Image:
     Raises:
         CorruptImageError: the file is missing, truncated or no image.
     """
-    with open_image(path) as image:
-        return to_pillow(pixels(image))
+    return Image.fromarray(pixels(open_image(path)))
 
 
-def to_pillow(rgb: Tensor) -> Image.Image:
-    """The Pillow image of uint8 `[3, H, W]`."""
-    return Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
+def to_tensor(rgb: np.ndarray) -> Tensor:
+    """uint8 `[3, H, W]`, channels_last, of `[H, W, 3]`, which it shares its memory with."""
+    return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
-def from_pillow(image: Image.Image) -> Tensor:
-    """uint8 `[3, H, W]` of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+@contextmanager
+def _few_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # above MAX_PIXELS
+        yield
 
 
 @contextmanager
 def one_clear_line(path: str | Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine
-            # Above 89 million pixels; ImageNet's largest image has 61 million.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     except UnidentifiedImageError as error:  # its own message holds an address in memory
         raise CorruptImageError(
             f"{printable(str(path))}: not a readable image (of no known format)"
@@ -129,28 +169,49 @@ def one_clear_line(path: str | Path) -> Iterator[None]:
         raise CorruptImageError(printable(f"{path}: not a readable image ({reason})")) from error
 
 
-class RandomCrop:
-    """RandomResizedCrop of an image that is decoded only now, and only as finely as need be.
-
-    Crops are drawn by torchvision's own RandomResizedCrop, from the size in the file's header.
+def _random_box(
+    rng: random.Random,
+    size: tuple[int, int],
+    areas: tuple[float, float],
+    aspects: tuple[float, float],
+) -> tuple[int, int, int, int] | None:
+    """Top, left, height and width of a box within (height, width); None if ten do not fit.
 
     Args:
-        crop_px: side of the square result.
+        areas: smallest and largest, shares of the whole.
+        aspects: smallest and largest ratio of width to height.
+    """
+    height, width = size
+    for _ in range(10):
+        area = height * width * rng.uniform(*areas)
+        aspect = math.exp(rng.uniform(*map(math.log, aspects)))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    return None
+
+
+def random_crop(
+    rng: random.Random, size: tuple[int, int], min_area: float
+) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's box (arXiv:1409.4842, as torchvision draws it) in (height, width).
+
+    Args:
         min_area: smallest crop, share of the image's area.
 
-    Shape:
-        an image to uint8 `[3, crop_px, crop_px]`.
+    Returns:
+        top, left, height and width.
     """
+    aspects = (3 / 4, 4 / 3)
+    if box := _random_box(rng, size, (min_area, 1.0), aspects):
+        return box
+    # A long image: its middle.
+    height, width = size
+    h, w = min(height, round(width / aspects[0])), min(width, round(height * aspects[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
 
-    def __init__(self, crop_px: int, min_area: float) -> None:
-        self.crop_px, self.scale = crop_px, [min_area, 1.0]
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        box = transforms.RandomResizedCrop.get_params(image, self.scale, ratio=[3 / 4, 4 / 3])
-        return resized_crop(image, box, self.crop_px)
-
-
-def resized_crop(image: Image.Image, box: tuple[int, int, int, int], crop_px: int) -> Tensor:
+def resized_crop(image: OpenImage, box: tuple[int, int, int, int], crop_px: int) -> np.ndarray:
     """The pixels in `box`, resized to a square: bilinear with antialiasing.
 
     Pillow's values to one level of 255, while the crop is less than four times as large as the
@@ -162,26 +223,22 @@ def resized_crop(image: Image.Image, box: tuple[int, int, int, int], crop_px: in
         box: top, left, height and width of the crop.
 
     Returns:
-        uint8 `[3, crop_px, crop_px]`.
+        uint8 `[crop_px, crop_px, 3]`.
     """
     top, left, height, width = box
     shrink = max(1.0, min(height, width) / (2 * crop_px))
     rgb = pixels(image, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    if rgb.shape[1:] == (image.height, image.width):
-        return resize(rgb[:, top : top + height, left : left + width], (crop_px, crop_px))
+    if rgb.shape[:2] == (image.height, image.width):
+        crop = np.ascontiguousarray(rgb[top : top + height, left : left + width])
+        batch = torch.from_numpy(crop).view(1, height, width, 3).permute(0, 3, 1, 2)
+        batch = interpolate(batch, (crop_px, crop_px), mode="bilinear", antialias=True)
+        return batch.permute(0, 2, 3, 1).numpy()[0]
     # libjpeg scales by eighths, and rounds sizes up.
-    scale = math.floor(8 * rgb.shape[2] / image.width) / 8
+    scale = math.floor(8 * rgb.shape[1] / image.width) / 8
     scaled = tuple(scale * edge for edge in (left, top, left + width, top + height))
     # Pillow takes a box between pixels.
-    return from_pillow(
-        to_pillow(rgb).resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=scaled)
-    )
-
-
-def resize(rgb: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """uint8 `[3, H, W]` to `size_px` (height, width), bilinear with antialiasing, in uint8."""
-    batch = rgb[None].contiguous(memory_format=torch.channels_last)
-    return interpolate(batch, size_px, mode="bilinear", antialias=True)[0]
+    bilinear = Image.Resampling.BILINEAR
+    return np.array(Image.fromarray(rgb).resize((crop_px, crop_px), bilinear, box=scaled))
 
 
 def _auto_contrast(histogram: np.ndarray) -> np.ndarray:
@@ -217,67 +274,57 @@ WARPS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
 }
 # What gives every level of 0 to 255 another, whatever the image, by strength m: in -1 to 1 for the
 # first, else in 0 to 1.
-LEVELS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "Brightness": lambda image, m: functional.adjust_brightness(image, 1 + 0.99 * m),
-    "Posterize": lambda image, m: functional.posterize(image, 8 - round(6 * m)),
-    "Solarize": lambda image, m: functional.solarize(image, 255 * (1 - m)),
+LEVELS: dict[str, Callable[[float], np.ndarray]] = {
+    "Brightness": lambda m: _blend_levels(0, 1 + 0.99 * m),
+    "Posterize": lambda m: RAMP & (256 - 2 ** round(6 * m)),
+    "Solarize": lambda m: np.where(255 * (1 - m) > RAMP, RAMP, 255 - RAMP),
 }
 # And by an image's histograms, a channel each, whatever the strength.
 STRETCHES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
 }
-# The others that change colours, by strength m in -1 to 1.
-COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "Color": lambda image, m: functional.adjust_saturation(image, 1 + 0.99 * m),
-    "Contrast": lambda image, m: functional.adjust_contrast(image, 1 + 0.99 * m),
+# Between the image and a grey one, by strength m in -1 to 1.
+COLOURS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "Color": lambda rgb, m: _blend(_grey(rgb), rgb, 1 + 0.99 * m),
+    "Contrast": lambda rgb, m: _contrast(rgb, 1 + 0.99 * m),
+    "Sharpness": lambda rgb, m: _blend(_smooth(rgb), rgb, 1 + 0.99 * m),
 }
-SIGNED = {*WARPS, *COLOURS, "Brightness", "Sharpness"}
-OPERATIONS = (
-    *("Identity", *WARPS, "Sharpness", "Brightness", "Color", "Contrast", "Posterize", "Solarize"),
-    *STRETCHES,
-)
-RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+SIGNED = {*WARPS, *COLOURS, "Brightness"}
+OPERATIONS = ("Identity", *WARPS, *COLOURS, *LEVELS, *STRETCHES)
+RAMP = np.arange(256)
 
 
-class TrivialAugment:
+def trivial_augment(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
     """TrivialAugmentWide (arXiv:2103.10158): one operation at random, at a random strength.
 
     The operations, their ranges and odds are those of torchvision's TrivialAugmentWide with a
-    bilinear filter. Warps and sharpening run in OpenCV, five to ten times as fast as in Pillow and
-    off by its fixed-point rounding (tests/test_images.py); so do changes of levels, without any
-    difference. The others are torchvision's.
+    bilinear filter, in OpenCV, five to ten times as fast as in Pillow: changes of levels without
+    any difference, the others off by its fixed-point rounding (tests/test_images.py).
 
     Shape:
-        uint8 `[3, H, W]` to the same.
+        uint8 `[H, W, 3]` to the same.
     """
-
-    def __call__(self, rgb: Tensor) -> Tensor:
-        name = OPERATIONS[int(torch.randint(len(OPERATIONS), ()))]
-        strength = int(torch.randint(MAGNITUDES, ())) / (MAGNITUDES - 1)
-        if name in SIGNED and torch.rand(()) < 0.5:
-            strength = -strength
-        return augment(rgb, name, strength)
+    name = rng.choice(OPERATIONS)
+    strength = rng.randrange(MAGNITUDES) / (MAGNITUDES - 1)
+    if name in SIGNED and rng.random() < 0.5:
+        strength = -strength
+    return augment(rgb, name, strength)
 
 
-def augment(rgb: Tensor, name: str, strength: float) -> Tensor:
+def augment(rgb: np.ndarray, name: str, strength: float) -> np.ndarray:
     """One of `OPERATIONS`, at a strength of 0 to 1, or of -1 to 1 where it is in `SIGNED`."""
-    if name == "Identity":
-        return rgb
+    if name in WARPS:
+        height, width = rgb.shape[:2]
+        return _warp(rgb, WARPS[name](strength, width, height))
     if name in COLOURS:
-        return from_pillow(COLOURS[name](to_pillow(rgb), strength))
-    array = rgb.permute(1, 2, 0).contiguous().numpy()
-    height, width = array.shape[:2]
-    if name == "Sharpness":
-        array = _sharpen(array, 1 + 0.99 * strength)
-    elif name in LEVELS:
-        array = cv2.LUT(array, np.asarray(LEVELS[name](RAMP, strength)))
-    elif name in STRETCHES:
-        tables = [STRETCHES[name](_histogram(array, channel)) for channel in range(3)]
-        array = cv2.LUT(array, np.stack(tables, axis=-1)[None])
-    else:
-        array = _warp(array, WARPS[name](strength, width, height))
-    return torch.from_numpy(array).permute(2, 0, 1)
+        return COLOURS[name](rgb, strength)
+    if name in LEVELS:
+        return cv2.LUT(rgb, LEVELS[name](strength).astype(np.uint8))
+    if name in STRETCHES:
+        tables = [STRETCHES[name](_histogram(rgb, channel)) for channel in range(3)]
+        return cv2.LUT(rgb, np.stack(tables, axis=-1)[None])
+    return rgb
 
 
 def _rotation(angle: float, x: float, y: float) -> tuple[float, ...]:
@@ -294,50 +341,78 @@ def _warp(array: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
     return cv2.warpAffine(array, centred, array.shape[1::-1], flags=flags)
 
 
+def _blend_levels(from_level: int, factor: float) -> np.ndarray:
+    """The levels of 0 to 255 moved away from one of them; Pillow cuts fractions off."""
+    factor = np.float32(factor)
+    return (from_level + factor * (RAMP - from_level).astype(np.float32)).clip(0, 255)
+
+
+def _blend(other: np.ndarray, rgb: np.ndarray, factor: float) -> np.ndarray:
+    """other + factor (rgb - other)."""
+    # Down to the next level, as Pillow has it; OpenCV would take the nearest.
+    return cv2.addWeighted(other, 1 - factor, rgb, factor, -0.499)
+
+
+def _grey(rgb: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def _contrast(rgb: np.ndarray, factor: float) -> np.ndarray:
+    mean = int(cv2.mean(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+    return cv2.LUT(rgb, _blend_levels(mean, factor).astype(np.uint8))
+
+
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # Pillow's
 
 
-def _sharpen(array: np.ndarray, factor: float) -> np.ndarray:
-    smooth = array.copy()  # Pillow leaves the border as it is
-    smooth[1:-1, 1:-1] = cv2.filter2D(array, -1, SMOOTH)[1:-1, 1:-1]
-    return cv2.addWeighted(smooth, 1 - factor, array, factor, 0)
+def _smooth(rgb: np.ndarray) -> np.ndarray:
+    smooth = rgb.copy()  # Pillow leaves the border as it is
+    smooth[1:-1, 1:-1] = cv2.filter2D(rgb, -1, SMOOTH)[1:-1, 1:-1]
+    return smooth
 
 
-def _histogram(array: np.ndarray, channel: int) -> np.ndarray:
-    counts = cv2.calcHist([array], [channel], None, [256], [0, 256])
+def _histogram(rgb: np.ndarray, channel: int) -> np.ndarray:
+    counts = cv2.calcHist([rgb], [channel], None, [256], [0, 256])
     return counts[:, 0].astype(np.int64)
 
 
-def flip(rgb: Tensor) -> Tensor:
-    """uint8 `[3, H, W]` from right to left."""
-    return torch.from_numpy(cv2.flip(rgb.permute(1, 2, 0).numpy(), 1)).permute(2, 0, 1)
+def erase(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
+    """RandomErasing (arXiv:1708.04896) in the mean colour, which is zero once normalised.
+
+    Areas and aspects as torchvision's RandomErasing has them, 2 to 33 % and up to 3.3.
+    """
+    if box := _random_box(rng, rgb.shape[:2], (0.02, 0.33), (1 / 3.3, 1 / 0.3)):
+        top, left, height, width = box
+        rgb = rgb.copy()
+        rgb[top : top + height, left : left + width] = [round(c) for c in MEAN_RGB]
+    return rgb
 
 
-class Erase:
-    """RandomErasing (arXiv:1708.04896) in the mean colour: zero once normalised."""
+def train_transform(recipe: Recipe) -> Callable[[OpenImage], Tensor]:
+    """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from an image to uint8.
 
-    def __init__(self) -> None:
-        self.erasing = v2.RandomErasing(p=1, value=[round(c) for c in MEAN_RGB])
-
-    def __call__(self, rgb: Tensor) -> Tensor:
-        return self.erasing.transform(rgb, self.erasing.make_params([rgb]))
+    Random numbers are Python's, seeded by one of PyTorch's generator.
+    """
+    return partial(_train, recipe)
 
 
-def train_transform(recipe: Recipe) -> v2.Compose:
-    """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from an image to uint8."""
-    # v2.RandomHorizontalFlip and v2.RandomErasing first look for the images in what they get, which
-    # takes longer than to flip one.
-    steps = [RandomCrop(recipe.train_crop_px, recipe.min_crop_area), v2.RandomApply([flip], 0.5)]
+def _train(recipe: Recipe, image: OpenImage) -> Tensor:
+    rng = random.Random(int(torch.randint(2**62, ())))
+    box = random_crop(rng, (image.height, image.width), recipe.min_crop_area)
+    rgb = resized_crop(image, box, recipe.train_crop_px)
+    if rng.random() < 0.5:
+        rgb = cv2.flip(rgb, 1)
     if recipe.trivial_augment:
-        steps.append(TrivialAugment())
-    if recipe.random_erasing:
-        steps.append(v2.RandomApply([Erase()], recipe.random_erasing))
-    return v2.Compose(steps)
+        rgb = trivial_augment(rng, rgb)
+    if rng.random() < recipe.random_erasing:
+        rgb = erase(rng, rgb)
+    return to_tensor(rgb)
 
 
 def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
     """Shorter side to `resize_px`, then the centre crop, from an image to uint8."""
-    return v2.Compose([pixels, _middle, v2.Resize(resize_px), v2.CenterCrop(crop_px)])
+    steps = [pixels, to_tensor, _middle, v2.Resize(resize_px), v2.CenterCrop(crop_px)]
+    return v2.Compose(steps)
 
 
 def _middle(rgb: Tensor) -> Tensor:

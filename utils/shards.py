@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import webdataset
 from braceexpand import UnbalancedBracesError, braceexpand
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import Pipe, gopen, set_options
@@ -45,7 +44,7 @@ from utils.data import (
 from utils.distributed import rank, world_size
 from utils.errors import DataError, printable
 from utils.imagenet import few
-from utils.images import eval_transform, open_image, train_transform
+from utils.images import OpenImage, eval_transform, open_image, train_transform
 from utils.recipe import Recipe
 
 SPLITS = ("train", "val")
@@ -272,7 +271,7 @@ class Shards:
     """
 
     def __init__(
-        self, urls: list[str], transform: Callable[[Image.Image], Tensor], seed: int = 0
+        self, urls: list[str], transform: Callable[[OpenImage], Tensor], seed: int = 0
     ) -> None:
         self.urls, self.transform, self.seed = urls, transform, seed
         self.index = read_index(urls[0])
@@ -345,10 +344,8 @@ class Shards:
         path = os.fsdecode(packed.path)
         name = f"{self.path(packed.index)} ({printable(path)})"
         try:
-            with (
-                open_image(name, packed.content) as image,
-                seeded(SAMPLE_STREAM, self.seed, epoch, packed.index),
-            ):
+            image = open_image(name, packed.content)
+            with seeded(SAMPLE_STREAM, self.seed, epoch, packed.index):
                 return self.transform(image), packed.label
         except CorruptImageError as error:
             return CorruptImageError(str(error))
