@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 
 from utils import shards
 from utils.data import CorruptImageError
+from utils.images import as_tensor
 from utils.images import pixels as rgb_of
-from utils.images import to_tensor
 from utils.packing import make_shards
 from utils.recipe import Recipe
 from utils.shards import ShardError, Shards, ShardStream, expand, is_shards, open_shards
@@ -49,7 +49,7 @@ BOTH = "{train-{000000..000008},val-{000000..000003}}.tar"  # 5 images per shard
 
 def pixels(image):
     """As a transform that changes nothing."""
-    return to_tensor(rgb_of(image))
+    return as_tensor(rgb_of(image))
 
 
 def write_tree(root, counts=COUNTS):

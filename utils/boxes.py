@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from utils.data import SAMPLE_STREAM, Key, seeded
 from utils.errors import DataError
-from utils.images import open_image, pixels, to_tensor
+from utils.images import as_tensor, open_image, pixels
 
 Target = dict[str, Tensor]  # boxes [n, 4] as x1, y1, x2, y2 in pixels; labels [n]
 
@@ -74,7 +74,7 @@ class BoxedImages(Dataset):
         return BoxedBatch(list(images), list(targets))
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
-        image = tv_tensors.Image(to_tensor(pixels(open_image(self.path(key.index)))))
+        image = tv_tensors.Image(as_tensor(pixels(open_image(self.path(key.index)))))
         target = dict(self.targets[key.index])
         size = image.shape[-2:]
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)

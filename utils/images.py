@@ -1,10 +1,9 @@
 """One image from its file to the pixels that a network sees: decoding, crops, augmentation.
 
 Fast where torchvision's own transforms are slow, and the same in what they give: crops are drawn
-from the size in the header, a JPEG file is decoded no finer than its crop needs, and pixels stay
-uint8 `[H, W, 3]`, as OpenCV and Pillow have them, until a transform's result is a tensor
-(channels_last). Between one decoded image and the next hardly anything of PyTorch is in a core's
-caches: a call of it that takes 5 us in a row of its like took 50 here, so that there are few.
+from the size in the header, a JPEG file is decoded no finer than its crop needs, and pixels are
+uint8 `[H, W, 3]`, as OpenCV and Pillow have them, up to a transform's last step, a tensor in
+channels_last. Calls of PyTorch are few: between two images a small one took 50 us, not 5.
 """
 
 import contextlib
@@ -57,17 +56,17 @@ class Jpeg:
         path: what names it.
 
     Raises:
-        ValueError: not a file that libjpeg-turbo reads, or one of CMYK or of too many pixels;
-            Pillow may know better.
+        ValueError: for Pillow to judge: not a file that libjpeg-turbo reads, one of CMYK, whose
+            colours it makes others of, or of too many pixels.
     """
 
     def __init__(self, content: bytes, path: str | Path) -> None:
         self.content, self.path = content, path
         self.height, self.width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in ("YCbCr", "Gray", "RGB"):
-            raise ValueError(f"{path}: {colours}")
+            raise ValueError(colours)
         if self.height * self.width > MAX_PIXELS:
-            raise ValueError(f"{path}: {self.width} x {self.height} pixels")
+            raise ValueError("too many pixels")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -141,8 +140,8 @@ def decode(path: str | Path) -> Image.Image:
     return Image.fromarray(pixels(open_image(path)))
 
 
-def to_tensor(rgb: np.ndarray) -> Tensor:
-    """uint8 `[3, H, W]`, channels_last, of `[H, W, 3]`, which it shares its memory with."""
+def as_tensor(rgb: np.ndarray) -> Tensor:
+    """uint8 `[3, H, W]` in channels_last of `[H, W, 3]`, in the same memory."""
     return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
@@ -171,42 +170,45 @@ def one_clear_line(path: str | Path) -> Iterator[None]:
 
 def _random_box(
     rng: random.Random,
-    size: tuple[int, int],
+    height: int,
+    width: int,
     areas: tuple[float, float],
     aspects: tuple[float, float],
+    whole_sides: bool,
 ) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width of a box within (height, width); None if ten do not fit.
+    """Top, left, height and width of a box in an image; None if ten do not fit.
 
     Args:
         areas: smallest and largest, shares of the whole.
         aspects: smallest and largest ratio of width to height.
+        whole_sides: whether a box may be as high or as wide as the image.
     """
-    height, width = size
+    highest, widest = (height, width) if whole_sides else (height - 1, width - 1)
     for _ in range(10):
         area = height * width * rng.uniform(*areas)
         aspect = math.exp(rng.uniform(*map(math.log, aspects)))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
+        if 0 < h <= highest and 0 < w <= widest:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
     return None
 
 
-def random_crop(
-    rng: random.Random, size: tuple[int, int], min_area: float
+def draw_crop(
+    rng: random.Random, height: int, width: int, min_area: float
 ) -> tuple[int, int, int, int]:
-    """RandomResizedCrop's box (arXiv:1409.4842, as torchvision draws it) in (height, width).
+    """The box of a RandomResizedCrop (arXiv:1409.4842), drawn as torchvision draws it.
 
     Args:
+        height, width: of the image.
         min_area: smallest crop, share of the image's area.
 
     Returns:
         top, left, height and width.
     """
     aspects = (3 / 4, 4 / 3)
-    if box := _random_box(rng, size, (min_area, 1.0), aspects):
+    if box := _random_box(rng, height, width, (min_area, 1.0), aspects, whole_sides=True):
         return box
     # A long image: its middle.
-    height, width = size
     h, w = min(height, round(width / aspects[0])), min(width, round(height * aspects[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -229,6 +231,7 @@ def resized_crop(image: OpenImage, box: tuple[int, int, int, int], crop_px: int)
     shrink = max(1.0, min(height, width) / (2 * crop_px))
     rgb = pixels(image, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
     if rgb.shape[:2] == (image.height, image.width):
+        # numpy copies faster than PyTorch would.
         crop = np.ascontiguousarray(rgb[top : top + height, left : left + width])
         batch = torch.from_numpy(crop).view(1, height, width, 3).permute(0, 3, 1, 2)
         batch = interpolate(batch, (crop_px, crop_px), mode="bilinear", antialias=True)
@@ -299,8 +302,10 @@ def trivial_augment(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
     """TrivialAugmentWide (arXiv:2103.10158): one operation at random, at a random strength.
 
     The operations, their ranges and odds are those of torchvision's TrivialAugmentWide with a
-    bilinear filter, in OpenCV, five to ten times as fast as in Pillow: changes of levels without
-    any difference, the others off by its fixed-point rounding (tests/test_images.py).
+    bilinear filter. In OpenCV warps and sharpening take a fifth of Pillow's time, the others more
+    of it. At the same strength pixels are Pillow's, but that warps round coordinates to 1/32 of a
+    pixel and blend with black at the border, and greys are rounded otherwise; torchvision rounds
+    strengths to float32, which moves a threshold or a shift by one at times (tests/test_images.py).
 
     Shape:
         uint8 `[H, W, 3]` to the same.
@@ -314,6 +319,8 @@ def trivial_augment(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
 
 def augment(rgb: np.ndarray, name: str, strength: float) -> np.ndarray:
     """One of `OPERATIONS`, at a strength of 0 to 1, or of -1 to 1 where it is in `SIGNED`."""
+    if name == "Identity":
+        return rgb
     if name in WARPS:
         height, width = rgb.shape[:2]
         return _warp(rgb, WARPS[name](strength, width, height))
@@ -321,10 +328,8 @@ def augment(rgb: np.ndarray, name: str, strength: float) -> np.ndarray:
         return COLOURS[name](rgb, strength)
     if name in LEVELS:
         return cv2.LUT(rgb, LEVELS[name](strength).astype(np.uint8))
-    if name in STRETCHES:
-        tables = [STRETCHES[name](_histogram(rgb, channel)) for channel in range(3)]
-        return cv2.LUT(rgb, np.stack(tables, axis=-1)[None])
-    return rgb
+    tables = [STRETCHES[name](_histogram(rgb, channel)) for channel in range(3)]
+    return cv2.LUT(rgb, np.stack(tables, axis=-1)[None])
 
 
 def _rotation(angle: float, x: float, y: float) -> tuple[float, ...]:
@@ -343,7 +348,6 @@ def _warp(array: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
 
 def _blend_levels(from_level: int, factor: float) -> np.ndarray:
     """The levels of 0 to 255 moved away from one of them; Pillow cuts fractions off."""
-    factor = np.float32(factor)
     return (from_level + factor * (RAMP - from_level).astype(np.float32)).clip(0, 255)
 
 
@@ -377,11 +381,13 @@ def _histogram(rgb: np.ndarray, channel: int) -> np.ndarray:
 
 
 def erase(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
-    """RandomErasing (arXiv:1708.04896) in the mean colour, which is zero once normalised.
+    """RandomErasing (arXiv:1708.04896) in the mean colour, about zero once normalised.
 
-    Areas and aspects as torchvision's RandomErasing has them, 2 to 33 % and up to 3.3.
+    Boxes are drawn as torchvision's RandomErasing draws them: 2 to 33 % of the image, up to 3.3
+    times as high as wide or as wide as high.
     """
-    if box := _random_box(rng, rgb.shape[:2], (0.02, 0.33), (1 / 3.3, 1 / 0.3)):
+    areas, aspects = (0.02, 0.33), (1 / 3.3, 1 / 0.3)
+    if box := _random_box(rng, *rgb.shape[:2], areas, aspects, whole_sides=False):
         top, left, height, width = box
         rgb = rgb.copy()
         rgb[top : top + height, left : left + width] = [round(c) for c in MEAN_RGB]
@@ -398,7 +404,7 @@ def train_transform(recipe: Recipe) -> Callable[[OpenImage], Tensor]:
 
 def _train(recipe: Recipe, image: OpenImage) -> Tensor:
     rng = random.Random(int(torch.randint(2**62, ())))
-    box = random_crop(rng, (image.height, image.width), recipe.min_crop_area)
+    box = draw_crop(rng, image.height, image.width, recipe.min_crop_area)
     rgb = resized_crop(image, box, recipe.train_crop_px)
     if rng.random() < 0.5:
         rgb = cv2.flip(rgb, 1)
@@ -406,12 +412,12 @@ def _train(recipe: Recipe, image: OpenImage) -> Tensor:
         rgb = trivial_augment(rng, rgb)
     if rng.random() < recipe.random_erasing:
         rgb = erase(rng, rgb)
-    return to_tensor(rgb)
+    return as_tensor(rgb)
 
 
 def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
     """Shorter side to `resize_px`, then the centre crop, from an image to uint8."""
-    steps = [pixels, to_tensor, _middle, v2.Resize(resize_px), v2.CenterCrop(crop_px)]
+    steps = [pixels, as_tensor, _middle, v2.Resize(resize_px), v2.CenterCrop(crop_px)]
     return v2.Compose(steps)
 
 
