@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, starved of disk and cut off from each other, for real.
 
-docs/reliability.md lists what they show. The long ones are marked `faults` (make faults).
+docs/reliability.md lists what they show; `make faults` runs them.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ from utils import packing, runs
 from utils.evaluation import evaluate_trained
 from utils.locks import lock
 from utils.trained import load_trained
+
+pytestmark = pytest.mark.faults
 
 TRAIN = ROOT / "scripts" / "train.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -106,7 +108,6 @@ def whole(folders, tmp_path_factory):
 # ---- kills and signals ---------------------------------------------------------------------------
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(("workers", "kills"), [(0, 8), (1, 6), (3, 6)])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
     folders, whole, tmp_path, workers, kills
@@ -578,7 +579,6 @@ def pair(folders, tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.faults
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY_RANK)
@@ -593,7 +593,6 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, 
     assert_same_run(pair, tmp_path / "run")
 
 
-@pytest.mark.faults
 def test_ranks_that_diverge_name_the_images_of_all(folders, tmp_path):
     args = command(folders, tmp_path / "run", "--lr-per-1024", "1e30", "--warmup-epochs", 0)
     done = launch([TRAIN, *args])
@@ -628,7 +627,6 @@ t.Trainer.train_step = stop
 }
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTY_PEERS)
 def test_of_two_ranks_each_tells_what_it_knows_in_one_line(folders, tmp_path, fault):
     """Without torchrun, which would end the others, and has much to tell itself."""
@@ -682,7 +680,6 @@ def launch_nodes(script, folders, run_dirs, *options, env=None):
     assert [done.returncode for done in found] == [0, 0], [done.stderr for done in found]
 
 
-@pytest.mark.faults
 def test_two_nodes_on_loopback_are_two_processes(folders, pair, tmp_path):
     # The run's folder is on the first node's disk; the second never looks at its own.
     run_dirs = [tmp_path / "run0", tmp_path / "run1"]
@@ -692,7 +689,6 @@ def test_two_nodes_on_loopback_are_two_processes(folders, pair, tmp_path):
     assert not run_dirs[1].exists()
 
 
-@pytest.mark.faults
 def test_a_killed_rank_of_one_node_restarts_both(folders, pair, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY_RANK)
@@ -718,7 +714,6 @@ UNEVEN = {
 }
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("counts", UNEVEN.values(), ids=UNEVEN)
 def test_two_processes_end_together_on_uneven_shards(folders, tmp_path, monkeypatch, counts):
     def plan(*args, f=packing._plan):
@@ -779,7 +774,6 @@ e._count = count
 }
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("where", SLOW)
 def test_a_stopped_job_of_two_processes_goes_on(folders, pair, tmp_path, where):
     script = tmp_path / "slow.py"
@@ -837,7 +831,6 @@ def sort_here(folder):
     os._exit(run("imagenet.py", *paths))
 
 
-@pytest.mark.faults
 def test_sorting_fifty_thousand_files_survives_a_hundred_kills(tmp_path):
     images = {f"ILSVRC2012_val_{i:08d}": f"n{i % 1000:08d}" for i in range(1, 50_001)}
     val = make(tmp_path, images=images)

@@ -306,7 +306,8 @@ def test_scaled_crops_do_not_drift():
 # coordinates to 1/32 of a pixel, and blend with black at the border, where Pillow stops short; its
 # grey and its sums round apart from Pillow's at times.
 MEAN_DIFFERENCE = dict.fromkeys(images.OPERATIONS, 0) | {
-    "ShearX": 1.25, "ShearY": 1.25, "Rotate": 1.25, "Sharpness": 0.02, "Color": 0.02, "Contrast": 0.02,
+    "ShearX": 1.25, "ShearY": 1.25, "Rotate": 1.25,
+    "Sharpness": 0.02, "Color": 0.02, "Contrast": 0.02,
 }  # fmt: skip
 
 
