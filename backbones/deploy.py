@@ -9,7 +9,7 @@ What `optimize` changes, and why it is faster:
   weights in its own order: PyTorch's plain convolution orders them again at every call. These are
   the operators of oneDNN that `torch.compile` uses.
 - In float32 on a CPU, wide 3x3 convolutions go by tiles, with a quarter of the multiplications
-  (`backbones.winograd`), unless compiled: what inductor makes of them is slower.
+  (`backbones.winograd`).
 - Sums and gates that autograd would need unchanged are written in place.
 
 What is left of the time beside the convolutions is, in the main, the system's: a map of more than
@@ -18,7 +18,9 @@ What is left of the time beside the convolutions is, in the main, the system's: 
 
 import copy
 import ctypes
+import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -134,18 +136,15 @@ class FusedConv(nn.Module):
         self.post = NOTHING if act is None else FUSED[type(act)](act)
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self._seen: tuple | None = None
-        # For what, of what, packed, and whether for `backbones.winograd`.
-        self._packed: tuple[tuple, Tensor, Tensor, bool] | None = None
+        self._packed: tuple[tuple, Tensor, Tensor] | None = None  # for what, of what, packed
+        self._enrol()
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """The convolution of `x`, plus `added` if given, activated."""
-        weight, in_tiles = self._packed_for(x)
-        if weight is None:
+        if self._suits_tiles(x):
+            y = _convolve_by_tiles(x, self.key, self.conv.out_channels)
+        elif (weight := self._packed_for(x)) is None:
             y = self.conv(x)
-        elif in_tiles:
-            with torch.autocast("cpu", enabled=False):  # which would round what it multiplies
-                bias = winograd.biases(self.conv.bias)
-                y = torch.cat([_by_tiles(part, weight, bias) for part in winograd.parts(x)])
         elif added is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, self.conv.bias, *self.geometry, *self.post
@@ -157,40 +156,76 @@ class FusedConv(nn.Module):
         y = y if added is None else y + added
         return y if self.act is None else self.act(y)
 
-    def _packed_for(self, x: Tensor) -> tuple[Tensor | None, bool]:
+    def by_tiles(self, x: Tensor) -> Tensor:
+        """The convolution of `x` alone, by `backbones.winograd`."""
+        weight, bias = self._packed_for(x, by_tiles=True), winograd.biases(self.conv.bias)
+        if weight is None:
+            return self.conv(x)
+        with torch.autocast("cpu", enabled=False):  # which would round what it multiplies
+            return winograd.convolve(
+                x,
+                self.conv.out_channels,
+                lambda values: torch.ops.mkldnn._convolution_pointwise(
+                    values, weight, bias, *winograd.GEOMETRY, *NOTHING
+                ),
+            )
+
+    def _suits_tiles(self, x: Tensor) -> bool:
+        """Not in bfloat16, which is too coarse for them, nor in a program for other machines."""
+        if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_exporting():
+            return False
+        return winograd.suits(self.conv, x.shape)
+
+    def _packed_for(self, x: Tensor, by_tiles: bool = False) -> Tensor | None:
         """The weights in the order that suits images of this shape, or None to do without.
 
-        And whether they are those of `backbones.winograd`, which bfloat16 is too coarse for.
         They are packed when a shape comes a second time in a row: packing takes as long as it saves
         in one call.
         """
         if torch.compiler.is_compiling() or not x.is_cpu or not x.numel() or not _packs(x.dtype):
-            return None, False
+            return None
         weight, packed = self.conv.weight, self._packed  # other threads may put theirs there
         key = (x.shape, weight._version)  # which moves when weights are loaded
         if packed is None or packed[0] != key or packed[1] is not weight:
             seen, self._seen = self._seen, key
             if seen != key:
-                return None, False
-            in_tiles = x.dtype == torch.float32 and winograd.suits(self.conv, x.shape)
+                return None
             kernels, geometry, shape = weight, self.geometry, x.shape
-            if in_tiles:
+            if by_tiles:
                 kernels, geometry = winograd.kernels(weight), winograd.GEOMETRY
-                shape = winograd.values_shape(winograd.parts(x)[0].shape)
+                shape = winograd.values_shape(x.shape)
             ordered = torch.ops.mkldnn._reorder_convolution_weight(kernels, *geometry, shape)
-            self._packed = packed = (key, weight, ordered, in_tiles)
-        return packed[2:]
+            self._packed = packed = (key, weight, ordered)
+        return packed[2]
+
+    def _enrol(self) -> None:
+        self.key = next(_KEYS)
+        _CONVS[self.key] = self
 
     def __getstate__(self) -> dict:
         # The kernel's order is of this machine.
         return {**self.__dict__, "_packed": None, "_seen": None}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._enrol()  # a copy is another one
 
-def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    products = torch.ops.mkldnn._convolution_pointwise(
-        winograd.cut(x), weight, bias, *winograd.GEOMETRY, *NOTHING
-    )
-    return winograd.join(products, x.shape)
+
+# By number, for compiled graphs, which hold no modules.
+_CONVS: weakref.WeakValueDictionary[int, FusedConv] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+@torch.library.custom_op("backbones::convolve_by_tiles", mutates_args=(), device_types="cpu")
+def _convolve_by_tiles(x: Tensor, key: int, out_channels: int) -> Tensor:
+    """What `torch.compile` calls and does not look into: inductor would make it slower."""
+    return _CONVS[key].by_tiles(x)
+
+
+@_convolve_by_tiles.register_fake
+def _(x: Tensor, key: int, out_channels: int) -> Tensor:
+    images, _, height, width = x.shape
+    return x.new_empty((images, height, width, out_channels)).permute(0, 3, 1, 2)
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -10,6 +10,8 @@ It is the same function as the direct convolution. Of one layer the rounding err
 about ten times larger; of a whole network's maps they are not (tests/test_winograd.py).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,7 +51,7 @@ def suits(conv: nn.Conv2d, shape: torch.Size) -> bool:
     return (
         geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
         and min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS
-        and values_shape(shape)[2] >= LEAST_TILES
+        and shape[0] * _tiles(shape[2]) * _tiles(shape[3]) >= LEAST_TILES
     )
 
 
@@ -57,14 +59,14 @@ def _tiles(pixels: int) -> int:
     return -(-pixels // OUT)
 
 
-def parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Images in parts of about so many tiles as are best taken at a time."""
-    return x.split(max(1, round(PART / (_tiles(x.shape[2]) * _tiles(x.shape[3])))))
+def _part(shape: torch.Size) -> int:
+    """How many images of a shape are best taken at a time."""
+    return min(shape[0], max(1, round(PART / (_tiles(shape[2]) * _tiles(shape[3])))))
 
 
 def values_shape(shape: torch.Size) -> tuple[int, int, int, int]:
-    """Of what `cut` gives for images of a shape."""
-    return (1, VALUES * shape[1], shape[0] * _tiles(shape[2]) * _tiles(shape[3]), 1)
+    """Of the values that `convolve` multiplies at a time, for images of a shape."""
+    return (1, VALUES * shape[1], _part(shape) * _tiles(shape[2]) * _tiles(shape[3]), 1)
 
 
 def kernels(weight: Tensor) -> Tensor:
@@ -83,8 +85,22 @@ def biases(bias: Tensor | None) -> Tensor | None:
     return (place[:, None] * bias).flatten()
 
 
-def cut(x: Tensor) -> Tensor:
-    """Images `[N, C, H, W]` to their tiles' values, `[1, 36 * C, tiles, 1]` in channels_last."""
+def convolve(x: Tensor, out_channels: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """The convolution of images `[N, C, H, W]`, as `[N, out_channels, H, W]` in channels_last.
+
+    Args:
+        multiply: the 1x1 convolution of 36 groups by `kernels` and `biases`, from values
+            `[1, 36 * C, tiles, 1]` to `[1, 36 * out_channels, tiles, 1]`, both in channels_last.
+    """
+    to_values, to_outputs = _square(B, x), _square(A, x)
+    y = x.new_empty((len(x), *x.shape[2:], out_channels))
+    for images, place in zip(x.split(_part(x.shape)), y.split(_part(x.shape)), strict=True):
+        _join(multiply(_cut(images, to_values)), to_outputs, place)
+    return y.permute(0, 3, 1, 2)
+
+
+def _cut(x: Tensor, to_values: Tensor) -> Tensor:
+    """Images to their tiles' values."""
     height, width = x.shape[2:]
     rows, columns = _tiles(height), _tiles(width)
     more = (0, 0, 1, OUT * columns + 1 - width, 1, OUT * rows + 1 - height)
@@ -94,21 +110,21 @@ def cut(x: Tensor) -> Tensor:
         (len(x), rows, columns, IN, IN, x.shape[3]),
         (image, OUT * row, OUT * column, row, column, channel),
     )
-    values = _square(B, x) @ tiles.reshape(-1, VALUES, x.shape[3])
+    values = to_values @ tiles.reshape(-1, VALUES, x.shape[3])
     return values.reshape(1, -1, 1, VALUES * x.shape[3]).permute(0, 3, 1, 2)
 
 
-def join(products: Tensor, shape: torch.Size) -> Tensor:
-    """The products `[1, 36 * C, tiles, 1]` of images to their outputs `[N, C, H, W]`.
-
-    Args:
-        shape: of the images.
-    """
-    rows, columns = _tiles(shape[2]), _tiles(shape[3])
-    x = products.permute(0, 2, 3, 1).reshape(shape[0], rows, columns, VALUES, -1)
-    x = (_square(A, x) @ x).unflatten(3, (OUT, OUT)).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(shape[0], OUT * rows, OUT * columns, -1)[:, : shape[2], : shape[3]]
-    return x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+def _join(products: Tensor, to_outputs: Tensor, y: Tensor) -> None:
+    """The products of images to their outputs, in the place of `y` `[N, H, W, C]`."""
+    images, height, width, channels = y.shape
+    rows, columns = _tiles(height), _tiles(width)
+    outputs = to_outputs @ products.permute(0, 2, 3, 1).reshape(-1, VALUES, channels)
+    outputs = outputs.view(images, rows, columns, OUT, OUT, channels).transpose(2, 3)
+    if (height, width) == (OUT * rows, OUT * columns):  # no tile reaches over the edge
+        y.view(outputs.shape).copy_(outputs)
+    else:
+        outputs = outputs.reshape(images, OUT * rows, OUT * columns, channels)
+        y.copy_(outputs[:, :height, :width])
 
 
 def _square(matrix: tuple, like: Tensor) -> Tensor:

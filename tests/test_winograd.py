@@ -25,15 +25,23 @@ def all_by_tiles(monkeypatch):
 
 def by_tiles(x, weight, bias):
     """The products as PyTorch's plain grouped convolution computes them."""
-    values = winograd.cut(x)
-    assert values.shape == winograd.values_shape(x.shape)
-    products = conv2d(values, winograd.kernels(weight), winograd.biases(bias), groups=36)
-    return winograd.join(products, x.shape)
+    kernels, biases, seen = winograd.kernels(weight), winograd.biases(bias), []
+
+    def multiply(values):
+        seen.append(values.shape)
+        return conv2d(values, kernels, biases, groups=36)
+
+    y = winograd.convolve(x, len(weight), multiply)
+    assert seen[0] == winograd.values_shape(x.shape)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    return y
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 7, 9), (3, 4, 1, 2), (1, 8, 14, 5)])
-def test_is_the_convolution(shape):
+@pytest.mark.parametrize("part", [1, 128])
+def test_is_the_convolution(shape, part, monkeypatch):
     """In double precision to rounding, at sizes that are no multiples of a tile's."""
+    monkeypatch.setattr(winograd, "PART", part)  # an image at a time, or all
     x, weight = torch.randn(shape).double(), torch.randn(6, shape[1], 3, 3).double()
     for bias in (torch.randn(6).double(), None):
         expected = conv2d(x, weight, bias, padding=1)
@@ -75,16 +83,16 @@ def test_networks_lose_no_precision(name, monkeypatch):
     """Maps as near those of double precision as the plain network's, within a factor of four."""
     torch.manual_seed(0)
     net, x = backbones.create(name).eval(), torch.randn(3, 3, 128, 160)
-    joined = []
-    join = winograd.join
-    monkeypatch.setattr(winograd, "join", lambda *args: joined.append(args) or join(*args))
+    calls = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda *args: calls.append(args) or convolve(*args))
     with torch.no_grad():
         plain, fast = net(x), optimize(net)
         fast(x)  # plain weights still
-        assert not joined
+        assert not calls
         found = fast(x)
         exact = net.double()(x.double())
-    assert joined
+    assert calls
     for a, b, c in zip(found, plain, exact, strict=True):
         largest = c.abs().max()
         assert a.is_contiguous(memory_format=torch.channels_last)
@@ -138,3 +146,28 @@ def test_autocast_changes_nothing(all_by_tiles):
         expected = conv(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(conv(x), expected)
+
+
+@needs_onednn
+def test_compiled_networks_have_them_too(all_by_tiles, monkeypatch):
+    """Each copy by its own weights, which a graph knows by number alone."""
+    torch.manual_seed(0)
+    nets = [backbones.create("cspdarknet19", width=0.25).eval() for _ in range(2)]
+    x, calls = torch.randn(2, 3, 64, 96), []
+    by_tiles = FusedConv.by_tiles
+    monkeypatch.setattr(FusedConv, "by_tiles", lambda *args: calls.append(args) or by_tiles(*args))
+    fast = [optimize(net, compile=True) for net in nets]
+    fast.append(pickle.loads(pickle.dumps(fast[0])))
+    with torch.no_grad():
+        for net, copy in zip([*nets, nets[0]], fast, strict=True):
+            for _ in range(3):  # plain weights, weights that are packed now, packed weights
+                calls.clear()
+                for a, b in zip(copy(x), net(x), strict=True):
+                    assert (a - b).abs().max() < 1e-4 * b.abs().max()
+                assert calls
+
+
+def test_exported_programs_are_for_other_machines(all_by_tiles):
+    fast = optimize(backbones.create("cspdarknet19", width=0.25).eval())
+    program = torch.export.export(fast, (torch.randn(2, 3, 64, 96),))
+    assert "convolve_by_tiles" not in str(program.graph)
