@@ -22,9 +22,12 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet
@@ -70,7 +73,8 @@ def optimize(
         dtype: `torch.float32` or `torch.bfloat16`, of weights and maps. bfloat16 is fast where the
             processor computes it (AVX-512 BF16, AMX, GPUs from Ampere on) and slow elsewhere.
         compile: whether to run `torch.compile` with frozen weights, at the first call with images
-            of a new size. Needs a C++ compiler on a CPU.
+            of a new size, which sees no weights that are loaded later. Needs a C++ compiler on a
+            CPU.
 
     Raises:
         ValueError: `net` is another module, or `dtype` another type.
@@ -95,10 +99,9 @@ class Optimized(nn.Module):
 
     def __init__(self, net: nn.Module, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
-        self.net, self.dtype = net, dtype
+        self.net, self.dtype, self.compiled = net, dtype, compile
         if compile:
-            # Freezing makes constants of the weights, and packs them for the kernels.
-            self.net = torch.compile(net, options={"freezing": True})
+            self.net = torch.compile(net)
         self.eval()
 
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
@@ -106,7 +109,8 @@ class Optimized(nn.Module):
         with torch.no_grad():
             if isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4:
                 images = images.to(self.dtype, memory_format=torch.channels_last)
-            return self.net(images)
+            with freezing() if self.compiled else nullcontext():
+                return self.net(images)
 
     def train(self, mode: bool = True) -> "Optimized":
         """Stays in eval mode: there is no BatchNorm left to train."""
@@ -117,6 +121,16 @@ class Optimized(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("net"), name)
+
+
+def freezing() -> AbstractContextManager:
+    """What is compiled in it has its weights as constants, packed for the kernels.
+
+    `torch.compile`'s own option of that name is read too late, when the graph is traced already.
+    """
+    from torch._inductor import config  # a second's work, which others are spared
+
+    return config.patch(freezing=True)
 
 
 class FusedConv(nn.Module):
@@ -137,36 +151,41 @@ class FusedConv(nn.Module):
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self._seen: tuple | None = None
         self._packed: tuple[tuple, Tensor, Tensor] | None = None  # for what, of what, packed
-        self._enrol()
+        self._number = _enrol(self)
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """The convolution of `x`, plus `added` if given, activated."""
+        weight, bias = self.conv.weight, self.conv.bias
         if self._suits_tiles(x):
-            y = _convolve_by_tiles(x, self.key, self.conv.out_channels)
-        elif (weight := self._packed_for(x)) is None:
+            compiling = torch.compiler.is_compiling()
+            by_tiles = partial(_convolve_by_tiles, self._number) if compiling else self.by_tiles
+            y = by_tiles(x, weight, bias)
+        elif (packed := self._packed_for(x, weight)) is None:
             y = self.conv(x)
         elif added is None:
             return torch.ops.mkldnn._convolution_pointwise(
-                x, weight, self.conv.bias, *self.geometry, *self.post
+                x, packed, bias, *self.geometry, *self.post
             )
         else:
             return torch.ops.mkldnn._convolution_pointwise.binary(
-                x, added, weight, self.conv.bias, *self.geometry, "add", 1.0, *self.post
+                x, added, packed, bias, *self.geometry, "add", 1.0, *self.post
             )
         y = y if added is None else y + added
         return y if self.act is None else self.act(y)
 
-    def by_tiles(self, x: Tensor) -> Tensor:
-        """The convolution of `x` alone, by `backbones.winograd`."""
-        weight, bias = self._packed_for(x, by_tiles=True), winograd.biases(self.conv.bias)
-        if weight is None:
-            return self.conv(x)
+    def by_tiles(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of `x` alone, by `backbones.winograd`, in channels_last."""
         with torch.autocast("cpu", enabled=False):  # which would round what it multiplies
+            packed = self._packed_for(x, weight, by_tiles=True)
+            if packed is None:
+                y = conv2d(x, weight, bias, padding=1)
+                return y.contiguous(memory_format=torch.channels_last)
+            biases = winograd.biases(bias)
             return winograd.convolve(
                 x,
-                self.conv.out_channels,
+                len(weight),
                 lambda values: torch.ops.mkldnn._convolution_pointwise(
-                    values, weight, bias, *winograd.GEOMETRY, *NOTHING
+                    values, packed, biases, *winograd.GEOMETRY, *NOTHING
                 ),
             )
 
@@ -176,16 +195,17 @@ class FusedConv(nn.Module):
             return False
         return winograd.suits(self.conv, x.shape)
 
-    def _packed_for(self, x: Tensor, by_tiles: bool = False) -> Tensor | None:
-        """The weights in the order that suits images of this shape, or None to do without.
+    def _packed_for(self, x: Tensor, weight: Tensor, by_tiles: bool = False) -> Tensor | None:
+        """The weight in the order that suits images of this shape, or None to do without.
 
         They are packed when a shape comes a second time in a row: packing takes as long as it saves
         in one call.
         """
         if torch.compiler.is_compiling() or not x.is_cpu or not x.numel() or not _packs(x.dtype):
             return None
-        weight, packed = self.conv.weight, self._packed  # other threads may put theirs there
-        key = (x.shape, weight._version)  # which moves when weights are loaded
+        packed = self._packed  # other threads may put theirs there
+        version = 0 if weight.is_inference() else weight._version  # moves when weights are loaded
+        key = (x.shape, x.dtype, by_tiles, version)
         if packed is None or packed[0] != key or packed[1] is not weight:
             seen, self._seen = self._seen, key
             if seen != key:
@@ -198,34 +218,36 @@ class FusedConv(nn.Module):
             self._packed = packed = (key, weight, ordered)
         return packed[2]
 
-    def _enrol(self) -> None:
-        self.key = next(_KEYS)
-        _CONVS[self.key] = self
-
     def __getstate__(self) -> dict:
         # The kernel's order is of this machine.
         return {**self.__dict__, "_packed": None, "_seen": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._enrol()  # a copy is another one
+        self._number = _enrol(self)  # a copy is another one
 
 
-# By number, for compiled graphs, which hold no modules.
+# Compiled graphs hold no modules, and know by a number which one packs their weights.
 _CONVS: weakref.WeakValueDictionary[int, FusedConv] = weakref.WeakValueDictionary()
-_KEYS = itertools.count()
+_NUMBERS = itertools.count()
+
+
+def _enrol(conv: FusedConv) -> int:
+    number = next(_NUMBERS)
+    _CONVS[number] = conv
+    return number
 
 
 @torch.library.custom_op("backbones::convolve_by_tiles", mutates_args=(), device_types="cpu")
-def _convolve_by_tiles(x: Tensor, key: int, out_channels: int) -> Tensor:
-    """What `torch.compile` calls and does not look into: inductor would make it slower."""
-    return _CONVS[key].by_tiles(x)
+def _convolve_by_tiles(number: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `torch.compile` calls and does not look into, as the weights' packing is kept."""
+    return _CONVS[number].by_tiles(x, weight, bias)
 
 
 @_convolve_by_tiles.register_fake
-def _(x: Tensor, key: int, out_channels: int) -> Tensor:
+def _(number: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     images, _, height, width = x.shape
-    return x.new_empty((images, height, width, out_channels)).permute(0, 3, 1, 2)
+    return x.new_empty((images, height, width, len(weight))).permute(0, 3, 1, 2)
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import conv2d
 
 import backbones
@@ -38,10 +39,10 @@ def by_tiles(x, weight, bias):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 7, 9), (3, 4, 1, 2), (1, 8, 14, 5)])
-@pytest.mark.parametrize("part", [1, 128])
+@pytest.mark.parametrize("part", [1, 2, 128])
 def test_is_the_convolution(shape, part, monkeypatch):
     """In double precision to rounding, at sizes that are no multiples of a tile's."""
-    monkeypatch.setattr(winograd, "PART", part)  # an image at a time, or all
+    monkeypatch.setattr(winograd, "PART", part)  # an image at a time, a few, or all
     x, weight = torch.randn(shape).double(), torch.randn(6, shape[1], 3, 3).double()
     for bias in (torch.randn(6).double(), None):
         expected = conv2d(x, weight, bias, padding=1)
@@ -142,29 +143,38 @@ def test_autocast_changes_nothing(all_by_tiles):
     conv = FusedConv(nn.Conv2d(8, 8, 3, padding=1))
     x = torch.randn(1, 8, 12, 12)
     with torch.no_grad():
-        conv(x)
-        expected = conv(x)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(conv(x), expected)
+            found = [conv(x) for _ in range(3)]
+        assert torch.equal(found[1], found[2])
+        for y in found:
+            torch.testing.assert_close(y, conv.conv(x), rtol=0, atol=1e-5)
 
 
 @needs_onednn
 def test_compiled_networks_have_them_too(all_by_tiles, monkeypatch):
-    """Each copy by its own weights, which a graph knows by number alone."""
+    """Each copy by its own weights; all in one graph, whose other convolutions are packed too."""
     torch.manual_seed(0)
+    torch.compiler.reset()
     nets = [backbones.create("cspdarknet19", width=0.25).eval() for _ in range(2)]
-    x, calls = torch.randn(2, 3, 64, 96), []
-    by_tiles = FusedConv.by_tiles
-    monkeypatch.setattr(FusedConv, "by_tiles", lambda *args: calls.append(args) or by_tiles(*args))
+    x, calls = torch.randn(3, 3, 64, 96), []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda *args: calls.append(args) or convolve(*args))
     fast = [optimize(net, compile=True) for net in nets]
     fast.append(pickle.loads(pickle.dumps(fast[0])))
+    fast[2].load_state_dict(fast[1].state_dict())
     with torch.no_grad():
-        for net, copy in zip([*nets, nets[0]], fast, strict=True):
-            for _ in range(3):  # plain weights, weights that are packed now, packed weights
-                calls.clear()
-                for a, b in zip(copy(x), net(x), strict=True):
+        for net, copy in zip([*nets, nets[1]], fast, strict=True):
+            expected = net(x)
+            maps, (code,) = run_and_get_code(copy, x)
+            assert "mkldnn._convolution_pointwise" in code
+            tiled = code.count("backbones.convolve_by_tiles.default(")
+            for k in range(3):
+                for a, b in zip(maps, expected, strict=True):
                     assert (a - b).abs().max() < 1e-4 * b.abs().max()
-                assert calls
+                assert len(calls) == k * tiled  # plain weights at first
+                maps = copy(x)
+            assert tiled > 5
+            calls.clear()
 
 
 def test_exported_programs_are_for_other_machines(all_by_tiles):

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from backbones.deploy import freezing
 from utils import inputs, peers
 from utils.data import (
     Batch,
@@ -177,8 +178,9 @@ def _timm_pass(
     """timm's network at its fastest: images and weights of one type and channels_last."""
     how = {"dtype": dtype, "memory_format": torch.channels_last}
     net = peers.timm_backbone(name).eval().to(images.device, **how)
-    net = torch.compile(net, options={"freezing": True}) if compile else net
-    return _pass(net, images.to(**how))
+    if not compile:
+        return _pass(net, images.to(**how))
+    return freezing()(_pass(torch.compile(net), images.to(**how)))
 
 
 def inference_peaks(
