@@ -27,7 +27,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones.deploy import freezing
 from utils import inputs, peers
 from utils.data import (
     Batch,
@@ -180,7 +179,10 @@ def _timm_pass(
     net = peers.timm_backbone(name).eval().to(images.device, **how)
     if not compile:
         return _pass(net, images.to(**how))
-    return freezing()(_pass(torch.compile(net), images.to(**how)))
+    from torch._inductor import config  # a second's work, which other tasks are spared
+
+    # As `deploy.freezing` does: the option of torch.compile of that name comes too late.
+    return config.patch(freezing=True)(_pass(torch.compile(net), images.to(**how)))
 
 
 def inference_peaks(
