@@ -10,6 +10,7 @@ It is the same function as the direct convolution. Of one layer the rounding err
 about ten times larger; of a whole network's maps they are not (tests/test_winograd.py).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,7 +43,7 @@ G = (
 # With fewer channels the transforms take longer than the products save; with fewer tiles the
 # kernels, four times as large, are read for too little (two cores of an AMD EPYC, AVX2).
 LEAST_CHANNELS, LEAST_TILES = 128, 48
-PART = 128  # tiles at a time: few enough for their values to stay in a cache
+PART = 160  # tiles at a time: few enough for their values to stay in a cache
 
 
 def suits(conv: nn.Conv2d, shape: torch.Size) -> bool:
@@ -60,8 +61,14 @@ def _tiles(pixels: int) -> int:
 
 
 def _part(shape: torch.Size) -> int:
-    """How many images of a shape are best taken at a time."""
-    return min(shape[0], max(1, round(PART / (_tiles(shape[2]) * _tiles(shape[3])))))
+    """How many images of a shape are best taken at a time, of numbers that leave none over.
+
+    Fewer in a last part would want the kernels in another order, which takes several times as long
+    as the part.
+    """
+    tiles = _tiles(shape[2]) * _tiles(shape[3])
+    numbers = [number for number in range(1, shape[0] + 1) if shape[0] % number == 0]
+    return min(numbers, key=lambda number: abs(math.log(number * tiles / PART)), default=1)
 
 
 def values_shape(shape: torch.Size) -> tuple[int, int, int, int]:

@@ -33,13 +33,14 @@ def by_tiles(x, weight, bias):
         return conv2d(values, kernels, biases, groups=36)
 
     y = winograd.convolve(x, len(weight), multiply)
-    assert seen[0] == winograd.values_shape(x.shape)
+    # One shape: for any other, oneDNN would bring the kernels in another order, at every call.
+    assert set(seen) == {winograd.values_shape(x.shape)}
     assert y.is_contiguous(memory_format=torch.channels_last)
     return y
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 7, 9), (3, 4, 1, 2), (1, 8, 14, 5)])
-@pytest.mark.parametrize("part", [1, 2, 128])
+@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 7, 9), (3, 4, 1, 2), (1, 8, 14, 5), (8, 2, 5, 8)])
+@pytest.mark.parametrize("part", [1, 12, 128])
 def test_is_the_convolution(shape, part, monkeypatch):
     """In double precision to rounding, at sizes that are no multiples of a tile's."""
     monkeypatch.setattr(winograd, "PART", part)  # an image at a time, a few, or all
