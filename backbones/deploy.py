@@ -22,7 +22,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -109,7 +109,7 @@ class Optimized(nn.Module):
         with torch.no_grad():
             if isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4:
                 images = images.to(self.dtype, memory_format=torch.channels_last)
-            with freezing() if self.compiled else nullcontext():
+            with _compiling() if self.compiled else nullcontext():
                 return self.net(images)
 
     def train(self, mode: bool = True) -> "Optimized":
@@ -123,14 +123,20 @@ class Optimized(nn.Module):
             return getattr(super().__getattr__("net"), name)
 
 
-def freezing() -> AbstractContextManager:
+@contextmanager
+def _compiling() -> Iterator[None]:
     """What is compiled in it has its weights as constants, packed for the kernels.
 
-    `torch.compile`'s own option of that name is read too late, when the graph is traced already.
+    `torch.compile`'s own option "freezing" is read too late, when the graph is traced already. Its
+    limit of eight graphs is one for all networks of a class, of which a ninth would run uncompiled;
+    here each copy may have its own.
     """
-    from torch._inductor import config  # a second's work, which others are spared
+    from torch._dynamo import config as dynamo  # a second's work, which others are spared
+    from torch._inductor import config as inductor
 
-    return config.patch(freezing=True)
+    limit = dynamo.accumulated_recompile_limit
+    with inductor.patch(freezing=True), dynamo.patch(recompile_limit=limit):
+        yield
 
 
 class FusedConv(nn.Module):

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import utils as dynamo_utils
 from torchvision.models.resnet import BasicBlock
 
 import backbones
@@ -190,6 +192,17 @@ def test_compiles(dtype, most):
     fast = optimize(net, dtype, compile=True)
     assert error(fast(x), outputs(net, x)) < most
     assert fast.strides == net.strides
+
+
+def test_every_compiled_copy_has_its_graph(monkeypatch):
+    """Where PyTorch's limit for all networks of a class is reached by the first."""
+    monkeypatch.setattr(dynamo_config, "recompile_limit", 1)
+    x = images(1, 3, 32, 32)
+    for _ in range(2):
+        net = make("cspdarknet19")
+        graphs = dynamo_utils.counters["stats"]["unique_graphs"]
+        assert error(optimize(net, compile=True)(x), outputs(net, x)) < 1e-5
+        assert dynamo_utils.counters["stats"]["unique_graphs"] == graphs + 1
 
 
 def test_networks_of_other_precision_are_taken():

@@ -39,7 +39,9 @@ def by_tiles(x, weight, bias):
     return y
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 7, 9), (3, 4, 1, 2), (1, 8, 14, 5), (8, 2, 5, 8)])
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 8, 12), (1, 3, 7, 9), (3, 4, 1, 2), (1, 8, 14, 5), (8, 2, 5, 8)]
+)
 @pytest.mark.parametrize("part", [1, 12, 128])
 def test_is_the_convolution(shape, part, monkeypatch):
     """In double precision to rounding, at sizes that are no multiples of a tile's."""
