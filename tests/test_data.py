@@ -1,6 +1,8 @@
 """Class folders, samplers, batches and the random state of samples."""
 
 import shutil
+import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torchvision import transforms
 from utils import data
 from utils.data import Batch, CorruptImageError, EvalBatches, Key, Preprocess, TrainBatches
 from utils.recipe import RECIPES, Recipe
+from utils.workers import in_threads
 
 TINY = Recipe(batch_size=8, train_crop_px=24, eval_resize_px=28, eval_crop_px=24)
 
@@ -67,6 +70,56 @@ def test_loaders_give_the_same_with_any_number_of_workers(folders):
     for images, labels in found[1:]:
         assert torch.equal(images, found[0][0])
         assert torch.equal(labels, found[0][1])
+
+
+@pytest.fixture
+def threads():
+    """Sets how many PyTorch may use."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_batches_are_the_same_by_any_number_of_threads(folders, tmp_path, threads):
+    """Files that Pillow reads, under changed warnings, and broken ones among them."""
+    root = tmp_path / "copy"
+    shutil.copytree(folders, root)
+    folder = root / "train" / "n00000000"
+    for number, path in enumerate(sorted(folder.iterdir())):
+        if number % 3 == 0:
+            Image.open(path).convert("P").save(path, "PNG")
+        if number % 3 == 1:
+            path.write_bytes(path.read_bytes()[: 50 * number])
+    train = data.open_folders(root, TINY, seed=3).train
+    keys, found, filters = [Key(1, i) for i in range(48)], [], list(warnings.filters)
+    for number in (1, 2, 3, 4):
+        threads(number)
+        found.append(train.__getitems__(keys))
+    assert len(found[0].corrupt) > 2
+    assert len(found[0].indices) == 48 - len(found[0].corrupt)
+    for batch in found[1:]:
+        assert torch.equal(batch.images, found[0].images)
+        assert torch.equal(batch.labels, found[0].labels)
+        assert batch.indices == found[0].indices
+        assert [str(error) for error in batch.corrupt] == [str(e) for e in found[0].corrupt]
+    assert warnings.filters == filters
+
+
+def test_threads_run_at_once_and_their_errors_arrive(threads):
+    threads(2)
+    meeting = threading.Barrier(2)
+    assert sorted(in_threads(lambda _: meeting.wait(timeout=60), range(2))) == [0, 1]
+    assert in_threads(lambda x: -x, range(9)) == [-x for x in range(9)]
+    with pytest.raises(MemoryError, match="the third"):
+        in_threads(lambda x: explode() if x == 2 else x, range(9))
+    threads(1)
+    assert in_threads(lambda _: threading.current_thread(), range(2)) == 2 * [
+        threading.main_thread()
+    ]
+
+
+def explode():
+    raise MemoryError("the third")
 
 
 def test_train_batches_are_a_new_permutation_every_epoch():

@@ -7,7 +7,8 @@ and mixes them on the device.
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,13 @@ from utils.images import (
     MEAN_RGB,
     STD_RGB,
     CorruptImageError,
-    OpenImage,
+    Transform,
     eval_transform,
     open_image,
     train_transform,
 )
 from utils.recipe import Recipe
-from utils.workers import WorkerError, ready_worker, shared_memory
+from utils.workers import WorkerError, in_threads, ready_worker, shared_memory
 
 if TYPE_CHECKING:
     from utils.shards import Shards  # which imports this module
@@ -44,6 +45,11 @@ SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
 def stream_seed(*words: int) -> int:
     """64 well-mixed bits from non-negative integers."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
+    """The random numbers of one image in one epoch."""
+    return random.Random(stream_seed(SAMPLE_STREAM, seed, epoch, index))
 
 
 @contextmanager
@@ -81,8 +87,9 @@ class ImageFiles(Dataset):
 
     Args:
         classes: names of the class folders; their order numbers the labels.
-        transform: from an image of `open_image`, not yet decoded, to a uint8 tensor `[3, H, W]`;
-            may use PyTorch's generator.
+        transform: from an image of `open_image`, not yet decoded, and its generator to a uint8
+            tensor `[3, H, W]`; may run in several threads, so that PyTorch's generator is not its
+            own.
         seed: of the transform's random numbers.
 
     Raises:
@@ -93,7 +100,7 @@ class ImageFiles(Dataset):
         self,
         folder: Path,
         classes: list[str],
-        transform: Callable[[OpenImage], Tensor],
+        transform: Transform,
         seed: int = 0,
     ) -> None:
         self.folder, self.classes, self.transform, self.seed = folder, classes, transform, seed
@@ -116,13 +123,12 @@ class ImageFiles(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         """What a loader asks for: a whole batch."""
-        return collate([self[key] for key in keys], [key.index for key in keys])
+        return collate(in_threads(self.__getitem__, keys), [key.index for key in keys])
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | CorruptImageError:
         try:
             image = open_image(self.path(key.index))
-            with seeded(SAMPLE_STREAM, self.seed, *key):
-                return self.transform(image), int(self.labels[key.index])
+            return self.transform(image, sample_rng(self.seed, *key)), int(self.labels[key.index])
         except CorruptImageError as error:
             # Returned, not raised: through a worker it would lose its one clear line.
             return CorruptImageError(str(error))

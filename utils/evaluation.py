@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 
 from utils import distributed, inputs
 from utils.data import Batch, Preprocess, collate, readable
-from utils.images import CorruptImageError, OpenImage, eval_transform, open_image
+from utils.images import CorruptImageError, Transform, eval_transform, open_image
 from utils.recipe import Recipe
 from utils.trained import Trained
-from utils.workers import watched
+from utils.workers import in_threads, watched
 
 # Makes of a network and a type a faster copy for inference: `backbones.deploy.optimize`.
 Optimize = Callable[[nn.Module, torch.dtype], nn.Module]
@@ -189,13 +189,11 @@ def predict_files(
     return probabilities
 
 
-def _batches_of(
-    paths: Sequence[str | Path], transform: Callable[[OpenImage], Tensor]
-) -> Iterator[Batch]:
+def _batches_of(paths: Sequence[str | Path], transform: Transform) -> Iterator[Batch]:
     """The images of files, whose classes nobody knows, labelled 0."""
     for first in range(0, len(paths), MOST_IMAGES):
         some = paths[first : first + MOST_IMAGES]
-        yield collate([(transform(open_image(path)), 0) for path in some])
+        yield collate(in_threads(lambda path: (transform(open_image(path)), 0), some))
 
 
 def over_chance(top1_pct: float, classes: int) -> float:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from utils.errors import DataError, printable
@@ -41,7 +41,8 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 # a line of 1 x 65,000 pixels would be resized to ten gigabytes.
 MAX_ASPECT = 16
 
-cv2.setNumThreads(0)  # the loader's processes share the cores out
+cv2.setNumThreads(0)  # the loader's processes and threads share the cores out
+_WARNINGS = threading.Lock()  # which warnings are shown is one list for all threads
 
 
 class CorruptImageError(DataError):
@@ -76,6 +77,9 @@ class Jpeg:
 
 # An image whose header was read, and its pixels not yet decoded.
 OpenImage = Jpeg | Image.Image
+# To uint8 `[3, H, W]` in channels_last, by the image's own generator of random numbers; without one
+# a generator that PyTorch's seeds.
+Transform = Callable[..., Tensor]
 
 
 def open_image(path: str | Path, content: bytes | None = None) -> OpenImage:
@@ -147,7 +151,7 @@ def as_tensor(rgb: np.ndarray) -> Tensor:
 
 @contextmanager
 def _few_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # broken EXIF and odd palettes: the pixels are fine
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # above MAX_PIXELS
         yield
@@ -394,16 +398,13 @@ def erase(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def train_transform(recipe: Recipe) -> Callable[[OpenImage], Tensor]:
-    """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from an image to uint8.
-
-    Random numbers are Python's, seeded by one of PyTorch's generator.
-    """
+def train_transform(recipe: Recipe) -> Transform:
+    """RandomResizedCrop, flip, TrivialAugmentWide and RandomErasing, from an image to uint8."""
     return partial(_train, recipe)
 
 
-def _train(recipe: Recipe, image: OpenImage) -> Tensor:
-    rng = random.Random(int(torch.randint(2**62, ())))
+def _train(recipe: Recipe, image: OpenImage, rng: random.Random | None = None) -> Tensor:
+    rng = rng or random.Random(int(torch.randint(2**62, ())))
     box = draw_crop(rng, image.height, image.width, recipe.min_crop_area)
     rgb = resized_crop(image, box, recipe.train_crop_px)
     if rng.random() < 0.5:
@@ -415,10 +416,17 @@ def _train(recipe: Recipe, image: OpenImage) -> Tensor:
     return as_tensor(rgb)
 
 
-def eval_transform(resize_px: int, crop_px: int) -> v2.Compose:
+def eval_transform(resize_px: int, crop_px: int) -> Transform:
     """Shorter side to `resize_px`, then the centre crop, from an image to uint8."""
-    steps = [pixels, as_tensor, _middle, v2.Resize(resize_px), v2.CenterCrop(crop_px)]
-    return v2.Compose(steps)
+    return partial(_evaluate, resize_px, crop_px)
+
+
+def _evaluate(
+    resize_px: int, crop_px: int, image: OpenImage, rng: random.Random | None = None
+) -> Tensor:
+    """Nothing in it is random."""
+    rgb = functional.resize(_middle(as_tensor(pixels(image))), [resize_px])
+    return functional.center_crop(rgb, [crop_px])
 
 
 def _middle(rgb: Tensor) -> Tensor:

@@ -34,18 +34,18 @@ from webdataset.tariterators import tar_file_iterator
 
 from utils.data import (
     ORDER_STREAM,
-    SAMPLE_STREAM,
     Batch,
     CorruptImageError,
     collate,
-    seeded,
+    sample_rng,
     stream_seed,
 )
 from utils.distributed import rank, world_size
 from utils.errors import DataError, printable
 from utils.imagenet import few
-from utils.images import OpenImage, eval_transform, open_image, train_transform
+from utils.images import Transform, eval_transform, open_image, train_transform
 from utils.recipe import Recipe
+from utils.workers import in_threads
 
 SPLITS = ("train", "val")
 FORMAT = 1
@@ -270,9 +270,7 @@ class Shards:
         ShardError: the first shard cannot be read, or the split has other shards than these.
     """
 
-    def __init__(
-        self, urls: list[str], transform: Callable[[OpenImage], Tensor], seed: int = 0
-    ) -> None:
+    def __init__(self, urls: list[str], transform: Transform, seed: int = 0) -> None:
         self.urls, self.transform, self.seed = urls, transform, seed
         self.index = read_index(urls[0])
         self.classes = self.index.classes
@@ -345,8 +343,8 @@ class Shards:
         name = f"{self.path(packed.index)} ({printable(path)})"
         try:
             image = open_image(name, packed.content)
-            with seeded(SAMPLE_STREAM, self.seed, epoch, packed.index):
-                return self.transform(image), packed.label
+            rng = sample_rng(self.seed, epoch, packed.index)
+            return self.transform(image, rng), packed.label
         except CorruptImageError as error:
             return CorruptImageError(str(error))
 
@@ -423,7 +421,7 @@ class ShardStream(IterableDataset):
         try:
             images = islice(images, skip * self.batch_size, None)
             while chosen := list(islice(images, self.batch_size)):
-                samples = [self.shards.decode(each, epoch) for each in chosen]
+                samples = in_threads(lambda packed: self.shards.decode(packed, epoch), chosen)
                 yield collate(samples, [each.index for each in chosen])
         except ShardError as error:
             # Given, not raised: through a worker it would lose its one clear line.
