@@ -22,7 +22,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -68,13 +68,15 @@ def optimize(
     the tiles' values take several times the memory of a map while such a layer runs. A size that
     comes once runs as fast as in a plain network.
 
+    Its compiled graphs are for one size of images each, and hold its weights: none can be loaded
+    once it has run.
+
     Args:
         net: a `Backbone` or `Classifier`, on any device.
         dtype: `torch.float32` or `torch.bfloat16`, of weights and maps. bfloat16 is fast where the
             processor computes it (AVX-512 BF16, AMX, GPUs from Ampere on) and slow elsewhere.
         compile: whether to run `torch.compile` with frozen weights, at the first call with images
-            of a new size, which sees no weights that are loaded later. Needs a C++ compiler on a
-            CPU.
+            of a new size. Needs a C++ compiler on a CPU.
 
     Raises:
         ValueError: `net` is another module, or `dtype` another type.
@@ -100,17 +102,53 @@ class Optimized(nn.Module):
     def __init__(self, net: nn.Module, dtype: torch.dtype, compile: bool) -> None:
         super().__init__()
         self.net, self.dtype, self.compiled = net, dtype, compile
-        if compile:
-            self.net = torch.compile(net)
+        self._holds_weights = False  # in a compiled graph
+        if compile:  # packed weights are for one size
+            self.net = torch.compile(net, dynamic=False)
         self.eval()
 
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
         """`net`'s maps, or its logits, in `dtype`; see `Backbone.forward` for what it raises."""
+        device = "cpu"
+        if isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4:
+            images = images.to(self.dtype, memory_format=torch.channels_last)
+            if torch.amp.is_autocast_available(images.device.type):
+                device = images.device.type
         with torch.no_grad():
-            if isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4:
-                images = images.to(self.dtype, memory_format=torch.channels_last)
-            with _compiling() if self.compiled else nullcontext():
+            if torch.compiler.is_compiling():  # in another's graph
                 return self.net(images)
+            self._holds_weights = self.compiled
+            with torch.autocast(device, enabled=False), self._compiling():
+                return self.net(images)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """What is compiled in it has its weights as constants, packed for the kernels.
+
+        `torch.compile`'s own option "freezing" is read too late, when the graph is traced already.
+        Its limit of eight graphs is one for all networks of a class, of which a ninth would run
+        uncompiled.
+        """
+        if not self.compiled:
+            yield
+            return
+        from torch._dynamo import config as dynamo  # a second's work, which others are spared
+        from torch._inductor import config as inductor
+
+        limit = dynamo.accumulated_recompile_limit
+        with inductor.patch(freezing=True), dynamo.patch(recompile_limit=limit):
+            yield
+
+    def _load_from_state_dict(self, *args) -> None:
+        if self._holds_weights:
+            raise ValueError(
+                "a compiled network that has run keeps its weights; load into the network that it "
+                "was made of and call optimize again"
+            )
+        super()._load_from_state_dict(*args)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state | {"_holds_weights": False})  # a copy has no graphs yet
 
     def train(self, mode: bool = True) -> "Optimized":
         """Stays in eval mode: there is no BatchNorm left to train."""
@@ -121,22 +159,6 @@ class Optimized(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("net"), name)
-
-
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """What is compiled in it has its weights as constants, packed for the kernels.
-
-    `torch.compile`'s own option "freezing" is read too late, when the graph is traced already. Its
-    limit of eight graphs is one for all networks of a class, of which a ninth would run uncompiled;
-    here each copy may have its own.
-    """
-    from torch._dynamo import config as dynamo  # a second's work, which others are spared
-    from torch._inductor import config as inductor
-
-    limit = dynamo.accumulated_recompile_limit
-    with inductor.patch(freezing=True), dynamo.patch(recompile_limit=limit):
-        yield
 
 
 class FusedConv(nn.Module):
@@ -212,8 +234,8 @@ class FusedConv(nn.Module):
         packed = self._packed  # other threads may put theirs there
         version = 0 if weight.is_inference() else weight._version  # moves when weights are loaded
         key = (x.shape, x.dtype, by_tiles, version)
+        seen, self._seen = self._seen, key
         if packed is None or packed[0] != key or packed[1] is not weight:
-            seen, self._seen = self._seen, key
             if seen != key:
                 return None
             kernels, geometry, shape = weight, self.geometry, x.shape

@@ -10,7 +10,6 @@ It is the same function as the direct convolution. Of one layer the rounding err
 about ten times larger; of a whole network's maps they are not (tests/test_winograd.py).
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -61,14 +60,10 @@ def _tiles(pixels: int) -> int:
 
 
 def _part(shape: torch.Size) -> int:
-    """How many images of a shape are best taken at a time, of numbers that leave none over.
-
-    Fewer in a last part would want the kernels in another order, which takes several times as long
-    as the part.
-    """
-    tiles = _tiles(shape[2]) * _tiles(shape[3])
-    numbers = [number for number in range(1, shape[0] + 1) if shape[0] % number == 0]
-    return min(numbers, key=lambda number: abs(math.log(number * tiles / PART)), default=1)
+    """How many images of a shape are taken at a time, for parts of about `PART` tiles."""
+    tiles = shape[0] * _tiles(shape[2]) * _tiles(shape[3])
+    parts = max(1, min(shape[0], round(tiles / PART)))
+    return -(-shape[0] // parts)
 
 
 def values_shape(shape: torch.Size) -> tuple[int, int, int, int]:
@@ -101,8 +96,12 @@ def convolve(x: Tensor, out_channels: int, multiply: Callable[[Tensor], Tensor])
     """
     to_values, to_outputs = _square(B, x), _square(A, x)
     y = x.new_empty((len(x), *x.shape[2:], out_channels))
-    for images, place in zip(x.split(_part(x.shape)), y.split(_part(x.shape)), strict=True):
-        _join(multiply(_cut(images, to_values)), to_outputs, place)
+    part = _part(x.shape)
+    for first in range(0, len(x), part):
+        # The last part is as large as the others, some of whose images it takes again: for fewer,
+        # kernels would be brought in another order, which takes several times as long.
+        here = slice(min(first, len(x) - part), first + part)
+        _join(multiply(_cut(x[here], to_values)), to_outputs, y[here])
     return y.permute(0, 3, 1, 2)
 
 

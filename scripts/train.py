@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--workers",
         type=whole_number(0),
         default=default_workers(),
-        help="decoding processes (%(default)s)",
+        help="decoding processes; 0: threads of the run itself (%(default)s)",
     )
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")

@@ -20,6 +20,9 @@ SMALL = [
     *("--recipe", "quick", "--epochs", "2", "--batch-size", "8", "--train-crop-px", "32"),
     *("--eval-resize-px", "36", "--eval-crop-px", "32", "--width", "0.125", "--workers", "0"),
 ]
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN"
+)
 # The whole recipe in small, for the same images: six steps an epoch.
 TINY = dataclasses.replace(
     RECIPES["imagenet"],

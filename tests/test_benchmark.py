@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import run
+from helpers import needs_onednn, run
 from PIL import Image
+from torch._inductor.utils import run_and_get_code
 
 import backbones
 from backbones.classifier import Classifier
@@ -205,6 +206,24 @@ def test_peak_memory_is_that_of_the_call():
     ballast = np.ones(200 << 20, dtype=np.uint8)  # this process's own does not count
     assert peak_memory(allocation, 64) / 2**20 == pytest.approx(64, abs=4)
     assert len(ballast)
+
+
+def test_memory_of_training_counts_from_before_the_first_step():
+    calls = []
+    steps = contest._first_steps(lambda name: lambda: calls.append(name), "net")
+    assert calls == []
+    steps()
+    assert calls == ["net", "net"]
+
+
+@needs_onednn
+def test_the_compiled_peer_has_packed_weights_too():
+    torch.compiler.reset()
+    for size_px in (32, 64):
+        images = torch.randn(1, 3, size_px, size_px)
+        call = contest._timm_pass("resnet18", images, torch.float32, compile=True)
+        _, (code,) = run_and_get_code(call)
+        assert "mkldnn._convolution_pointwise" in code
 
 
 def test_steps_go_on_over_the_end_of_an_epoch(folders):

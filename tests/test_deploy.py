@@ -9,9 +9,11 @@ import sys
 
 import pytest
 import torch
+from helpers import needs_onednn
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import utils as dynamo_utils
+from torch._inductor.utils import run_and_get_code
 from torchvision.models.resnet import BasicBlock
 
 import backbones
@@ -82,6 +84,13 @@ def test_gives_the_same_maps(name, dtype):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
     for key, tensor in net.state_dict().items():  # the original is as it was
         assert torch.equal(tensor, state[key])
+
+
+@pytest.mark.parametrize("name", ["cspdarknet53", "darknet53", "vovnet57", "resnet50"])
+def test_gives_the_same_maps_by_tiles(name, all_by_tiles):
+    net, x = make(name), images(2, 3, 64, 96)
+    fast, expected = optimize(net), outputs(net, x)
+    assert all(error(fast(x), expected) < 1e-4 for _ in range(3))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -194,9 +203,55 @@ def test_compiles(dtype, most):
     assert fast.strides == net.strides
 
 
-def test_every_compiled_copy_has_its_graph(monkeypatch):
+def test_compiled_networks_have_packed_weights_at_every_size():
+    """By itself PyTorch makes the second graph one for all sizes, for which it packs none."""
+    torch.compiler.reset()
+    net = make("cspdarknet19")
+    fast = optimize(net, compile=True)
+    for shape in ((2, 3, 64, 64), (1, 3, 64, 96)):
+        maps, (code,) = run_and_get_code(fast, images(*shape))
+        assert "mkldnn._convolution_pointwise" in code
+        assert error(maps, outputs(net, images(*shape))) < 1e-5
+
+
+def test_compiled_networks_that_have_run_refuse_weights():
+    """Their graphs hold some of the old ones: maps would be of neither network."""
+    net, x = make("cspdarknet19"), images(1, 3, 32, 32)
+    fast = optimize(net, compile=True)
+    state = optimize(trained(make("cspdarknet19")), compile=True).state_dict()
+    fast.load_state_dict(state)
+    fast(x)
+    with pytest.raises(ValueError, match="that has run keeps its weights; load into the network"):
+        nn.Sequential(fast).load_state_dict({f"0.{key}": state[key] for key in state})
+    copy.deepcopy(fast).load_state_dict(state)  # has no graph yet
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_changes_no_type(dtype):
+    net, x = make("resnet18"), images(2, 3, 64, 64)
+    fast = optimize(net, dtype)
+    expected = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            maps = fast(x)
+            assert {m.dtype for m in maps} == {dtype}
+            assert error(maps, expected) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@needs_onednn
+def test_weights_are_packed_for_sizes_that_come_twice_in_a_row():
+    conv = FusedConv(nn.Conv2d(4, 4, 1)).requires_grad_(False)
+    a, b = images(1, 4, 8, 8), images(1, 4, 6, 8)
+    conv(a)
+    assert conv._packed is None
+    for x, packed_for in ((a, a), (b, a), (a, a), (b, a), (a, a), (b, a), (b, b)):
+        conv(x)
+        assert conv._packed[0][0] == packed_for.shape
+
+
+@dynamo_config.patch(recompile_limit=1)
+def test_every_compiled_copy_has_its_graph():
     """Where PyTorch's limit for all networks of a class is reached by the first."""
-    monkeypatch.setattr(dynamo_config, "recompile_limit", 1)
     x = images(1, 3, 32, 32)
     for _ in range(2):
         net = make("cspdarknet19")

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import needs_onednn
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import conv2d
@@ -11,17 +12,6 @@ from torch.nn.functional import conv2d
 import backbones
 from backbones import winograd
 from backbones.deploy import FusedConv, optimize
-
-needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN"
-)
-
-
-@pytest.fixture
-def all_by_tiles(monkeypatch):
-    """However few channels and tiles."""
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "LEAST_TILES", 1)
 
 
 def by_tiles(x, weight, bias):

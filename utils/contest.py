@@ -158,6 +158,7 @@ def _compiled(
     name: str, optimized: Callable[..., nn.Module], images: Tensor
 ) -> tuple[dict[str, Callable[[], object]], list[tuple[str, str]]]:
     """Sides under torch.compile, with frozen weights on both, and ONNX Runtime; their pairs."""
+    torch.compiler.reset()  # graphs of earlier networks would count against timm's, eight at most
     calls, pairs = {}, []
     for dtype in fast_dtypes(images.device):
         ours, peer = (f"{side} {dtype_name(dtype)} compiled" for side in ("ours", "timm"))
@@ -181,8 +182,10 @@ def _timm_pass(
         return _pass(net, images.to(**how))
     from torch._inductor import config  # a second's work, which other tasks are spared
 
-    # As `deploy.optimize` does: the option of torch.compile of that name comes too late.
-    return config.patch(freezing=True)(_pass(torch.compile(net), images.to(**how)))
+    # As `deploy.optimize` does: the option of torch.compile of that name comes too late, and
+    # weights are packed for one size alone.
+    net = torch.compile(net, dynamic=False)
+    return config.patch(freezing=True)(_pass(net, images.to(**how)))
 
 
 def inference_peaks(

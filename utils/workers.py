@@ -1,5 +1,5 @@
-"""Who decodes images: threads of this process, or others, whom they obey, and how a run ends if one
-of those dies or hangs.
+"""What decodes images: threads or processes; whom those obey, and how a run ends if one dies or
+hangs.
 """
 
 import itertools
