@@ -115,11 +115,18 @@ class Optimized(nn.Module):
             if torch.amp.is_autocast_available(images.device.type):
                 device = images.device.type
         with torch.no_grad():
-            if torch.compiler.is_compiling():  # in another's graph
+            if torch.compiler.is_exporting():
                 return self.net(images)
+            with torch.autocast(device, enabled=False):
+                if torch.compiler.is_compiling():  # another's graph
+                    return self.net(images)
+                if self.compiled:
+                    # An error amid a graph would leave PyTorch with pieces of it from then on.
+                    getattr(self, "backbone", self)._check(images)
+                with self._compiling():
+                    maps = self.net(images)
             self._holds_weights = self.compiled
-            with torch.autocast(device, enabled=False), self._compiling():
-                return self.net(images)
+            return maps
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:

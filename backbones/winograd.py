@@ -63,7 +63,7 @@ def _part(shape: torch.Size) -> int:
     """How many images of a shape are taken at a time, for parts of about `PART` tiles."""
     tiles = shape[0] * _tiles(shape[2]) * _tiles(shape[3])
     parts = max(1, min(shape[0], round(tiles / PART)))
-    return -(-shape[0] // parts)
+    return max(1, -(-shape[0] // parts))
 
 
 def values_shape(shape: torch.Size) -> tuple[int, int, int, int]:

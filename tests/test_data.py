@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -112,6 +113,10 @@ def test_threads_run_at_once_and_their_errors_arrive(threads):
     assert in_threads(lambda x: -x, range(9)) == [-x for x in range(9)]
     with pytest.raises(MemoryError, match="the third"):
         in_threads(lambda x: explode() if x == 2 else x, range(9))
+    seen = []
+    with pytest.raises(MemoryError):
+        in_threads(lambda x: explode() if x == 2 else seen.append(x) or time.sleep(0.05), range(99))
+    assert len(seen) < 20  # what was not begun is left
     threads(1)
     assert in_threads(lambda _: threading.current_thread(), range(2)) == 2 * [
         threading.main_thread()

@@ -38,10 +38,9 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
     if threads < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:  # made in 0.1 ms, and gone when a worker is forked
-        parts = list(
-            pool.map(lambda k: [function(item) for item in items[k::threads]], range(threads))
-        )
-    return [parts[place % threads][place // threads] for place in range(len(items))]
+        # Item by item, though shares of them are some 10 % faster: an interrupt or an error waits
+        # for no more than the items at hand.
+        return list(pool.map(function, items))
 
 
 def shared_memory() -> str:
