@@ -321,7 +321,8 @@ FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "os.remove", "os.mkdir", 
 
 def watch(event, args):
     written = event == "open" and isinstance(args[1], str) and "w" in args[1]
-    if event in FORBIDDEN or (written and Path(args[0]) != CLEAR_PEAK):
+    named = written and not isinstance(args[0], int)  # a number is of a file that is open already
+    if event in FORBIDDEN or (named and Path(args[0]) != CLEAR_PEAK):
         EVENTS.append(event)
 
 

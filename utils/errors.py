@@ -23,7 +23,8 @@ failed; 2, a wrong option or path; 75, stopped by a signal and saved, so run the
 130, interrupted at once."""
 
 NO_MEMORY = re.compile(
-    "(can't allocate|cannot allocate|not enough|out of) memory|ALLOC_FAILED", re.IGNORECASE
+    "(can't allocate|cannot allocate|not enough|out of|insufficient) memory|ALLOC_FAILED",
+    re.IGNORECASE,
 )
 CLOSE_OTHERS = "again with other programs closed"
 
@@ -110,9 +111,10 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: Python's, PyTorch's on a CPU or a GPU, or a library's of a GPU."""
+    """Whether memory ran out: Python's, PyTorch's on a CPU or a GPU, OpenCV's, or a GPU's."""
+    of_library = isinstance(error, RuntimeError) or type(error).__module__ == "cv2"
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+        of_library and NO_MEMORY.search(str(error)) is not None
     )
 
 
@@ -121,7 +123,7 @@ def advising_on_memory(advice: str) -> Iterator[None]:
     """Where memory runs out in the block, an OutOfMemory that says what helps."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:  # OpenCV's is of no other kind
         if isinstance(error, OutOfMemory) or not is_of_memory(error):
             raise
         where = " on the GPU" * ("CUDA" in str(error))
