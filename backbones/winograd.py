@@ -62,8 +62,7 @@ def _tiles(pixels: int) -> int:
 def _part(shape: torch.Size) -> int:
     """How many images of a shape are taken at a time, for parts of about `PART` tiles."""
     tiles = shape[0] * _tiles(shape[2]) * _tiles(shape[3])
-    parts = max(1, min(shape[0], round(tiles / PART)))
-    return max(1, -(-shape[0] // parts))
+    return -(-shape[0] // max(1, round(tiles / PART)))
 
 
 def values_shape(shape: torch.Size) -> tuple[int, int, int, int]:

@@ -42,6 +42,7 @@ from utils.measure import (
     by_steps,
     count_macs,
     peak_memory,
+    repeat,
     seconds_per_call,
     throughputs,
     time_by_turns,
@@ -215,12 +216,7 @@ def _mebibytes(count: int) -> float:
 def _prepared_passes(make: Make, batch_size: int, side_px: int) -> Callable[[], None]:
     """The first passes: what is packed and kept for later ones counts too."""
     call = _pass(make().eval(), torch.randn(batch_size, 3, side_px, side_px))
-
-    def passes() -> None:
-        for _ in range(3):
-            call()
-
-    return passes
+    return partial(repeat, call, 3)
 
 
 def _pass(net: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -313,13 +309,7 @@ def _first_steps(prepare: Callable[..., Callable[[], object]], *args: Any) -> Ca
 
     Beyond a first step, sides that leave more freed memory in the process would seem to need less.
     """
-    call = prepare(*args)
-
-    def steps() -> None:
-        for _ in range(2):
-            call()
-
-    return steps
+    return partial(repeat, prepare(*args), 2)
 
 
 def _our_step(

@@ -89,12 +89,13 @@ def seconds_per_call(
         start_s = clock()
         call()
         counts[name] = max(1, math.ceil(turn_s / (clock() - start_s)))
-    repeated = {name: partial(_repeat, call, counts[name]) for name, call in calls.items()}
+    repeated = {name: partial(repeat, call, counts[name]) for name, call in calls.items()}
     times_s = time_by_turns(repeated, rounds, settle=calls, clock=clock)
     return {name: [t / counts[name] for t in times] for name, times in times_s.items()}
 
 
-def _repeat(call: Callable[[], object], count: int) -> None:
+def repeat(call: Callable[[], object], count: int) -> None:
+    """Makes a call so many times."""
     for _ in range(count):
         call()
 
