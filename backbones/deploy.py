@@ -58,7 +58,8 @@ def optimize(
     """A copy of `net` that gives the same maps or logits, faster; `net` stays as it is.
 
     The copy is for inference alone: it stays in eval mode, gives no gradients, keeps its type, and
-    its state dict is not one of `net`'s. It takes images of any floating point type and gives maps
+    its state dict is not one of `net`'s. Other weights come to it by `load_state_dict`; what is
+    written through `.data` is not seen. It takes images of any floating point type and gives maps
     of `dtype`. With float32 they differ from `net`'s by rounding, by less than 1e-4 of each map's
     largest value; with bfloat16 by about as much as those of `net.bfloat16()` do, most often 1 or
     2 % (tests/test_deploy.py, every name). It can be exported, compiled, pickled, moved to a GPU.
@@ -79,9 +80,11 @@ def optimize(
             of a new size. Needs a C++ compiler on a CPU.
 
     Raises:
-        ValueError: `net` is another module, or `dtype` another type.
+        ValueError: `net` is another module, `dtype` another type, or a weight is computed anew at
+            every call, as pruning and parametrizations do.
     """
     _refuse_others(net)
+    _refuse_computed_weights(net)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}")
     with torch.inference_mode(False), torch.no_grad():
@@ -236,7 +239,9 @@ class FusedConv(nn.Module):
         They are packed when a shape comes a second time in a row: packing takes as long as it saves
         in one call.
         """
-        if torch.compiler.is_compiling() or not x.is_cpu or not x.numel() or not _packs(x.dtype):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        if not x.is_cpu or not x.numel() or not _packs(x.dtype):
             return None
         packed = self._packed  # other threads may put theirs there
         version = 0 if weight.is_inference() else weight._version  # moves when weights are loaded
@@ -252,6 +257,10 @@ class FusedConv(nn.Module):
             ordered = torch.ops.mkldnn._reorder_convolution_weight(kernels, *geometry, shape)
             self._packed = packed = (key, weight, ordered)
         return packed[2]
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._packed = self._seen = None  # no version tells of weights made in inference mode
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
         # The kernel's order is of this machine.
@@ -390,6 +399,15 @@ def _refuse_others(net: object) -> None:
         raise ValueError(f"net is a {type(net).__name__}; expected a Backbone or a Classifier")
 
 
+def _refuse_computed_weights(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" not in module._parameters:
+            raise ValueError(
+                f"the weight of {name} is computed at every call; make it a parameter first, by "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
+            )
+
+
 class NamedOutputs(nn.Module):
     """A network whose outputs have names, as `torch.export` and ONNX keep them.
 
@@ -426,8 +444,8 @@ def keep_freed_memory() -> bool:
     """Has this process keep the memory that it frees, for what it allocates next.
 
     By default glibc gives large blocks back to the system, and gets each of them again as pages of
-    zeros, one page fault per 4 KiB. On CPUs that took from a tenth to a third of the time of a
-    forward pass, whatever the network or library (results/benchmark_*.csv has both). The price: the
+    zeros, one page fault per 4 KiB. On CPUs that took up to a third of the time of a forward pass,
+    of networks that are not optimized most (results/benchmark_*.csv has both). The price: the
     process stays as large as it ever was. Call it once, before or after anything else.
 
     Returns:

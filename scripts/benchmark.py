@@ -13,7 +13,7 @@ All sides run by turns in one run; a ratio says how many times better ours is, w
     input      images/s of one core from JPEG files of ImageNet's size, against torchvision's preset
     loop       input and step together, against torchvision's
     shards     reading from shards, against the class folders that they are packed from
-    listing    folders of a thousand to a million files: start, memory, images/s
+    listing    folders of a thousand to a million files: start of scripts/train.py, memory, images/s
     import     import backbones, over importing torch and torchvision
     epoch      scripts/train.py as a whole against torchvision's and timm's scripts, given as files
     networks   costs of every network of the studies of scripts/ablate.py, a table of its own
@@ -70,11 +70,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=count, default=16, help="images per training step (default: 16)")
     add("--batch-sizes", type=count, nargs="+", default=[8, 1], help="of inference (default: 8 1)")
     add("--image-px", type=count, default=224, help="side of inference's images (default: 224)")
-    add("--width", type=float, help="factor on the channels of networks (default: the preset's)")
+    add("--width", type=float, help="factor on the channels, for networks alone (default: the "
+        "preset's)")  # fmt: skip
     add("--rounds", type=count, default=7, help="turns of each side (default: 7)")
     add("--steps", type=count, default=8, help="steps per turn, of input and loop (default: 8)")
-    add("--workers", type=int, default=1, help="decoding processes: of both sides in loop, of the "
-        "others' scripts in epoch, where ours has its default (default: 1)")  # fmt: skip
+    add("--workers", type=whole_number(0), default=1, help="decoding processes: of both "
+        "sides in loop, of others in epoch, where ours has its default (default: 1)")  # fmt: skip
     add("--files", type=count, nargs="+", default=[1000, 100_000], help="how many to list")
     add("--threads", type=count, default=2, help="of each side (default: 2)")
     add("--device", default="cpu", help="of inference and step (default: cpu)")
@@ -86,8 +87,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for task in args.tasks:
         if task in NEED_DATA and args.data_dir is None:
             parser.error(f"{task} needs --data-dir, a folder with train/ and val/")
-    if len(set(args.files)) < 2:
-        parser.error("--files needs two different counts")
+    if len(args.files) < 2 or len(set(args.files)) < len(args.files):
+        parser.error("--files needs two different counts or more")
+    for path in (args.torchvision_script, args.timm_script):
+        if path and not path.is_file():
+            parser.error(f"{path} is not a file: give the other project's train.py")
+    if args.width is not None and args.tasks != ["networks"]:
+        parser.error("--width is for --task networks")
     if args.keep_freed_memory and not set(args.tasks) <= {"inference", "step"}:
         parser.error("--keep-freed-memory is for --task inference step")
     if "networks" in args.tasks and len(args.tasks) > 1:
@@ -96,8 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def chosen_recipe(args: argparse.Namespace) -> recipe.Recipe:
-    """The preset, with the sizes that were given."""
-    sizes = {name: getattr(args, name) for name in ("batch_size", "train_crop_px", "width")}
+    """The preset, with the sizes that were given; at full width beside others' networks."""
+    sizes = {name: getattr(args, name) for name in ("batch_size", "train_crop_px")}
+    sizes["width"] = args.width if "networks" in args.tasks else 1.0
     given = {name: size for name, size in sizes.items() if size is not None}
     return dataclasses.replace(recipe.RECIPES[args.recipe], **given)
 
@@ -107,7 +114,6 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
     described = runs.describe_machine()
     hardware = described["hardware"]
     return {
-        "threads": args.threads,
         "torch": described["versions"]["torch"],
         "hardware": hardware["gpu"] if args.device.startswith("cuda") else hardware["cpu"],
         "commit": described["commit"],
@@ -173,8 +179,9 @@ def loop(args: argparse.Namespace) -> list[contest.Row]:
 
 def listing(args: argparse.Namespace) -> list[contest.Row]:
     with tempfile.TemporaryDirectory() as folder:
-        source = open_data(args).train
-        return show(contest.listing(source, Path(folder), args.files, chosen_recipe(args)))
+        source, start = open_data(args).train, partial(start_command, args)
+        rest = (args.files, chosen_recipe(args), start, logs_folder())
+        return show(contest.listing(source, Path(folder), *rest))
 
 
 def imports(args: argparse.Namespace) -> list[contest.Row]:
@@ -189,6 +196,7 @@ def epoch(args: argparse.Namespace) -> list[contest.Row]:
     given = {side: (path, make) for side, (path, make) in scripts.items() if path}
     if not given:
         raise ValueError("epoch needs --torchvision-script or --timm-script, a training script")
+    open_data(args)  # a wrong folder is told of before anything is run
     crop_px, rows = chosen_recipe(args).train_crop_px, []
     # One size for training and test: timm's script has no other.
     chosen = chosen_recipe(args).tested_at(crop_px)
@@ -196,23 +204,39 @@ def epoch(args: argparse.Namespace) -> list[contest.Row]:
     for name in args.backbones:
         with tempfile.TemporaryDirectory() as folder:
             rest = (name, args.data_dir, chosen)
-            commands = {"scripts/train.py": our_command(*rest, Path(folder) / "ours")}
+            ours = our_command(*rest, args.recipe, "--output-dir", Path(folder) / "ours")
+            commands = {"scripts/train.py": ours}
             for side, (path, make) in given.items():
                 output_dir = Path(folder) / side
                 output_dir.mkdir()
                 commands[side] = make(path.resolve(), *rest, args.workers, output_dir)
-            logs = Path("runs") / "benchmark"
-            logs.mkdir(parents=True, exist_ok=True)
-            rows += show(contest.epochs(name, commands, chosen, args.rounds, logs))
+            rows += show(contest.epochs(name, commands, chosen, args.rounds, logs_folder()))
     return rows
 
 
-def our_command(name: str, folder: Path, chosen: recipe.Recipe, output_dir: Path) -> list[str]:
+def logs_folder() -> Path:
+    """Where the output of the scripts that are measured goes."""
+    folder = Path("runs") / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def our_command(
+    name: str, data_dir: Path, chosen: recipe.Recipe, preset: str, *more: object
+) -> list[str]:
+    """scripts/train.py by a preset, with the fields of `chosen` that this script sets."""
     fields = ("epochs", "warmup_epochs", "batch_size", "train_crop_px", "eval_resize_px")
-    values = {field: getattr(chosen, field) for field in (*fields, "eval_crop_px")}
-    values |= {"data_dir": folder, "backbone": name, "output_dir": output_dir}
+    values = {field: getattr(chosen, field) for field in (*fields, "eval_crop_px", "width")}
+    values |= {"data_dir": data_dir, "backbone": name, "recipe": preset}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
-    return [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe=imagenet", *flags]
+    return [sys.executable, str(ROOT / "scripts" / "train.py"), *flags, *map(str, more)]
+
+
+def start_command(args: argparse.Namespace, data_dir: Path, output_dir: Path) -> list[str]:
+    """scripts/train.py, of a network whose steps take no time, with a checkpoint of the first."""
+    rest = (data_dir, chosen_recipe(args), args.recipe, "--output-dir", output_dir)
+    more = ("--checkpoint-steps=1", "--workers=0", "--device=cpu")
+    return our_command("mobilenet_v3_small", *rest, *more)
 
 
 def networks(args: argparse.Namespace) -> pd.DataFrame:
@@ -230,6 +254,7 @@ def networks(args: argparse.Namespace) -> pd.DataFrame:
         crop_px=chosen.train_crop_px,
         batch_size=chosen.batch_size,
         autocast=evaluation.dtype_name(dtype),
+        threads=args.threads,
         **machine(args),
     )
     medians = table.pivot_table("value", "network", ["quantity", "unit"], "median", sort=False)
@@ -237,9 +262,11 @@ def networks(args: argparse.Namespace) -> pd.DataFrame:
     return table
 
 
-def kept_by(args: argparse.Namespace, task: str) -> str:
-    """Whose freed memory stayed with the process; scripts/train.py sees to its own."""
-    return "all" if args.keep_freed_memory else "ours" if task == "epoch" else "none"
+def conditions(args: argparse.Namespace, task: str) -> dict[str, object]:
+    """Whose freed memory stayed with the process, and how many threads each side had."""
+    # scripts/train.py sees to its own.
+    kept = "all" if args.keep_freed_memory else "ours" if task == "epoch" else "none"
+    return {"freed_memory_kept_by": kept, "threads": 1 if task == "input" else args.threads}
 
 
 TASKS = {
@@ -266,11 +293,24 @@ def show(rows: list[contest.Row]) -> list[contest.Row]:
     return rows
 
 
+def recorded(path: Path) -> pd.DataFrame:
+    """The rows of a table, of which there may be none yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return pd.DataFrame(columns=KEY)
+    try:
+        table = pd.read_csv(path, dtype={"commit": str})  # some are all digits
+    except ValueError:  # not even CSV
+        table = pd.DataFrame()
+    if not set(KEY) <= set(table):
+        raise ValueError(f"{path} is not a table of this script; give --output another path")
+    return table
+
+
 def save(path: Path, table: pd.DataFrame) -> None:
     """Adds rows to a table, in the place of those of the same `KEY`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        old = pd.read_csv(path, dtype={"commit": str})  # some are all digits
+    old = recorded(path)
+    if len(old):
         new = set(table[KEY].fillna("").itertuples(index=False, name=None))
         keys = old[KEY].fillna("").itertuples(index=False, name=None)
         table = pd.concat([old[[key not in new for key in keys]], table])
@@ -289,6 +329,10 @@ def benchmark(args: argparse.Namespace) -> None:
     if args.keep_freed_memory:
         keep_freed_memory()
     facts = machine(args)
+    name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")
+    path = args.output or Path("results") / f"benchmark_{name}.csv"
+    if args.tasks != ["networks"]:
+        recorded(path)  # rather told now than after the measuring
     for task in args.tasks:
         torch.set_num_threads(args.threads)
         found = TASKS[task](args)
@@ -296,9 +340,7 @@ def benchmark(args: argparse.Namespace) -> None:
             if args.output:
                 runs.write_table(args.output, found.to_dict("records"))
             continue
-        table = pd.DataFrame(found).assign(freed_memory_kept_by=kept_by(args, task), **facts)
-        name = re.sub(r"[^a-z0-9]+", "_", facts["hardware"].lower()).replace("_cores", "cores")
-        save(args.output or Path("results") / f"benchmark_{name}.csv", table)
+        save(path, pd.DataFrame(found).assign(**conditions(args, task), **facts))
 
 
 if __name__ == "__main__":

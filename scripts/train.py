@@ -33,7 +33,7 @@ with starting():  # PyTorch takes seconds
 
     from backbones.classifier import create_classifier
     from backbones.deploy import keep_freed_memory, optimize
-    from utils import distributed, plotting, recipe, rehearsal, runs, training
+    from utils import distributed, recipe, rehearsal, runs, training
     from utils.inputs import open_data
 
 
@@ -151,6 +151,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def report(trainer: training.Trainer, run_dir: Path) -> None:
+    from utils import plotting  # a second's work, which a run is spared until its end
+
     for message in trainer.skipped:
         print(f"skipped: {message}")
     if trainer.skip_corrupt:

@@ -242,6 +242,8 @@ SMALL += ["--train-crop-px", "32", "--steps", "2", "--threads", "1", "--image-px
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(contest, "PEAK_ROUNDS", 1)  # a new process each
+    monkeypatch.setattr(contest, "START_ROUNDS", 1)
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "new" / "benchmark.csv"
     command = ["--data-dir", str(folders), *SMALL, "--batch-sizes", "2", "--output", str(path)]
     command += ["--task", "inference", "step", "input", "loop", "listing"]
@@ -263,8 +265,9 @@ def test_script_writes_a_row_per_pair(folders, tmp_path, capsys, monkeypatch):
     dtypes = [str(dtype).removeprefix("torch.") for dtype in contest.fast_dtypes(CPU)]
     best = {f"timm {dtype} channels_last" for dtype in dtypes}
     assert peers == {contest.PLAIN, *best, contest.TORCHVISION, "matmul"}
-    kept = table[(table.task == "listing") & (table.setting == "peak memory")]
-    assert kept.ours.item() == "1100 files"
+    listed = table[table.task == "listing"]
+    assert set(listed.ours) == {"1100 files"}
+    assert set(table[table.task == "input"].threads) == {1}
     printed = capsys.readouterr().out
     for row in table.itertuples():
         assert f"{row.task}: {row.what}, {row.setting}: {row.ours} " in printed
@@ -290,6 +293,29 @@ def test_rows_of_the_same_pair_are_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "", b"\xff\xfe\x00"])
+def test_another_table_is_refused_before_the_measuring(tmp_path, capsys, monkeypatch, content):
+    path = tmp_path / "another.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setitem(benchmark.TASKS, "import", lambda args: pytest.fail("it was measured"))
+    assert benchmark.main(["--task", "import", "--output", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} is not a table of this script; give --output another")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch counts a GPU's memory alone")
+def test_a_gpus_peak_memory_is_that_of_the_call():
+    device = torch.device("cuda")
+    calls = {
+        side: lambda mib=mib: torch.ones(mib << 20, dtype=torch.uint8, device=device).sum()
+        for side, mib in (("ours", 64), ("peer", 128))
+    }
+    (row,) = contest._gpu_peaks(calls, [("ours", "peer")], device, setting="s")
+    assert row["ours_value"] == pytest.approx(64, abs=4)
+    assert row["ratio_median"] == pytest.approx(2, abs=0.2)
+
+
 def test_whole_scripts_are_timed(tmp_path):
     """Ours first in one round and last in the next; a script that fails is named with its log."""
     note = tmp_path / "note"
@@ -306,6 +332,16 @@ def test_whole_scripts_are_timed(tmp_path):
         contest.epochs("net", commands, PLAIN, 1, tmp_path)
 
 
+def test_a_start_ends_with_its_file(tmp_path):
+    """It would go on for a minute; one that ends without the file has failed."""
+    log, path = tmp_path / "log", tmp_path / "last.pt"
+    code = f"import pathlib, time; pathlib.Path({str(path)!r}).touch(); time.sleep(60)"
+    assert contest._wall_s("ours", [sys.executable, "-c", code], log, until=path) < 30
+    path.unlink()
+    with pytest.raises(ValueError, match="ours: exit code 0, see "):
+        contest._wall_s("ours", [sys.executable, "-c", ""], log, until=path)
+
+
 def test_shards_are_read_beside_their_folders(folders, tmp_path):
     (row,) = contest.shards_speed(folders, tmp_path, PLAIN, rounds=2, steps=9, workers=0)
     assert (row["ours"], row["peer"], row["unit"]) == ("shards", "folders", "images/s")
@@ -313,13 +349,20 @@ def test_shards_are_read_beside_their_folders(folders, tmp_path):
     assert row["ratio_min"] > 0
 
 
-def test_our_epoch_is_a_command_of_train(folders, tmp_path):
-    """The flags that benchmark.py gives to scripts/train.py are the recipe's."""
+@pytest.mark.parametrize("preset", ["imagenet", "quick"])
+def test_our_epoch_is_a_command_of_train(folders, tmp_path, preset):
+    """The flags that benchmark.py gives to scripts/train.py are the recipe's, at full width."""
+    args = ["--task", "epoch", "--recipe", preset, "--data-dir", str(folders)]
+    args = benchmark.parse([*args, "--batch-size", "8", "--train-crop-px", "32"])
     chosen = dataclasses.replace(
-        RECIPES["imagenet"].tested_at(32), epochs=1, warmup_epochs=0.0, batch_size=8,
+        RECIPES[preset].tested_at(32), epochs=1, warmup_epochs=0.0, batch_size=8, width=1.0,
         train_crop_px=32,
     )  # fmt: skip
-    command = benchmark.our_command("resnet18", folders, chosen, tmp_path / "run")
+    assert chosen == dataclasses.replace(
+        benchmark.chosen_recipe(args).tested_at(32), epochs=1, warmup_epochs=0.0
+    )
+    output = ("--output-dir", tmp_path / "run")
+    command = benchmark.our_command("resnet18", folders, chosen, preset, *output)
     subprocess.run(command, check=True, capture_output=True)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"] == dataclasses.asdict(chosen)
@@ -358,6 +401,10 @@ def test_script_measures_networks(tmp_path, capsys, monkeypatch):
         (["--task", "networks", "import"], "networks has a table of its own; run it alone"),
         (["--task", "speed"], "invalid choice: 'speed'"),
         (["--task", "import", "--files", "7", "7"], "--files needs two different counts"),
+        (["--task", "import", "--files", "7", "8", "7"], "--files needs two different counts"),
+        (["--task", "import", "--timm-script", "nowhere.py"], "nowhere.py is not a file"),
+        (["--task", "import", "--width", "0.5"], "--width is for --task networks"),
+        (["--task", "import", "--workers", "-1"], "--workers: '-1' must be a whole number"),
         (["--task", "import", "--keep-freed-memory"], "is for --task inference step"),
     ],
 )

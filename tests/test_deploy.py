@@ -6,6 +6,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import utils as dynamo_utils
 from torch._inductor.utils import run_and_get_code
+from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock
 
 import backbones
@@ -45,6 +47,13 @@ def make(name, **options):
     if "width" in backbones._keywords(backbones._MODELS[name][0]):
         options = {"width": 0.25, **options}
     return trained(backbones.create(name, **options))
+
+
+def with_other_weights(net):
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(1.1)
+    return net
 
 
 def images(*shape):
@@ -158,16 +167,23 @@ def test_images_of_any_floating_point_type_and_no_others():
 
 def test_new_weights_are_packed_anew():
     """Loading into an optimized network moves no memory, so its address tells nothing."""
-    x = images(1, 3, 64, 64)
-    other = make("cspdarknet19")
-    for module in other.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data.mul_(1.1)
+    x, other = images(1, 3, 64, 64), with_other_weights(make("cspdarknet19"))
     for assign in (False, True):
         fast = optimize(make("cspdarknet19"))
         for _ in range(3):
             fast(x)
         fast.load_state_dict(optimize(other).state_dict(), assign=assign)
+        assert all(error(fast(x), outputs(other, x)) < 1e-5 for _ in range(3))
+
+
+def test_weights_loaded_in_inference_mode_are_packed_anew():
+    """Tensors that are made there have no version."""
+    x, other = images(1, 3, 64, 64), with_other_weights(make("cspdarknet19"))
+    with torch.inference_mode():
+        fast = copy.deepcopy(optimize(make("cspdarknet19")))
+        for _ in range(3):
+            fast(x)
+        fast.load_state_dict(optimize(other).state_dict())
         assert all(error(fast(x), outputs(other, x)) < 1e-5 for _ in range(3))
 
 
@@ -191,6 +207,18 @@ def test_exports(name):
     program = torch.export.export(fast, (images(2, 3, 64, 64),), dynamic_shapes=(sizes,))
     x = images(3, 3, 96, 128)
     assert error(program.module()(x), outputs(net, x)) < 1e-5
+
+
+def test_traces():
+    """By TorchScript, which knows no packed weights; after calls that packed them."""
+    net, x = make("resnet18"), images(2, 3, 64, 64)
+    fast = optimize(net)
+    for _ in range(3):
+        fast(x)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(fast, x), buffer)
+    buffer.seek(0)
+    assert error(torch.jit.load(buffer)(x), outputs(net, x)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -308,6 +336,21 @@ def test_refuses_other_modules_and_types():
         optimize(nn.Conv2d(3, 3, 1))
     with pytest.raises(ValueError, match=r"dtype=torch.float16 must be one of \(torch.float32"):
         optimize(make("resnet18"), torch.float16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        partial(prune.l1_unstructured, name="weight", amount=0.5),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+def test_refuses_weights_that_are_computed(change):
+    net = make("resnet18")
+    change(next(m for m in net.modules() if isinstance(m, BasicBlock)).conv1)
+    with pytest.raises(ValueError, match=r"the weight of .*conv1 is computed at every call; make"):
+        optimize(net)
 
 
 def page_faults(keep):

@@ -53,8 +53,9 @@ from utils.training import Trainer, train_one_epoch
 
 Row = dict[str, Any]
 NUM_CLASSES = 10
-PEAK_ROUNDS = 3
+PEAK_ROUNDS = START_ROUNDS = 3
 LISTED_SOURCES = 64  # images that the million names of a listing stand for
+PER_FOLDER = 1000  # of those names, as in ImageNet
 
 
 def compare(
@@ -141,6 +142,7 @@ def inference(
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
     setting = f"batch {batch_size}, {side_px} px"
     rows = compare(times_ms, pairs, "ms", task="inference", what=name, setting=setting)
+    rows += _gpu_peaks(calls, pairs, device, task="inference", what=name, setting=setting)
     operations = 2 * count_macs(peers.timm_backbone(name), side_px, side_px) * batch_size
     for dtype in fast_dtypes(device):
         side = f"ours {dtype_name(dtype)}"
@@ -239,6 +241,27 @@ def _done(call: Callable[[], object], device: torch.device) -> Callable[[], obje
     return wait
 
 
+def _gpu_peaks(
+    calls: Mapping[str, Callable[[], object]],
+    pairs: Sequence[tuple[str, str]],
+    device: torch.device,
+    *,
+    setting: str,
+    **facts: Any,
+) -> list[Row]:
+    """Memory of calls beyond what is held before them, by PyTorch's count; no rows of a CPU."""
+    if device.type != "cuda":
+        return []
+    peaks: dict[str, list[float]] = {side: [] for side in calls}
+    for _ in range(PEAK_ROUNDS):
+        for side, call in calls.items():
+            torch.cuda.reset_peak_memory_stats(device)
+            held = torch.cuda.memory_allocated(device)
+            call()
+            peaks[side].append(_mebibytes(torch.cuda.max_memory_allocated(device) - held))
+    return compare(peaks, pairs, "MiB", setting=f"peak memory, {setting}", **facts)
+
+
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Floating point operations per second of the best of a few square matrix products."""
     best = 0.0
@@ -278,8 +301,10 @@ def step(
     times_s = seconds_per_call({side: _done(call, device) for side, call in calls.items()}, rounds)
     pairs = [(side, peer) for side in sides for peer in (TORCHVISION, timm)]
     times_ms = {side: [1e3 * t for t in times] for side, times in times_s.items()}
-    setting = f"batch {recipe.batch_size}, {recipe.train_crop_px} px"
-    return compare(times_ms, pairs, "ms", task="step", what=name, setting=setting)
+    facts = {"task": "step", "what": name}
+    facts["setting"] = f"batch {recipe.batch_size}, {recipe.train_crop_px} px"
+    rows = compare(times_ms, pairs, "ms", **facts)
+    return rows + _gpu_peaks(calls, pairs, device, **facts)
 
 
 def step_peaks(name: str, make_ours: Callable[[str, int], nn.Module], recipe: Recipe) -> list[Row]:
@@ -468,55 +493,90 @@ def epochs(
         ValueError: a command fails; the message names its log.
     """
     times_s: dict[str, list[float]] = {side: [] for side in commands}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for k in range(rounds):
         for side, command in list(commands.items())[:: -1 if k % 2 else 1]:
             log = logs / f"{name}-{re.sub('[^a-z]+', '-', side)}-{k}.log"
-            start_s = time.perf_counter()
-            with log.open("wb") as out:
-                code = subprocess.run(
-                    command, stdout=out, stderr=subprocess.STDOUT, env=environment
-                ).returncode
-            times_s[side].append(time.perf_counter() - start_s)
-            if code:
-                raise ValueError(f"{side}: exit code {code}, see {log}")
+            times_s[side].append(_wall_s(side, command, log))
     ours, *others = commands
     setting = f"{recipe.epochs} epoch, batch {recipe.batch_size}, {recipe.train_crop_px} px"
     pairs = [(ours, peer) for peer in others]
     return compare(times_s, pairs, "s", task="epoch", what=name, setting=setting)
 
 
+def _wall_s(side: str, command: list[str], log: Path, until: Path | None = None) -> float:
+    """Seconds of a command; its output goes to `log`.
+
+    Args:
+        until: a file with which it has done enough, and is ended.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    start_s = time.perf_counter()
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        while until and process.poll() is None and not until.exists():
+            time.sleep(0.01)
+        if until and until.exists():
+            time_s = time.perf_counter() - start_s
+            process.kill()
+            return time_s
+    if process.returncode or until:
+        raise ValueError(f"{side}: exit code {process.returncode}, see {log}")
+    return time.perf_counter() - start_s
+
+
 # ---- size and import -----------------------------------------------------------------------------
 
 
-def listing(source: ImageFiles, folder: Path, counts: Sequence[int], recipe: Recipe) -> list[Row]:
-    """Listing so many files and reading the first of them; hard links stand for the files.
+def listing(
+    source: ImageFiles,
+    folder: Path,
+    counts: Sequence[int],
+    recipe: Recipe,
+    start: Callable[[Path, Path], list[str]],
+    logs: Path,
+) -> list[Row]:
+    """A training's start, its memory and its reading, by how many files it lists.
+
+    Hard links to a few images stand for the files.
+
+    Args:
+        folder: an empty one, for the links.
+        start: makes the command of a training that saves its first step, from a folder with train/
+            and val/ and the run's.
+        logs: folder for its output.
 
     Returns:
-        Rows that set each count beside the first one: seconds to the first batch, bytes per file of
-        the process while it lists them, and images per second.
+        Rows that set each count beside the first one: seconds from the command to the first step,
+        saved; bytes per file of a process while it lists them; and images per second.
+
+    Raises:
+        ValueError: the command fails; the message names its log.
     """
     start_s, peaks, reads = {}, {}, {}
     for count in counts:
         side, root = f"{count} files", folder / str(count)
-        _link(source, root, count)
-        begin_s = time.perf_counter()
-        data = _list(root, source.transform)
-        loader = make_loader(data, TrainBatches(count, recipe.batch_size, seed=0), workers=0)
-        batches = iter(loader)
-        next(batches)
-        start_s[side] = [time.perf_counter() - begin_s]
+        _link(source, root / "train", count)
+        _link(source, root / "val", -(-count // PER_FOLDER), per_folder=1)
+        log, start_s[side] = logs / f"listing-{count}.log", []
+        for k in range(START_ROUNDS):
+            run = root / f"run-{k}"
+            start_s[side].append(_wall_s(side, start(root, run), log, until=run / "last.pt"))
         peaks[side] = [
-            max(peak_memory(_listing_call, root), mmap.PAGESIZE) / count for _ in range(PEAK_ROUNDS)
+            max(peak_memory(_listing_call, root / "train"), mmap.PAGESIZE) / count
+            for _ in range(PEAK_ROUNDS)
         ]
-        reads[side] = by_steps(_use_up, loader)
+        data = _list(root / "train", source.transform)
+        batches = TrainBatches(count, recipe.batch_size, seed=0)
+        reads[side] = by_steps(_use_up, make_loader(data, batches, workers=0))
     speeds = throughputs(reads, recipe.batch_size, steps=4, rounds=9, settle_steps=1)
     first, *others = start_s
     pairs = [(side, first) for side in others]
     facts = {"task": "listing", "what": "image files"}
     reading = f"reading, crop {recipe.train_crop_px} px"
     return [
-        *compare(start_s, pairs, "s", **facts, setting="to the first batch"),
+        *compare(start_s, pairs, "s", **facts, setting="scripts/train.py to its first step"),
         *compare(peaks, pairs, "bytes per file", **facts, setting="peak memory"),
         *compare(speeds, pairs, "images/s", more_is_better=True, **facts, setting=reading),
     ]
@@ -530,8 +590,8 @@ def _listing_call(root: Path) -> Callable[[], ImageFiles]:
     return partial(_list, root)
 
 
-def _link(source: ImageFiles, root: Path, count: int) -> None:
-    """`count` names of files, a thousand a folder, about as ImageNet has them: hard links to a few.
+def _link(source: ImageFiles, root: Path, count: int, per_folder: int = PER_FOLDER) -> None:
+    """`count` names of files, about as ImageNet has them: hard links to a few.
 
     A file has at most 65,000 names on ext4, so that a million need sixteen.
     """
@@ -540,8 +600,8 @@ def _link(source: ImageFiles, root: Path, count: int) -> None:
     for i in range(min(LISTED_SOURCES, len(source))):
         shutil.copyfile(source.path(i), originals / str(i))
     for i in range(count):
-        folder = root / f"n{i // 1000:08d}"
-        if i % 1000 == 0:
+        folder = root / f"n{i // per_folder:08d}"
+        if i % per_folder == 0:
             folder.mkdir(parents=True)
         os.link(
             originals / str(i % min(LISTED_SOURCES, len(source))),

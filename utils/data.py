@@ -104,15 +104,13 @@ class ImageFiles(Dataset):
         seed: int = 0,
     ) -> None:
         self.folder, self.classes, self.transform, self.seed = folder, classes, transform, seed
-        names, labels = [], []
-        for label, name in enumerate(classes):
-            files = _image_names(folder / name)
-            if not files:
+        # Blocks of bytes, not a million str: a worker touching a str copies its memory page.
+        names = [np.array(_image_names(folder / name, name + os.sep)) for name in classes]
+        for name, files in zip(classes, names, strict=True):
+            if not len(files):
                 raise LayoutError(f"{folder / name}: no image in this class folder")
-            names += [os.fsencode(os.path.join(name, file)) for file in files]
-            labels += [label] * len(files)
-        # One block of bytes, not a million str: a worker touching a str copies its memory page.
-        self.names, self.labels = np.array(names), np.array(labels)
+        self.names = np.concatenate(names)
+        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -134,10 +132,12 @@ class ImageFiles(Dataset):
             return CorruptImageError(str(error))
 
 
-def _image_names(folder: Path) -> list[str]:
+def _image_names(folder: Path, prefix: str) -> list[bytes]:
+    """The image files of a folder, sorted, each with `prefix` before its name."""
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if not e.name.startswith(".") and _may_be_read(e)]
-    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    return [os.fsencode(prefix + name) for name in images]
 
 
 def _may_be_read(entry: os.DirEntry) -> bool:
