@@ -401,9 +401,11 @@ def _refuse_others(net: object) -> None:
 
 def _refuse_computed_weights(net: nn.Module) -> None:
     for name, module in net.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" not in module._parameters:
+        own = module._parameters
+        pruned = any(key.endswith("_orig") for key in own)
+        if pruned or (isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" not in own):
             raise ValueError(
-                f"the weight of {name} is computed at every call; make it a parameter first, by "
+                f"a weight of {name} is computed at every call; make it a parameter first, by "
                 "torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
             )
 
@@ -444,9 +446,9 @@ def keep_freed_memory() -> bool:
     """Has this process keep the memory that it frees, for what it allocates next.
 
     By default glibc gives large blocks back to the system, and gets each of them again as pages of
-    zeros, one page fault per 4 KiB. On CPUs that took up to a third of the time of a forward pass,
-    of networks that are not optimized most (results/benchmark_*.csv has both). The price: the
-    process stays as large as it ever was. Call it once, before or after anything else.
+    zeros, one page fault per 4 KiB. On CPUs that took up to a third of the time of a forward pass
+    (results/benchmark_*.csv has both). The price: the process stays as large as it ever was. Call
+    it once, before or after anything else.
 
     Returns:
         Whether it was done: on Linux with glibc.

@@ -151,19 +151,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def report(trainer: training.Trainer, run_dir: Path) -> None:
-    from utils import plotting  # a second's work, which a run is spared until its end
-
     for message in trainer.skipped:
         print(f"skipped: {message}")
     if trainer.skip_corrupt:
         print(f"{len(trainer.skipped)} unreadable images were skipped")
-    figure = run_dir / "curves.png"
+    row, figure = trainer.metrics[-1], run_dir / "curves.png"
+    print(f"validation top-1: raw {row['val_top1_pct']:.2f} %, EMA {row['ema_val_top1_pct']:.2f} %")
+    from utils import plotting  # a second's work, which a run's start is spared
+
     plotting.save(plotting.plot_curves(trainer.metrics), figure)
-    row = trainer.metrics[-1]
-    print(
-        f"validation top-1: raw {row['val_top1_pct']:.2f} %, EMA {row['ema_val_top1_pct']:.2f} %\n"
-        f"run: {run_dir}   curves: {figure}"
-    )
+    print(f"run: {run_dir}   curves: {figure}")
 
 
 def main(argv: list[str] | None = None) -> int:

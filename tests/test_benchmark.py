@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -308,7 +311,7 @@ def test_another_table_is_refused_before_the_measuring(tmp_path, capsys, monkeyp
 def test_a_gpus_peak_memory_is_that_of_the_call():
     device = torch.device("cuda")
     calls = {
-        side: lambda mib=mib: torch.ones(mib << 20, dtype=torch.uint8, device=device).sum()
+        side: partial(torch.ones, mib << 20, dtype=torch.uint8, device=device)
         for side, mib in (("ours", 64), ("peer", 128))
     }
     (row,) = contest._gpu_peaks(calls, [("ours", "peer")], device, setting="s")
@@ -334,12 +337,33 @@ def test_whole_scripts_are_timed(tmp_path):
 
 def test_a_start_ends_with_its_file(tmp_path):
     """It would go on for a minute; one that ends without the file has failed."""
+    start_s = time.perf_counter()
     log, path = tmp_path / "log", tmp_path / "last.pt"
     code = f"import pathlib, time; pathlib.Path({str(path)!r}).touch(); time.sleep(60)"
-    assert contest._wall_s("ours", [sys.executable, "-c", code], log, until=path) < 30
+    contest._wall_s("ours", [sys.executable, "-c", code], log, until=path)
+    assert time.perf_counter() - start_s < 30
     path.unlink()
     with pytest.raises(ValueError, match="ours: exit code 0, see "):
         contest._wall_s("ours", [sys.executable, "-c", ""], log, until=path)
+
+
+def test_an_interrupt_ends_the_script_too(tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def begin(*args, **options):
+        started.append(popen(*args, **options))
+        return started[0]
+
+    def interrupt(time_s):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contest.subprocess, "Popen", begin)
+        patched.setattr(contest.time, "sleep", interrupt)
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        with pytest.raises(KeyboardInterrupt):
+            contest._wall_s("ours", command, tmp_path / "log")
+    assert started[0].wait(timeout=30) == -signal.SIGKILL
 
 
 def test_shards_are_read_beside_their_folders(folders, tmp_path):

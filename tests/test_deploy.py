@@ -339,17 +339,19 @@ def test_refuses_other_modules_and_types():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "name"),
     [
-        partial(prune.l1_unstructured, name="weight", amount=0.5),
-        parametrizations.weight_norm,
-        parametrizations.spectral_norm,
+        (partial(prune.l1_unstructured, name="weight", amount=0.5), "conv1"),
+        (partial(prune.l1_unstructured, name="bias", amount=0.5), "bn1"),
+        (parametrizations.weight_norm, "conv1"),
+        (parametrizations.spectral_norm, "conv1"),
     ],
 )
-def test_refuses_weights_that_are_computed(change):
+def test_refuses_weights_that_are_computed(change, name):
     net = make("resnet18")
-    change(next(m for m in net.modules() if isinstance(m, BasicBlock)).conv1)
-    with pytest.raises(ValueError, match=r"the weight of .*conv1 is computed at every call; make"):
+    block = next(m for m in net.modules() if isinstance(m, BasicBlock))
+    change(block.get_submodule(name))
+    with pytest.raises(ValueError, match=rf"a weight of .*{name} is computed at every call; make"):
         optimize(net)
 
 

@@ -249,7 +249,11 @@ def _gpu_peaks(
     setting: str,
     **facts: Any,
 ) -> list[Row]:
-    """Memory of calls beyond what is held before them, by PyTorch's count; no rows of a CPU."""
+    """Memory of calls beyond what is held before them, by PyTorch's count; no rows of a CPU.
+
+    Of later steps: the optimizer's momentum is held, and so are torchvision's gradients, which its
+    script lets go of when the next step begins.
+    """
     if device.type != "cuda":
         return []
     peaks: dict[str, list[float]] = {side: [] for side in calls}
@@ -515,15 +519,15 @@ def _wall_s(side: str, command: list[str], log: Path, until: Path | None = None)
         log.open("wb") as out,
         subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process,
     ):
-        while until and process.poll() is None and not until.exists():
-            time.sleep(0.01)
-        if until and until.exists():
+        try:
+            while process.poll() is None and not (until and until.exists()):
+                time.sleep(0.01)
             time_s = time.perf_counter() - start_s
+        finally:  # an interrupt ends it, too
             process.kill()
-            return time_s
-    if process.returncode or until:
+    if process.returncode if until is None else not until.exists():
         raise ValueError(f"{side}: exit code {process.returncode}, see {log}")
-    return time.perf_counter() - start_s
+    return time_s
 
 
 # ---- size and import -----------------------------------------------------------------------------
