@@ -42,7 +42,7 @@ bench: sample
 
 # Drawn and sorted once; both commands do nothing where it is.
 sample: $(BIN)/.installed
-	$(BIN)/python -m utils.sample $(SAMPLE)
+	$(BIN)/python -m utils.data.sample $(SAMPLE)
 	$(BIN)/python scripts/imagenet.py --val_solution_path $(SAMPLE)/LOC_val_solution.csv --val_image_dir $(FOLDERS)/val
 
 # Made last, so that an interrupted installation is taken up again.

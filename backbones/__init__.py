@@ -11,15 +11,17 @@ import inspect
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from backbones import darknet, torchvision_ports, vovnet
 from backbones.base import Backbone
+from backbones.classifier import Classifier
 from backbones.weights import load_weights
 
-__all__ = ["create", "list_models"]
+__all__ = ["create", "create_classifier", "list_models"]
 
 # name -> (network class, its configuration)
 _MODELS = {
@@ -68,6 +70,11 @@ def create(
     if weights is not None:
         load_weights(backbone, weights)
     return backbone
+
+
+def create_classifier(name: str, num_classes: int, **options: Any) -> Classifier:
+    """A `Classifier` on the backbone that `create` makes of this name and these options."""
+    return Classifier(create(name, **options), num_classes)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -1,10 +1,7 @@
 """A backbone with a classification head."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
-import backbones
 from backbones.base import Backbone, is_integer
 
 
@@ -33,8 +30,3 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images)[-1].mean((-2, -1)))
-
-
-def create_classifier(backbone: str, num_classes: int, **options: Any) -> Classifier:
-    """A `Classifier` on the backbone that `backbones.create` makes of this name and options."""
-    return Classifier(backbones.create(backbone, **options), num_classes)

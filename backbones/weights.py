@@ -40,7 +40,7 @@ ENTRIES = ("model", "ema", "model_ema", "state_dict", "state_dict_ema", "ema_sta
 # The first key of each format, by which whatever stands before it is found out.
 FIRST_KEYS = ("stem.conv.weight", "stem.0.conv.weight", "stem.conv1.conv.weight", "conv1.weight")
 FIRST_KEYS += ("features.0.0.weight",)
-# What the checkpoint that a run of utils.training saves has beside the model.
+# What the checkpoint that a run of utils.training.loop saves has beside the model.
 RUN_KEYS = {"config", "model", "ema", "optimizer"}
 # These change what is computed and no key or shape, so that nothing else would tell.
 _SILENT_OPTIONS = ("act", "residual", "stem_stride")

@@ -14,17 +14,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from backbones.classifier import create_classifier
-from utils import findings
-from utils.errors import Parser, exit_code
-from utils.studies import STUDIES
-from utils.study import run_study
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import Parser, exit_code
+
+# isort: split
+from backbones import create_classifier
+from utils.studies import statistics
+from utils.studies.definitions import STUDIES
+from utils.studies.runner import run_study
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("study", choices=STUDIES, help="declared in utils/studies.py")
+    add("study", choices=STUDIES, help="declared in utils/studies/definitions.py")
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
     add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
     add("--output", type=Path, help="the CSV (default: the repository's results/study_<study>.csv)")
@@ -47,7 +51,7 @@ def ablate(args: argparse.Namespace) -> int:
         study = replace(study, seeds=study.seeds[: args.seeds])
     devices = [device for device in args.devices.split(",") if device]
     processes = max(1, len(devices)) if args.processes is None else args.processes
-    output = args.output or findings.RESULTS / f"study_{study.name}.csv"
+    output = args.output or statistics.RESULTS / f"study_{study.name}.csv"
     table = run_study(
         study,
         create_classifier,
@@ -61,8 +65,8 @@ def ablate(args: argparse.Namespace) -> int:
     for row in failed.itertuples():
         print(f"{row.value}, seed {row.seed}: {row.status}", file=sys.stderr)
     if len(failed) < len(table):
-        print(findings.summarise(table, study.top1_column).round(2).to_string())
-        print(findings.differences(study, table).round(2).to_string())
+        print(statistics.summarize(table, study.top1_column).round(2).to_string())
+        print(statistics.differences(study, table).round(2).to_string())
     print(f"table: {output}")
     return int(len(failed) > 0)
 

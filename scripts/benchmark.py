@@ -27,17 +27,24 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import Parser, exit_code, int_at_least
+
+# isort: split
 import pandas as pd
 import torch
 from torch import nn
 
 import backbones
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from backbones.deploy import keep_freed_memory, optimize
-from utils import contest, costs, evaluation, peers, recipe, runs, studies
-from utils.data import Splits, open_folders
+from utils import contest, costs, peers, recipe
+from utils.data.folders import Splits, open_folders
 from utils.distributed import pick_device
-from utils.errors import Parser, exit_code, whole_number
+from utils.records import command_line, describe_machine, write_table
+from utils.studies import definitions
+from utils.training import evaluation
 
 KEY = [
     "task",
@@ -54,7 +61,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add, count = parser.add_argument, whole_number(1)
+    add, count = parser.add_argument, int_at_least(1)
     default = ["inference", "step", "input", "loop", "listing", "import"]
     add("--task", dest="tasks", nargs="+", default=default, choices=TASKS, help="what to measure, "
         f"see above (default: {' '.join(default)})")  # fmt: skip
@@ -74,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "preset's)")  # fmt: skip
     add("--rounds", type=count, default=7, help="turns of each side (default: 7)")
     add("--steps", type=count, default=8, help="steps per turn, of input and loop (default: 8)")
-    add("--workers", type=whole_number(0), default=1, help="decoding processes: of both "
+    add("--workers", type=int_at_least(0), default=1, help="decoding processes: of both "
         "sides in loop, of others in epoch, where ours has its default (default: 1)")  # fmt: skip
     add("--files", type=count, nargs="+", default=[1000, 100_000], help="how many to list")
     add("--threads", type=count, default=2, help="of each side (default: 2)")
@@ -111,13 +118,13 @@ def chosen_recipe(args: argparse.Namespace) -> recipe.Recipe:
 
 def machine(args: argparse.Namespace) -> dict[str, object]:
     """The columns that say what a row was measured on, and how."""
-    described = runs.describe_machine()
+    described = describe_machine()
     hardware = described["hardware"]
     return {
         "torch": described["versions"]["torch"],
         "hardware": hardware["gpu"] if args.device.startswith("cuda") else hardware["cpu"],
         "commit": described["commit"],
-        "command": runs.command_line(),
+        "command": command_line(),
     }
 
 
@@ -244,9 +251,13 @@ def networks(args: argparse.Namespace) -> pd.DataFrame:
     chosen = chosen_recipe(args)
     made = {
         name: partial(
-            create_classifier, arm.backbone, costs.NUM_CLASSES, width=chosen.width, **arm.options
+            create_classifier,
+            variant.backbone,
+            costs.NUM_CLASSES,
+            width=chosen.width,
+            **variant.options,
         )
-        for name, arm in studies.networks().items()
+        for name, variant in definitions.networks().items()
     }
     dtype = evaluation.autocast_dtype(torch.device("cpu"), chosen.precision)
     table = pd.DataFrame(costs.measure_networks(made, chosen, args.rounds)).assign(
@@ -314,7 +325,7 @@ def save(path: Path, table: pd.DataFrame) -> None:
         new = set(table[KEY].fillna("").itertuples(index=False, name=None))
         keys = old[KEY].fillna("").itertuples(index=False, name=None)
         table = pd.concat([old[[key not in new for key in keys]], table])
-    runs.write_table(path, table.to_dict("records"))
+    write_table(path, table.to_dict("records"))
     print(f"written: {path}")
 
 
@@ -338,7 +349,7 @@ def benchmark(args: argparse.Namespace) -> None:
         found = TASKS[task](args)
         if task == "networks":
             if args.output:
-                runs.write_table(args.output, found.to_dict("records"))
+                write_table(args.output, found.to_dict("records"))
             continue
         save(path, pd.DataFrame(found).assign(**conditions(args, task), **facts))
 

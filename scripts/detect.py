@@ -14,18 +14,23 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import Parser, exit_code, int_at_least
+
+# isort: split
 from torch import nn
 
 import backbones
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from backbones.detection import retinanet
-from utils import findings, imagenet, sample
-from utils.boxes import open_boxes
-from utils.detection_study import SCRATCH, DetectionStudy, run_detection_study
+from utils.data import imagenet, sample
+from utils.data.boxes import open_boxes
 from utils.distributed import pick_device
-from utils.errors import Parser, exit_code, whole_number
 from utils.recipe import RECIPES, DetectorRecipe
-from utils.trained import load_trained
+from utils.studies import statistics
+from utils.studies.detection_study import SCRATCH, DetectionStudy, run_detection_study
+from utils.training.trained import load_trained
 
 SAMPLE, SCENES = Path("data/sample"), Path("data/scenes")
 
@@ -37,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="last.pt of a run of scripts/train.py, for every seed")
     add("--runs-dir", type=Path, default=Path("runs/detection"), help="default: %(default)s")
     add("--output", type=Path, default=Path("runs/detection.csv"), help="default: %(default)s")
-    add("--seeds", type=whole_number(1), default=5, help="how many (default: %(default)s)")
+    add("--seeds", type=int_at_least(1), default=5, help="how many (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -72,7 +77,7 @@ def detect(args: argparse.Namespace) -> None:
     )
     table = run_detection_study(study, args.seeds, args.runs_dir, args.output)
     print(table.groupby("value", sort=False).map_pct.agg(["mean", "std", "count"]).round(2))
-    print(findings.compare(table, SCRATCH, "map_pct").round(2).to_string())
+    print(statistics.compare(table, SCRATCH, "map_pct").round(2).to_string())
     print(f"table: {args.output}")
 
 

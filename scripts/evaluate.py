@@ -8,11 +8,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from backbones.classifier import create_classifier
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import Parser, exit_code, int_at_least
+
+# isort: split
+from backbones import create_classifier
 from backbones.deploy import optimize
-from utils import distributed, evaluation
-from utils.errors import Parser, exit_code, whole_number
-from utils.trained import load_trained
+from utils import distributed
+from utils.training import evaluation
+from utils.training.trained import load_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -22,10 +27,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
     add(
         "--size",
-        type=whole_number(1),
+        type=int_at_least(1),
         help="side of the centre crop (default: the recipe's)",
     )
-    add("--workers", type=whole_number(0), default=1, help="decoding processes (default: 1)")
+    add("--workers", type=int_at_least(0), default=1, help="decoding processes (default: 1)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
     return parser.parse_args(argv)

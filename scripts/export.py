@@ -20,16 +20,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import DataError, Parser, exit_code
+
+# isort: split
 import torch
 
 import backbones
+from backbones import create_classifier
 from backbones.base import Backbone
-from backbones.classifier import Classifier, create_classifier
+from backbones.classifier import Classifier
 from backbones.deploy import NamedOutputs
 from backbones.weights import WeightsError
 from utils import exporting
-from utils.errors import DataError, Parser, exit_code
-from utils.trained import load_trained
+from utils.training.trained import load_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -68,9 +73,9 @@ def open_network(args: argparse.Namespace) -> Backbone | Classifier:
     if args.checkpoint:
         trained = load_trained(args.checkpoint, create_classifier, torch.device("cpu"))
         if args.classifier:
-            return trained.average
+            return trained.ema
         options = {**trained.options, **args.options}
-        weights = trained.average.state_dict()
+        weights = trained.ema.state_dict()
         return backbones.create(trained.backbone, weights=weights, **options)
     try:
         return backbones.create(args.backbone, weights=args.weights, **args.options)

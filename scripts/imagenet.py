@@ -1,10 +1,15 @@
-"""Sorts the flat validation folder of ImageNet: the command line of `utils.imagenet`."""
+"""Sorts the flat validation folder of ImageNet: the command line of `utils.data.imagenet`."""
 
 import argparse
 import sys
+from pathlib import Path
 
-from utils.errors import EXIT_CODES, Parser, exit_code
-from utils.imagenet import sort_val
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import EXIT_CODES, Parser, exit_code
+
+# isort: split
+from utils.data.imagenet import sort_val
 
 EXAMPLE = """example:
   python scripts/imagenet.py --val_solution_path LOC_val_solution.csv \\

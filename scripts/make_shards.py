@@ -1,4 +1,4 @@
-"""Packs class folders into WebDataset shards, or checks shards: `utils.packing`'s command line.
+"""Packs class folders into WebDataset shards, or checks shards: `utils.data.packing`'s command line.
 
     python scripts/make_shards.py --data-dir ILSVRC/Data/CLS-LOC --output-dir shards
     python scripts/make_shards.py --verify --output-dir shards
@@ -14,8 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.errors import Parser, exit_code, whole_number
-from utils.packing import make_shards, verify_shards
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import Parser, exit_code, int_at_least
+
+# isort: split
+from utils.data.packing import make_shards, verify_shards
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--output-dir", type=Path, metavar="DIR", required=True, help="the folder of the shards")
     add(
         "--images-per-shard",
-        type=whole_number(1),
+        type=int_at_least(1),
         default=1000,
         metavar="N",
         help="in all but the last (default: %(default)s)",
     )
     add(
         "--seed",
-        type=whole_number(0),
+        type=int_at_least(0),
         default=0,
         help="of the training images' order (default: %(default)s)",
     )

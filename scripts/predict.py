@@ -16,12 +16,16 @@ import json
 import sys
 from pathlib import Path
 
-from backbones.classifier import create_classifier
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import DataError, Parser, exit_code, int_at_least, printable
+
+# isort: split
+from backbones import create_classifier
 from utils import distributed
-from utils.errors import DataError, Parser, exit_code, printable, whole_number
-from utils.evaluation import predict_files
-from utils.imagenet import read_synsets
-from utils.trained import load_trained
+from utils.data.imagenet import read_synsets
+from utils.training.evaluation import predict_files
+from utils.training.trained import load_trained
 
 MOST_CLASSES = 5
 
@@ -34,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--synset-mapping", metavar="PATH", help="LOC_synset_mapping.txt: words for classes")
     add(
         "--size",
-        type=whole_number(1),
+        type=int_at_least(1),
         help="side of the centre crop (default: the recipe's)",
     )
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")

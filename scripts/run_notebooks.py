@@ -13,13 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import DataError, Parser
+
+# isort: split
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from utils.errors import DataError, Parser
-from utils.runs import write_whole
+from utils.records import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,7 +52,7 @@ def execute(path: Path) -> list[str]:
     for output in outputs:
         if "image/png" in output.get("data", {}):
             output.data["image/png"] = shrink(output.data["image/png"])
-    write_whole(path, lambda aside: nbformat.write(notebook, aside))
+    write_atomic(path, lambda aside: nbformat.write(notebook, aside))
     return [out.text.strip() for out in outputs if out.get("name") == "stderr"]
 
 

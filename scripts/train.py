@@ -26,15 +26,19 @@ import sys
 import time
 from pathlib import Path
 
-from utils.errors import Parser, exit_code, starting, whole_number
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-with starting():  # PyTorch takes seconds
-    import torch
+from utils.cli import Parser, exit_code, int_at_least
 
-    from backbones.classifier import create_classifier
-    from backbones.deploy import keep_freed_memory, optimize
-    from utils import distributed, recipe, rehearsal, runs, training
-    from utils.inputs import open_data
+# isort: split
+import torch
+
+from backbones import create_classifier
+from backbones.deploy import keep_freed_memory, optimize
+from utils import distributed, recipe
+from utils.data import open_data
+from utils.records import command_line
+from utils.training import loop, rehearsal
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -50,13 +54,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
     add(
         "--seed",
-        type=whole_number(0),
+        type=int_at_least(0),
         default=0,
         help="of weights, order and augmentation (default: 0)",
     )
     add(
         "--workers",
-        type=whole_number(0),
+        type=int_at_least(0),
         default=default_workers(),
         help="decoding processes; 0: threads of the run itself (%(default)s)",
     )
@@ -66,21 +70,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sync-batchnorm", action="store_true", help="BatchNorm over the images of all GPUs")
     add(
         "--checkpoint-steps",
-        type=whole_number(1),
+        type=int_at_least(1),
         default=0,
         metavar="N",
         help="also save every N steps (default: at the ends of epochs)",
     )
     add(
         "--keep-every",
-        type=whole_number(1),
+        type=int_at_least(1),
         default=0,
         metavar="N",
         help="keep every N-th epoch's checkpoint, beside last and best",
     )
     add(
         "--timeout-s",
-        type=whole_number(1),
+        type=int_at_least(1),
         default=600,
         metavar="S",
         help="end after so long a wait for a process, seconds (default: %(default)s)",
@@ -130,7 +134,7 @@ def train(args: argparse.Namespace) -> None:
         if args.dry_run:
             rehearsal.rehearse(model, data, chosen, name=args.backbone, **how)
             return
-        trainer = training.fit(
+        trainer = loop.fit(
             model,
             data,
             chosen,
@@ -138,7 +142,7 @@ def train(args: argparse.Namespace) -> None:
             config={
                 "backbone": args.backbone,
                 "options": options,
-                "command": runs.command_line(),
+                "command": command_line(),
                 "data_dir": args.data_dir,
             },
             checkpoint_steps=args.checkpoint_steps,
@@ -150,7 +154,7 @@ def train(args: argparse.Namespace) -> None:
             report(trainer, args.output_dir)
 
 
-def report(trainer: training.Trainer, run_dir: Path) -> None:
+def report(trainer: loop.Trainer, run_dir: Path) -> None:
     for message in trainer.skipped:
         print(f"skipped: {message}")
     if trainer.skip_corrupt:
@@ -164,7 +168,7 @@ def report(trainer: training.Trainer, run_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: train(parse(argv)), training.SMALLER)
+    return exit_code(lambda: train(parse(argv)), loop.SMALLER)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,25 @@ docs/feature_maps.png, and no table is written.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
+
+from utils.cli import Parser, exit_code
+
+# isort: split
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-from backbones.classifier import create_classifier
-from utils import findings, plotting, sample, speed, tables
-from utils.errors import Parser, exit_code
-from utils.images import MEAN_RGB, STD_RGB
-from utils.runs import write_whole
-from utils.studies import STUDIES
-from utils.trained import load_trained
+from backbones import create_classifier
+from utils import plotting, speed, tables
+from utils.data import sample
+from utils.data.transforms import MEAN_RGB, STD_RGB
+from utils.records import write_atomic
+from utils.studies import statistics
+from utils.studies.definitions import STUDIES
+from utils.training.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 # README's tables of the benchmark, and the machine of each as records name it.
@@ -35,21 +41,21 @@ def updated(readme: str) -> str:
     """README.md's text with all tables made anew."""
     facts = pd.read_csv(ROOT / "tests" / "backbone_facts.csv")
     compared = pd.read_csv(ROOT / "results" / "feature_maps_compared.csv")
-    full_size = findings.read_costs(224)
+    full_size = statistics.read_costs(224)
     blocks = {
         "models": tables.model_table(facts),
         "comparison": tables.markdown(compared.drop(columns="what was tried")),
-        "recipe": tables.markdown(findings.recipe_table()),
-        "fixres": tables.markdown(findings.fixres_table()),
-        "source": tables.markdown(findings.source_table()),
-        "input": tables.markdown(findings.input_table()),
-        "length": tables.markdown(findings.length_table()),
-        "detection": tables.markdown(findings.detection_table(findings.read_detection())),
+        "recipe": tables.markdown(statistics.recipe_table()),
+        "fixres": tables.markdown(statistics.fixres_table()),
+        "source": tables.markdown(statistics.source_table()),
+        "input": tables.markdown(statistics.input_table()),
+        "length": tables.markdown(statistics.length_table()),
+        "detection": tables.markdown(statistics.detection_table(statistics.read_detection())),
     }
     for name, hardware in SPEED.items():
         blocks[name] = tables.markdown(speed.aims_on(hardware, speed.read_benchmark()))
     for name in ("csp_split", "vovnet"):
-        found = findings.study_table(STUDIES[name], findings.read_study(name), full_size)
+        found = statistics.study_table(STUDIES[name], statistics.read_study(name), full_size)
         blocks[name] = tables.markdown(found)
     for name, content in blocks.items():
         readme = tables.replace_block(readme, name, content)
@@ -86,7 +92,7 @@ def update(check: bool) -> int:
         if new != old:
             print("README.md: tables are not those of the records; run scripts/update_readme.py")
         return int(new != old)
-    write_whole(path, lambda aside: aside.write_text(new))
+    write_atomic(path, lambda aside: aside.write_text(new))
     return 0
 
 

@@ -22,8 +22,8 @@ import backbones
 from backbones.classifier import Classifier
 from scripts import benchmark
 from utils import contest, costs
-from utils.data import Batch, Preprocess
-from utils.images import train_transform
+from utils.data.folders import Batch, Preprocess
+from utils.data.transforms import train_transform
 from utils.measure import (
     by_steps,
     count_macs,
@@ -31,7 +31,7 @@ from utils.measure import (
     peak_memory,
     seconds_per_call,
     throughputs,
-    time_by_turns,
+    time_interleaved,
 )
 from utils.peers import (
     SHARED,
@@ -43,8 +43,8 @@ from utils.peers import (
     torchvision_transform,
 )
 from utils.recipe import RECIPES
-from utils.study import Arm
-from utils.training import Trainer
+from utils.studies.runner import Arm
+from utils.training.loop import Trainer
 
 CPU = torch.device("cpu")
 PLAIN = dataclasses.replace(
@@ -192,7 +192,7 @@ def test_turns_rotate_and_are_settled():
 
     sides = {name: side(name, itertools.count(start)) for name, start in (("a", 0), ("b", 10))}
     sides["c"] = side("c", itertools.repeat(0.5))
-    found = time_by_turns(sides, 4, clock=lambda: now_s)
+    found = time_interleaved(sides, 4, clock=lambda: now_s)
     assert calls[3::2] == list("abcbcacababc")
     assert calls[3::2] == calls[4::2]
     assert found["a"] == [2, 4, 6, 8]  # the even ones settle

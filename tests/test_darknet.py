@@ -8,7 +8,8 @@ from helpers import randomise_norms
 from torch.nn.functional import conv2d, cross_entropy, leaky_relu
 
 import backbones
-from backbones.classifier import Classifier, create_classifier
+from backbones import create_classifier
+from backbones.classifier import Classifier
 from backbones.darknet import CSPStage, convert_split
 from backbones.layers import ConvNormAct, scale_channels
 

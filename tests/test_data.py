@@ -11,16 +11,23 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from utils import data
-from utils.data import Batch, CorruptImageError, EvalBatches, Key, Preprocess, TrainBatches
+from utils.data.folders import (
+    Batch,
+    CorruptImageError,
+    EvalBatches,
+    Key,
+    Preprocess,
+    TrainBatches,
+    folders,
+)
+from utils.data.workers import in_threads
 from utils.recipe import RECIPES, Recipe
-from utils.workers import in_threads
 
 TINY = Recipe(batch_size=8, train_crop_px=24, eval_resize_px=28, eval_crop_px=24)
 
 
 def test_open_folders_finds_every_image_and_its_label(folders):
-    opened = data.open_folders(folders, TINY)
+    opened = folders.open_folders(folders, TINY)
     assert opened.classes == ["n00000000", "n00000001", "n00000002"]
     assert (len(opened.train), len(opened.val)) == (48, 18)
     paths = [opened.train.path(i) for i in range(48)]
@@ -36,15 +43,15 @@ def test_other_files_are_left_alone_and_empty_classes_refused(folders, tmp_path)
     shutil.copytree(folders, root)
     for name in (".DS_Store", "._0.JPEG", "notes.txt"):
         (root / "train" / "n00000000" / name).write_bytes(b"x")
-    assert len(data.open_folders(root, TINY).train) == 48
+    assert len(folders.open_folders(root, TINY).train) == 48
     for path in (root / "val" / "n00000001").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="n00000001: no image in this class folder"):
-        data.open_folders(root, TINY)
+        folders.open_folders(root, TINY)
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(folders):
-    train = data.open_folders(folders, TINY, seed=5).train
+    train = folders.open_folders(folders, TINY, seed=5).train
     torch.manual_seed(0)
     first, _ = train[Key(3, 7)]
     after = torch.rand(1)
@@ -52,17 +59,17 @@ def test_samples_depend_on_seed_epoch_and_index_alone(folders):
         train[other]
     assert torch.equal(train[Key(3, 7)][0], first)
     assert not torch.equal(train[Key(4, 7)][0], first)
-    other_seed = data.open_folders(folders, TINY, seed=6).train
+    other_seed = folders.open_folders(folders, TINY, seed=6).train
     assert not torch.equal(other_seed[Key(3, 7)][0], first)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(1), after)  # the global generator is where it was
 
 
 def test_loaders_give_the_same_with_any_number_of_workers(folders):
-    train = data.open_folders(folders, TINY).train
+    train = folders.open_folders(folders, TINY).train
     found = []
     for workers in (0, 1, 3):
-        loader = data.make_loader(train, TrainBatches(48, 8, seed=1), workers)
+        loader = folders.make_loader(train, TrainBatches(48, 8, seed=1), workers)
         loader.batch_sampler.epoch = 2
         batches = list(loader)
         found.append(
@@ -91,7 +98,7 @@ def test_batches_are_the_same_by_any_number_of_threads(folders, tmp_path, thread
             Image.open(path).convert("P").save(path, "PNG")
         if number % 3 == 1:
             path.write_bytes(path.read_bytes()[: 50 * number])
-    train = data.open_folders(root, TINY, seed=3).train
+    train = folders.open_folders(root, TINY, seed=3).train
     keys, found, filters = [Key(1, i) for i in range(48)], [], list(warnings.filters)
     for number in (1, 2, 3, 4):
         threads(number)
@@ -151,10 +158,10 @@ def test_eval_batches_hold_every_image_once():
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_every_batch(monkeypatch, world):
     whole = [[k.index for k in batch] for batch in TrainBatches(50, 12, seed=1)]
-    monkeypatch.setattr(data, "world_size", lambda: world)
+    monkeypatch.setattr(folders, "world_size", lambda: world)
     shares, seen = [], []
     for rank in range(world):
-        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(folders, "rank", lambda rank=rank: rank)
         shares.append([[k.index for k in batch] for batch in TrainBatches(50, 12, seed=1)])
         seen += [k.index for batch in EvalBatches(50, 4) for k in batch]
     for step, batch in enumerate(whole):
@@ -173,16 +180,16 @@ def test_a_batch_larger_than_the_data_is_refused():
 def test_unreadable_images_are_set_apart():
     good = torch.zeros(3, 4, 4, dtype=torch.uint8)
     error = CorruptImageError("x.JPEG: not a readable image")
-    batch = data.collate([(good, 1), error, (good, 2)])
+    batch = folders.collate([(good, 1), error, (good, 2)])
     assert (batch.images.shape, batch.labels.tolist()) == ((2, 3, 4, 4), [1, 2])
     assert batch.corrupt == [error]
-    assert len(data.collate([error]).labels) == 0
+    assert len(folders.collate([error]).labels) == 0
 
 
 def test_evaluation_input_is_torchvisions_reference(photographs):
     """Resize, centre crop, to [0, 1], normalise, by the classic transforms."""
     recipe = RECIPES["imagenet"]
-    val = data.open_folders(photographs, recipe).val
+    val = folders.open_folders(photographs, recipe).val
     image, label = val[Key(0, 50)]
     batch = Batch(image[None], torch.tensor([label]), [])
     found, _ = Preprocess(torch.device("cpu"), 10)(batch)

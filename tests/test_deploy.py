@@ -19,8 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock
 
 import backbones
-from backbones import deploy
-from backbones.classifier import create_classifier
+from backbones import create_classifier, deploy
 from backbones.deploy import FusedConv, optimize
 from backbones.layers import ACTIVATIONS, ConvNormAct
 

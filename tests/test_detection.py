@@ -16,19 +16,21 @@ from PIL import Image
 from torchvision.models.detection.retinanet import _default_anchorgen
 
 import backbones
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from backbones.detection import Pyramid, faster_rcnn, retinanet
-from utils import detection, parameters, sample
-from utils.boxes import BoxedImages, open_boxes
-from utils.data import Key
-from utils.detection import clearest, detect, mean_average_precision, train_detector
-from utils.detection_study import DetectionStudy, run_detection_study
-from utils.errors import DataError
-from utils.images import CorruptImageError
-from utils.locks import lock
+from utils import notebook
+from utils.cli import DataError
+from utils.data import sample
+from utils.data.boxes import BoxedImages, open_boxes
+from utils.data.folders import Key
+from utils.data.transforms import CorruptImageError
 from utils.recipe import DetectorRecipe
-from utils.trained import load_trained
-from utils.training import DivergedError
+from utils.records import lock
+from utils.studies import detection
+from utils.studies.detection import clearest, detect, mean_average_precision, train_detector
+from utils.studies.detection_study import DetectionStudy, run_detection_study
+from utils.training.loop import DivergedError
+from utils.training.trained import load_trained
 
 SMALL = {"min_size": 64, "max_size": 64, "out_channels": 32}
 FAMILIES = ("darknet19", "cspdarknet19", "vovnet19_slim", "resnet18", "mobilenet_v3_small")
@@ -631,5 +633,5 @@ def test_right_parameters_of_the_notebook(scenes, folders):
     names = run_check("08", data_dir=str(scenes), epochs=1, classifier_epochs=1)
     assert names["data_dir"] == scenes
     assert names["detector_recipe"] == DetectorRecipe(epochs=1, warmup_epochs=0.5)
-    with pytest.raises(parameters.ParameterError, match="a detector needs boxes in COCO's format"):
+    with pytest.raises(notebook.ParameterError, match="a detector needs boxes in COCO's format"):
         run_check("08", data_dir=str(folders))

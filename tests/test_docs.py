@@ -25,9 +25,10 @@ from torch.distributed.run import get_args_parser
 from torchvision import models
 from torchvision.models import Weights, WeightsEnum
 
-from backbones.classifier import create_classifier
-from utils import sample, studies
+from backbones import create_classifier
+from utils.data import sample
 from utils.recipe import DetectorRecipe
+from utils.studies import definitions
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -232,7 +233,7 @@ def venv(place, args):
     assert args == [".venv"]
 
 
-MODULES = {"pip": pip, "venv": venv, "utils.sample": lambda place, args: sample.main(args)}
+MODULES = {"pip": pip, "venv": venv, "utils.data.sample": lambda place, args: sample.main(args)}
 
 
 def as_it_is(place, script, args, *more):
@@ -248,9 +249,9 @@ def train(place, script, args):
 
 def ablate(place, script, args):
     """Two values of the study, a few steps each; CONTRIBUTING's is not in the table yet."""
-    namespace = dict(vars(studies))
+    namespace = dict(vars(definitions))
     exec(blocks("CONTRIBUTING.md", "python")[1], namespace)
-    known = {**studies.STUDIES, "activation": namespace["_activation"]()}
+    known = {**definitions.STUDIES, "activation": namespace["_activation"]()}
     main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
     main.__globals__["STUDIES"] = known
     if "--help" in args:
@@ -258,9 +259,9 @@ def ablate(place, script, args):
             main(args)
         return
     study = known[args[0]]
-    arms = tuple(replace(arm, recipe={}) for arm in study.arms[:2])
+    variants = tuple(replace(variant, recipe={}) for variant in study.variants[:2])
     recipe = replace(TINY, epochs=1, warmup_epochs=0.0)
-    known[study.name] = replace(study, recipe=recipe, arms=arms)
+    known[study.name] = replace(study, recipe=recipe, variants=variants)
     assert main([*args, "--processes", "1", "--devices", "cpu"]) == 0
     assert (place / args[args.index("--output") + 1]).exists()
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from backbones.deploy import optimize
-from utils.data import Batch, CorruptImageError, Preprocess, open_folders
-from utils.evaluation import autocast_dtype, confused_pairs, evaluate, over_chance, predict
+from utils.data.folders import Batch, CorruptImageError, Preprocess, open_folders
 from utils.recipe import RECIPES
-from utils.training import fit
+from utils.training.evaluation import autocast_dtype, confused_pairs, evaluate, over_chance, predict
+from utils.training.loop import fit
 
 CPU = torch.device("cpu")
 

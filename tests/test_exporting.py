@@ -11,7 +11,7 @@ from helpers import ROOT, randomise_norms
 from torch import nn
 
 import backbones
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from backbones.deploy import NamedOutputs
 from utils import exporting
 from utils.exporting import ExportError, export

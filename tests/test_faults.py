@@ -26,11 +26,12 @@ import torch
 from helpers import ROOT, SMALL, assert_same_run, run
 from test_imagenet import make, sorted_tree
 
-from backbones.classifier import create_classifier
-from utils import packing, runs
-from utils.evaluation import evaluate_trained
-from utils.locks import lock
-from utils.trained import load_trained
+from backbones import create_classifier
+from utils.data import packing
+from utils.records import lock
+from utils.training.checkpoint import save_checkpoint
+from utils.training.evaluation import evaluate_trained
+from utils.training.trained import load_trained
 
 pytestmark = pytest.mark.faults
 
@@ -38,7 +39,7 @@ TRAIN = ROOT / "scripts" / "train.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Processes made by fork, with PyTorch imported already: a start takes no time.
 STARTER = multiprocessing.get_context("forkserver")
-STARTER.set_forkserver_preload(["torch", "helpers", "utils.training", "utils.plotting"])
+STARTER.set_forkserver_preload(["torch", "helpers", "utils.training.loop", "utils.plotting"])
 
 
 def train_here(args, code, log):
@@ -133,7 +134,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(
 # Where a process kills itself, told by the audit events of Python, or by what it calls.
 MOMENTS = {
     "while a checkpoint is written": """
-import utils.runs as r
+import utils.training.checkpoint as r
 def save(value, path, n=[0], f=r._save_tensors):
     n[0] += 1
     if n[0] == {n}:
@@ -149,7 +150,7 @@ def hook(event, args, n=[0]):
 sys.addaudithook(hook)
 """,
     "amid a step": """
-import utils.training as t
+import utils.training.loop as t
 def clip(optimizer, n=[0], f=torch.optim.SGD.step):
     n[0] += 1
     if n[0] == {n}: os.kill(os.getpid(), signal.SIGKILL)
@@ -157,7 +158,7 @@ def clip(optimizer, n=[0], f=torch.optim.SGD.step):
 torch.optim.SGD.step = clip
 """,
     "amid an evaluation": """
-import utils.evaluation as e
+import utils.training.evaluation as e
 def count(logits, labels, n=[0], f=e._count):
     n[0] += 1
     if n[0] == {n}: os.kill(os.getpid(), signal.SIGKILL)
@@ -180,7 +181,7 @@ def test_killed_at_the_worst_moments_a_run_ends_in_the_same_bits(
 
 
 STOPS_ITSELF = """
-import utils.training as t, utils.evaluation as e
+import utils.training.loop as t, utils.training.evaluation as e
 def stop(*args, n=[0], f={target}):
     n[0] += 1
     if n[0] == {n}: os.kill(os.getpid(), signal.{name})
@@ -216,7 +217,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(folders, whole, tmp_path, n
 
 
 SIGNALLED = """
-import utils.training as t, utils.stopping as s
+import utils.training.loop as t, utils.training.stopping as s
 signal.signal(signal.SIGINT, signal.default_int_handler)
 s.TWICE_S = {twice_s}
 def step(self, batch, f=t.Trainer.train_step):
@@ -386,7 +387,7 @@ def test_each_file_is_on_the_disk_before_its_name_and_its_name_before_the_next(
     run_dir.mkdir()
     row = {"epoch": 2, "step": 5, "ema_val_top1_pct": 50.0}
     checkpoint = {"step": 5, "metrics": [row], "speed": [row], "weights": torch.ones(9)}
-    runs.save_checkpoint(run_dir, checkpoint, keep_every=2)
+    save_checkpoint(run_dir, checkpoint, keep_every=2)
     names = ["last.pt", "metrics.csv", "speed.csv", "best.pt", "epoch_0002.pt"]
     assert asked == [
         each
@@ -432,7 +433,7 @@ def test_a_checkpoint_of_another_run_is_refused(folders, whole, tmp_path, capsys
 
 # What a fault does, in the process that trains; `workers[k]` is the pid of worker k of training.
 FAULTY = """
-import multiprocessing, time, utils.data as d, utils.training as t
+import multiprocessing, time, utils.data.folders as d, utils.training.loop as t
 here, workers = os.getpid(), []
 def note():
     with open({pids!r}, "a") as file: print(os.getpid(), file=file)
@@ -559,7 +560,7 @@ sys.exit(runpy.run_path({str(TRAIN)!r})["main"](sys.argv[1:]))
 """
 FAULTY_RANK = f"""
 import os, runpy, signal, sys
-import utils.training as t
+import utils.training.loop as t
 def step(self, batch, f=t.Trainer.train_step):
     restart, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     with open(f"{{__file__}}.{{restart}}.{{rank}}", "a") as file: print(self.step, file=file)
@@ -631,7 +632,7 @@ t.Trainer.train_step = stop
 def test_of_two_ranks_each_tells_what_it_knows_in_one_line(folders, tmp_path, fault):
     """Without torchrun, which would end the others, and has much to tell itself."""
     script = tmp_path / "faulty.py"
-    imports = "import os, runpy, signal, sys, time\nimport utils.data as d, utils.training as t\n"
+    imports = "import os, runpy, signal, sys, time\nimport utils.data.folders as d, utils.training.loop as t\n"
     margin = "import utils.distributed\nutils.distributed.MARGIN_S = 10\n"
     script.write_text(imports + margin + FAULTY_PEERS[fault] + AS_TRAIN)
     args = command(folders, tmp_path / "run", "--workers", 1, "--timeout-s", 10)
@@ -701,7 +702,7 @@ def test_a_killed_rank_of_one_node_restarts_both(folders, pair, tmp_path):
 
 TELLS_STEPS = f"""
 import os, runpy, sys
-import utils.training as t
+import utils.training.loop as t
 def step(self, batch, f=t.Trainer.train_step):
     with open(f"{{__file__}}.{{os.environ['RANK']}}", "a") as file:
         print(self.step, *batch.indices, file=file)
@@ -753,7 +754,7 @@ def test_two_processes_end_together_on_uneven_shards(folders, tmp_path, monkeypa
 SLOW = {
     "input": """
 import pathlib, runpy, sys, time
-import utils.data as d
+import utils.data.folders as d
 def get(self, keys, f=d.ImageFiles.__getitems__):
     if keys[0].epoch == 1:
         (pathlib.Path(__file__).parent / "now").touch()
@@ -763,7 +764,7 @@ d.ImageFiles.__getitems__ = get
 """,
     "evaluation": """
 import os, pathlib, runpy, sys, time
-import utils.evaluation as e
+import utils.training.evaluation as e
 def count(logits, labels, f=e._count):
     if os.environ["RANK"] == "1":
         (pathlib.Path(__file__).parent / "now").touch()

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from utils import findings
 from utils.recipe import RECIPES
-from utils.study import Arm, Study
+from utils.studies import statistics
+from utils.studies.runner import Study, Variant
 
 TOP1 = {"bare": [50.0, 52.0, 51.0], "with x": [55.0, 56.0, 57.0], "with y": [50.5, 51.0, 51.2]}
-ARMS = tuple(Arm(value, f"net {value}") for value in TOP1)
+ARMS = tuple(Variant(value, f"net {value}") for value in TOP1)
 STUDY = Study("made_up", "recipe", "bare", RECIPES["quick"], ARMS, (0, 1, 2), weights="raw")
 
 
@@ -46,7 +46,7 @@ def costs():
 
 def test_differences_are_those_of_the_studys_weights_and_test_size():
     other_size = record({value: [0.0] * 3 for value in TOP1}, test_crop_px=96)
-    found = findings.differences(STUDY, pd.concat([record(), other_size]))
+    found = statistics.differences(STUDY, pd.concat([record(), other_size]))
     test = stats.ttest_rel(TOP1["with x"], TOP1["bare"]).confidence_interval(0.95)
     row = found.loc["with x"]
     assert row.difference == pytest.approx(5)
@@ -59,21 +59,25 @@ def test_readings_compare_the_baselines_runs_with_themselves():
     """Averaged weights, 2, 2 and 5 points ahead, and a larger test size, 1 point ahead."""
     larger = record({value: [top1 + 1 for top1 in TOP1[value]] for value in TOP1}, test_crop_px=96)
     table = pd.concat([record(), larger])
-    study = dataclasses.replace(STUDY, readings={"with EMA": ("ema", 64), "with 96": ("raw", 96)})
-    found = findings.differences(study, table)
+    study = dataclasses.replace(
+        STUDY, extra_evaluations={"with EMA": ("ema", 64), "with 96": ("raw", 96)}
+    )
+    found = statistics.differences(study, table)
     expected = stats.ttest_1samp([2, 2, 5], 0).confidence_interval(0.95)
     row = found.loc["with EMA"]
     assert row.difference == pytest.approx(3)
     assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
     assert found.loc["with 96", ["difference", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
-    averaged = dataclasses.replace(STUDY, weights="ema", readings={"without EMA": ("raw", 64)})
-    assert findings.differences(averaged, table).difference["without EMA"] == pytest.approx(-3)
-    assert list(findings.differences(STUDY, table).index) == ["with x", "with y"]
+    averaged = dataclasses.replace(
+        STUDY, weights="ema", extra_evaluations={"without EMA": ("raw", 64)}
+    )
+    assert statistics.differences(averaged, table).difference["without EMA"] == pytest.approx(-3)
+    assert list(statistics.differences(STUDY, table).index) == ["with x", "with y"]
 
 
 def test_leaving_out_is_the_other_way_round():
-    found = findings.differences(STUDY, record())
-    turned = findings.negated(found)
+    found = statistics.differences(STUDY, record())
+    turned = statistics.negated(found)
     assert turned.verdict["with x"] == "lower"
     assert turned.verdict["with y"] == "no difference seen"
     row, other = found.loc["with x"], turned.loc["with x"]
@@ -83,26 +87,26 @@ def test_leaving_out_is_the_other_way_round():
 def test_differences_within_groups():
     four = record({"small, 4 epochs": [1, 2, 3], "full, 4 epochs": [0, 1, 2.1]}, epochs=4)
     eight = record({"small, 8 epochs": [1, 2, 3], "full, 8 epochs": [5, 6, 7.5]}, epochs=8)
-    length = findings.by_length(pd.concat([four, eight]))
-    found = findings.differences_within(length, "epochs", "small", "top1_raw_pct")
+    length = statistics.by_length(pd.concat([four, eight]))
+    found = statistics.differences_within(length, "epochs", "small", "top1_raw_pct")
     assert list(found.index) == [(4, "full"), (8, "full")]
     assert found.difference.tolist() == pytest.approx([-2.9 / 3, 12.5 / 3])
     assert found.verdict.tolist() == ["lower", "higher"]
 
 
 def test_cost_ratios_are_taken_within_rounds():
-    found = findings.cost_ratios(costs(), "training", "net bare").loc["net with x"]
+    found = statistics.cost_ratios(costs(), "training", "net bare").loc["net with x"]
     assert found.to_dict() == {"median": 1.0, "min": 0.5, "max": 1.5}
-    assert findings.cost_table(costs())["training (ms/image)"].tolist() == [15.0, 17.5, 11.0]
+    assert statistics.cost_table(costs())["training (ms/image)"].tolist() == [15.0, 17.5, 11.0]
 
 
 def test_study_table_puts_the_interval_beside_the_verdict():
-    table = findings.study_table(STUDY, record(), costs()).set_index("recipe")
+    table = statistics.study_table(STUDY, record(), costs()).set_index("recipe")
     assert table["top-1 (%)"]["with x"] == "56.0 ± 1.0"
     assert table["difference [95 % interval]"]["with x"] == "+5.0 [+2.5, +7.5]"
     assert table["training time over the baseline's"]["with x"] == "1.00 (0.50 to 1.50)"
     assert table.loc["bare", ["difference [95 % interval]", "verdict"]].tolist() == ["baseline", ""]
-    sentence = findings.sentences(findings.differences(STUDY, record()), "bare")[0]
+    sentence = statistics.sentences(statistics.differences(STUDY, record()), "bare")[0]
     assert sentence == "with x against bare: +5.0 [+2.5, +7.5] points, n = 3: higher"
 
 
@@ -114,7 +118,7 @@ def test_tables_of_the_recipe_and_of_lengths(tmp_path):
     leave = pd.concat([leave, record({"full": [60, 60, 60]}, test_crop_px=64)])
     add.to_csv(tmp_path / "study_recipe_add_one.csv")
     leave.to_csv(tmp_path / "study_recipe_leave_one_out.csv")
-    table = findings.recipe_table(tmp_path).set_index("trick")
+    table = statistics.recipe_table(tmp_path).set_index("trick")
     assert list(table.index) == ["CutMix", "EMA", "FixRes"]
     intervals = table.filter(like="95 %").map(lambda text: text.split()[0])
     assert intervals.loc["CutMix"].tolist() == ["-5.3", "-10.3"]
@@ -131,7 +135,7 @@ def test_tables_of_the_recipe_and_of_lengths(tmp_path):
     )
     lengths["epochs"] = lengths.value.str.extract(r"(\d+) epochs").astype(int)
     lengths.to_csv(tmp_path / "study_length.csv")
-    table = findings.length_table(tmp_path).set_index("epochs")
+    table = statistics.length_table(tmp_path).set_index("epochs")
     assert table["small, top-1 (%)"][4] == "33.3 ± 1.5"  # 32, 33 and 35 of averaged weights
     assert table["difference [95 % interval]"].str.split().str[0].tolist() == ["-9.2", "+1.8"]
 
@@ -142,7 +146,7 @@ def test_table_of_fixres(tmp_path):
         for px, below in ((96, [59, 58, 60]), (64, [64, 66, 65]))
     ]
     pd.concat(parts).to_csv(tmp_path / "study_fixres.csv")
-    table = findings.fixres_table(tmp_path).set_index("test crop (px)")
+    table = statistics.fixres_table(tmp_path).set_index("test crop (px)")
     assert table["trained at 64 px, top-1 (%)"][96] == "62.0 ± 2.6"  # 61, 60 and 65 averaged
     assert table["difference [95 % interval]"].str.split().str[0].to_dict() == {
         64: "+4.0",
@@ -153,8 +157,8 @@ def test_table_of_fixres(tmp_path):
 def test_gains_tell_whether_a_difference_grows():
     low = record({"small": [1, 2, 3], "full": [0, 1, 2.1]}, epochs=4)
     high = record({"small": [1, 2, 3], "full": [5, 6, 7.5]}, epochs=8)
-    gains = findings.gains(pd.concat([low, high]), "epochs", "small", "full", "top1_raw_pct")
-    found = findings.compare(gains, 4, "gain").loc[8]
+    gains = statistics.gains(pd.concat([low, high]), "epochs", "small", "full", "top1_raw_pct")
+    found = statistics.compare(gains, 4, "gain").loc[8]
     test = stats.ttest_rel([4, 4, 4.5], [-1, -1, -0.9]).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((test.low, test.high))
     assert found.verdict == "higher"
@@ -163,7 +167,7 @@ def test_gains_tell_whether_a_difference_grows():
 def test_intervals_are_those_of_the_paired_t_test():
     values = {"a": [60.0, 62.0, 61.0, 59.5, 60.5], "b": [61.0, 63.5, 61.5, 61.0, 61.2]}
     values["c"] = [60.5, 61.0, 61.5, 59.0, 60.4]
-    found = findings.compare(record(values), "a", "top1_raw_pct")
+    found = statistics.compare(record(values), "a", "top1_raw_pct")
     for value in "bc":
         test = stats.ttest_rel(values[value], values["a"])
         expected = test.confidence_interval(0.95)
@@ -176,16 +180,16 @@ def test_intervals_are_those_of_the_paired_t_test():
 
 def test_seeds_without_a_partner_are_left_out():
     table = record({"a": [1.0, 2.0, 3.0], "b": [1.0, 0.0, 1.0], "c": [5.0]})
-    found = findings.compare(table, "a", "top1_raw_pct")
+    found = statistics.compare(table, "a", "top1_raw_pct")
     assert found.n.to_dict() == {"b": 3, "c": 1}
     assert found.verdict["c"] == "too few seeds"
     same = record({"a": [1.0, 2.0], "b": [1.0, 2.0]})
-    equal = findings.compare(same, "a", "top1_raw_pct")
+    equal = statistics.compare(same, "a", "top1_raw_pct")
     assert equal.verdict["b"] == "no difference seen"
 
 
 def test_summary():
-    found = findings.summarise(record({"z": [1.0, 3.0], "a": [2.0, 2.0]}), "top1_raw_pct")
+    found = statistics.summarize(record({"z": [1.0, 3.0], "a": [2.0, 2.0]}), "top1_raw_pct")
     assert list(found.index) == ["z", "a"]
     assert found.loc["z", ["mean", "n"]].tolist() == [2.0, 2]
     assert found.loc["z", "std"] == pytest.approx(2**0.5)
@@ -197,7 +201,7 @@ def test_the_detection_table_pairs_seeds():
     rows.append(("trained", 1, 36.0))
     table = pd.DataFrame(rows, columns=["value", "seed", "map_pct"])
     table = table.assign(status="done", map50_pct=2 * table.map_pct)
-    first, second = findings.detection_table(table).to_dict("records")
+    first, second = statistics.detection_table(table).to_dict("records")
     assert first["backbone"] == "from scratch"
     assert first["mAP (%)"] == "21.0 ± 1.4"
     assert first["mAP at IoU 0.5 (%)"] == "42.0 ± 2.8"

@@ -25,10 +25,10 @@ from PIL import Image
 
 import backbones
 from backbones.weights import WeightsError, load_weights
-from utils.errors import printable
-from utils.imagenet import LayoutError, read_solution
-from utils.images import FORMATS, CorruptImageError, open_image, pixels, resized_crop
-from utils.runs import CHECKPOINTED, RunError, load_checkpoint
+from utils.cli import printable
+from utils.data.imagenet import LayoutError, read_solution
+from utils.data.transforms import FORMATS, CorruptImageError, open_image, pixels, resized_crop
+from utils.training.checkpoint import CHECKPOINTED, RunError, load_checkpoint
 
 # What is put into a good file: whatever has a meaning somewhere, and anything else.
 PIECES = st.sampled_from(
@@ -45,7 +45,9 @@ def mutated(draw, good):
         if not content:
             break
         at = draw(st.integers(0, len(content) - 1))
-        end = draw(st.one_of(st.just(len(content)), st.integers(at, min(at + 60, len(content)))))
+        end = draw(
+            st.one_of(st.just(len(content)), st.integers(at, min(at + 60, len(content))))
+        )
         how = draw(st.sampled_from(["cut", "insert", "replace", "repeat", "flip"]))
         if how == "cut":
             del content[at:end]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import Imagenette
 
-from utils.imagenet import (
+from utils.data.imagenet import (
     IMAGENETTE,
     LayoutError,
     apply,

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
-from utils import images
-from utils.data import seeded
-from utils.images import CorruptImageError
+from utils.data import transforms as images
+from utils.data.folders import seeded
+from utils.data.transforms import CorruptImageError
 from utils.recipe import Recipe
 
 

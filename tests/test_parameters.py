@@ -10,8 +10,9 @@ import nbformat
 import pytest
 from helpers import ROOT, run_check
 
-from utils import parameters, sample
-from utils.imagenet import check_layout
+from utils import notebook
+from utils.data import sample
+from utils.data.imagenet import check_layout
 
 TRAINING = ("03", "04", "05", "06")
 STUDIES = ("04", "05", "06")
@@ -108,9 +109,9 @@ def test_every_recipe_passes(folders, notebook, recipe):
 
 
 def test_the_backbones_of_the_command_line(folders):
-    for notebook in ("03", "05", "06"):
+    for number in ("03", "05", "06"):
         values = {"recipe": "imagenet", "backbone": "vovnet39"}
-        names = run_check(notebook, data_dir=str(folders), **values)
+        names = run_check(number, data_dir=str(folders), **values)
         assert names["chosen"].batch_size == 1024
     run_check("03", data_dir=str(folders), backbone="resnet18", width=1.0)
 
@@ -122,7 +123,7 @@ def test_a_folder_that_is_not_the_layout(folders, tmp_path):
         (lambda root: (root / "train" / "a").mkdir(), "holds one class, a; two at least"),
     ):
         make(tmp_path)
-        with pytest.raises(parameters.ParameterError, match=line):
+        with pytest.raises(notebook.ParameterError, match=line):
             run_check("03", data_dir=str(tmp_path))
 
 
@@ -131,9 +132,9 @@ def test_a_folder_of_other_files_is_no_output(folders, tmp_path, notebook, ours)
     values = {"data_dir": str(folders), "output_dir": str(tmp_path)}
     assert run_check(notebook, **values)["run_dir"] == tmp_path  # empty
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(parameters.ParameterError, match="holds other files and no run of this"):
+    with pytest.raises(notebook.ParameterError, match="holds other files and no run of this"):
         run_check(notebook, **values)
-    with pytest.raises(parameters.ParameterError, match="is not a folder"):
+    with pytest.raises(notebook.ParameterError, match="is not a folder"):
         run_check(notebook, **{**values, "output_dir": str(tmp_path / "thesis.txt")})
     (tmp_path / ours).touch()
     assert run_check(notebook, **values)["run_dir"] == tmp_path
@@ -141,7 +142,7 @@ def test_a_folder_of_other_files_is_no_output(folders, tmp_path, notebook, ours)
 
 def test_a_path_in_the_home_folder(folders, monkeypatch):
     monkeypatch.setenv("HOME", str(folders.parent))
-    assert parameters.data_folder(f"~/{folders.name}") == folders
+    assert notebook.data_folder(f"~/{folders.name}") == folders
 
 
 def test_two_at_once_share_one_sample(tmp_path):
@@ -149,7 +150,7 @@ def test_two_at_once_share_one_sample(tmp_path):
     code = (
         "import functools, sys; from pathlib import Path; from utils import parameters, sample;"
         "sample.draw = functools.partial(sample.draw, train_per_class=8, val_per_class=4);"
-        "parameters.SAMPLE = Path(sys.argv[1]); print(parameters.data_folder(''))"
+        "parameters.SAMPLE = Path(sys.argv[1]); print(notebook.data_folder(''))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "sample")]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, TINY, run
 
-from backbones.classifier import create_classifier
-from utils import rehearsal
-from utils.data import open_folders
-from utils.packing import make_shards
-from utils.rehearsal import duration, rehearse
-from utils.training import LossMeter, Trainer, fit
+from backbones import create_classifier
+from utils.data.folders import open_folders
+from utils.data.packing import make_shards
+from utils.training import rehearsal
+from utils.training.loop import LossMeter, Trainer, fit
+from utils.training.rehearsal import duration, rehearse
 
 CPU = torch.device("cpu")
 

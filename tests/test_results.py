@@ -10,12 +10,12 @@ import torch
 from torchvision import models
 
 import backbones
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from utils import speed
 from utils.measure import count_parameters
 from utils.recipe import DetectorRecipe
-from utils.studies import STUDIES
-from utils.study import curves_path
+from utils.studies.definitions import STUDIES
+from utils.studies.runner import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,30 +54,32 @@ def test_studies_are_recorded_whole(study):
     seeds = list(study.seeds[: table.seed.nunique()])
     assert study.tuning or len(seeds) >= 3
     sizes = [
-        (arm.value, seed, px)
+        (variant.value, seed, px)
         for seed in seeds
-        for arm in study.arms
-        for px in (study.recipe.eval_crop_px, *arm.test_sizes_px)
+        for variant in study.variants
+        for px in (study.recipe.eval_crop_px, *variant.test_sizes_px)
     ]
     found = table[["value", "seed", "test_crop_px"]].itertuples(index=False, name=None)
     assert list(found) == sizes
     assert set(table.status) == {"done"}
     curves = pd.read_csv(curves_path(path))
     counts = curves.groupby(["value", "seed"]).epoch.agg(["size", "max"])
-    for arm in study.arms:
-        recipe = study.recipe_of(arm)
-        of_arm = counts.loc[arm.value]
+    for variant in study.variants:
+        recipe = study.recipe_of(variant)
+        of_arm = counts.loc[variant.value]
         assert of_arm.index.tolist() == seeds
         assert (of_arm == recipe.epochs).all(axis=None)
         with torch.device("meta"):
-            net = create_classifier(arm.backbone, 10, **arm.options, **recipe.backbone_options)
+            net = create_classifier(
+                variant.backbone, 10, **variant.options, **recipe.backbone_options
+            )
         declared = {
-            "network": arm.network,
+            "network": variant.network,
             "epochs": recipe.epochs,
             "train_crop_px": recipe.train_crop_px,
             "parameters": count_parameters(net),  # which hold it to the width
         }
-        rows = table.loc[table.value == arm.value, list(declared)]
+        rows = table.loc[table.value == variant.value, list(declared)]
         assert rows.drop_duplicates().to_dict("records") == [declared]
 
 
@@ -147,10 +149,10 @@ def test_records_say_how_they_were_made():
 
 
 def test_the_detection_study_is_recorded_whole():
-    """Five seeds of both arms, by the recipe and the counts that README names."""
+    """Five seeds of both variants, by the recipe and the counts that README names."""
     table = pd.read_csv(ROOT / "results" / "detection_sample.csv")
-    arms = ("from scratch", "pretrained")
-    assert table[["value", "seed"]].values.tolist() == [[a, s] for s in range(5) for a in arms]
+    variants = ("from scratch", "pretrained")
+    assert table[["value", "seed"]].values.tolist() == [[a, s] for s in range(5) for a in variants]
     assert set(table.status) == {"done"}
     assert table.map_pct.between(0, table.map50_pct).all()
     assert table.map50_pct.max() <= 100

@@ -1,6 +1,6 @@
 """The drawn sample: the shape of the Kaggle download, the same bytes, and no shortcut by colour.
 
-What the files must be is written out here after the download, never taken from `utils.sample`.
+What the files must be is written out here after the download, never taken from `utils.data.sample`.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import sample
-from utils.imagenet import check_layout, sort_val
+from utils.data import sample
+from utils.data.imagenet import check_layout, sort_val
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_CLASS = {"train": 20, "val": 10}
@@ -307,7 +307,7 @@ def test_the_command_refuses_with_one_line(tmp_path, how):
     root = taken / "new" if how == "below a file" else taken
     before = snapshot(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "utils.sample", str(root)],
+        [sys.executable, "-m", "utils.data.sample", str(root)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,

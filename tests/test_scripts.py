@@ -16,10 +16,10 @@ import torch
 from helpers import ROOT, SMALL, run
 from PIL import Image, ImageColor
 
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from backbones.weights import load_weights
 from utils import plotting
-from utils.errors import EXIT_CODES
+from utils.cli import EXIT_CODES
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("scripts/*.py")))

@@ -27,15 +27,15 @@ from helpers import ROOT, SMALL, assert_same_run, run, small_disk
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from utils import shards
-from utils.data import CorruptImageError
-from utils.images import as_tensor
-from utils.images import pixels as rgb_of
-from utils.packing import make_shards
+from utils.data import shards
+from utils.data.folders import CorruptImageError
+from utils.data.packing import make_shards
+from utils.data.shards import ShardError, Shards, ShardStream, expand, is_shards, open_shards
+from utils.data.transforms import as_tensor
+from utils.data.transforms import pixels as rgb_of
+from utils.data.workers import watched
 from utils.recipe import Recipe
-from utils.shards import ShardError, Shards, ShardStream, expand, is_shards, open_shards
-from utils.training import Trainer
-from utils.workers import watched
+from utils.training.loop import Trainer
 
 SCRIPT = ROOT / "scripts" / "make_shards.py"
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -13,14 +13,15 @@ import pandas as pd
 import pytest
 import torch
 
-from backbones.classifier import create_classifier
+from backbones import create_classifier
 from scripts import ablate
-from utils import findings, runs
-from utils import study as study_module
-from utils.data import hold_out, open_folders
+from utils.data.folders import hold_out, open_folders
 from utils.recipe import RECIPES
-from utils.studies import STUDIES
-from utils.study import Arm, Study, curves_path, run_study
+from utils.records import write_table
+from utils.studies import runner as study_module
+from utils.studies import statistics
+from utils.studies.definitions import STUDIES
+from utils.studies.runner import Study, Variant, curves_path, run_study
 
 RECIPE = dataclasses.replace(
     RECIPES["quick"],
@@ -37,8 +38,8 @@ TINY = Study(
     "relu",
     RECIPE,
     (
-        Arm("relu", "cspdarknet19", test_sizes_px=(64,)),
-        Arm("Mish, ours", "cspdarknet19", {"act": "mish"}),
+        Variant("relu", "cspdarknet19", test_sizes_px=(64,)),
+        Variant("Mish, ours", "cspdarknet19", {"act": "mish"}),
     ),
     (0, 1),
 )
@@ -147,15 +148,15 @@ def test_an_interrupted_study_keeps_its_rows_and_goes_on(finished, folders, tmp_
 
 def test_a_run_that_fails_is_a_row_that_says_so(finished, folders, tmp_path):
     diverging = {"lr_per_1024": 1e5, "precision": "float32", "epochs": 3, "warmup_epochs": 2.9}
-    arms = (TINY.arms[0], Arm("Hot", "cspdarknet19", recipe=diverging))
-    study = dataclasses.replace(TINY, arms=arms, seeds=(0,))
+    variants = (TINY.variants[0], Variant("Hot", "cspdarknet19", recipe=diverging))
+    study = dataclasses.replace(TINY, variants=variants, seeds=(0,))
     table = run_study(study, create_classifier, folders, tmp_path / "runs", tmp_path / "tiny.csv")
     assert set(table.status[table.value == "relu"]) == {"done"}
     assert "failed: the loss is not finite" in table.status[table.value == "Hot"].item()
     assert set(pd.read_csv(curves_path(tmp_path / "tiny.csv")).value) == {"relu"}
-    assert list(findings.summarise(table, study.top1_column).index) == ["relu"]
-    assert findings.differences(study, table).empty
-    hot = findings.differences(dataclasses.replace(study, baseline="Hot"), table)
+    assert list(statistics.summarize(table, study.top1_column).index) == ["relu"]
+    assert statistics.differences(study, table).empty
+    hot = statistics.differences(dataclasses.replace(study, baseline="Hot"), table)
     assert hot.verdict.to_dict() == {"relu": "too few seeds"}
 
 
@@ -197,14 +198,14 @@ def killed_at_mish(*args, act="relu", **options):
 def test_an_interrupt_ends_the_processes_of_a_study(folders, tmp_path, monkeypatch):
     """Ctrl-C after the first run: no second one is trained on, and no process is left."""
     before = set(multiprocessing.active_children())
-    write_table, interrupted = runs.write_table, []
+    original, interrupted = write_table, []
 
     def interrupt(*args):
-        write_table(*args)
+        original(*args)
         interrupted.append(args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study_module.runs, "write_table", interrupt)
+    monkeypatch.setattr(study_module, "write_table", interrupt)
     study = dataclasses.replace(TINY, seeds=tuple(range(50)))
     with pytest.raises(KeyboardInterrupt):
         run_study(
@@ -266,8 +267,8 @@ def test_a_finished_run_is_tested_anew_where_it_was_tested_otherwise(finished, f
     root, table = finished
     shutil.copytree(root / "runs", tmp_path / "runs")
     before = (tmp_path / "runs" / "tiny" / "mish-ours-seed0" / "metrics.csv").read_bytes()
-    larger = dataclasses.replace(TINY.arms[1], test_sizes_px=(64,))
-    study = dataclasses.replace(TINY, arms=(TINY.arms[0], larger), seeds=(0,))
+    larger = dataclasses.replace(TINY.variants[1], test_sizes_px=(64,))
+    study = dataclasses.replace(TINY, variants=(TINY.variants[0], larger), seeds=(0,))
     places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
     again = run_study(study, create_classifier, *places)
     assert again.test_crop_px.tolist() == [32, 64, 32, 64]
@@ -281,7 +282,9 @@ def test_a_finished_run_is_tested_anew_where_it_was_tested_otherwise(finished, f
 
 
 def test_tuning_does_not_read_the_validation_images(folders, tmp_path):
-    study = dataclasses.replace(TINY, arms=TINY.arms[1:], baseline="Mish, ours", tuning=True)
+    study = dataclasses.replace(
+        TINY, variants=TINY.variants[1:], baseline="Mish, ours", tuning=True
+    )
     data = shutil.copytree(folders, tmp_path / "data")
     for path in (data / "val").rglob("*.JPEG"):
         path.write_bytes(b"no image")
@@ -313,8 +316,8 @@ def test_the_script(folders, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ")
         assert wrong[1] in error
-    diverging = Arm("Hot", "cspdarknet19", recipe={"lr_per_1024": 1e30, "precision": "float32"})
-    study = dataclasses.replace(TINY, name="hot", arms=(*TINY.arms, diverging))
+    diverging = Variant("Hot", "cspdarknet19", recipe={"lr_per_1024": 1e30, "precision": "float32"})
+    study = dataclasses.replace(TINY, name="hot", variants=(*TINY.variants, diverging))
     monkeypatch.setattr(ablate, "STUDIES", {"hot": study})
     command = ["hot", "--data-dir", str(folders), *places[:3], str(tmp_path / "hot.csv")]
     assert ablate.main(command) == 1
@@ -345,9 +348,9 @@ def test_the_slice_is_cut_from_training_alone(folders):
     ("change", "words"),
     [
         ({"baseline": "none"}, "baseline='none' is none of"),
-        ({"arms": (TINY.arms[0], TINY.arms[0])}, "a value stands there twice"),
-        ({"arms": (TINY.arms[0], Arm("Relu!", "darknet19"))}, "share a folder"),
-        ({"arms": (Arm("relu", "darknet19", recipe={"epochs": 0}),)}, "epochs=0 must be"),
+        ({"variants": (TINY.variants[0], TINY.variants[0])}, "a value stands there twice"),
+        ({"variants": (TINY.variants[0], Variant("Relu!", "darknet19"))}, "share a folder"),
+        ({"variants": (Variant("relu", "darknet19", recipe={"epochs": 0}),)}, "epochs=0 must be"),
     ],
 )
 def test_wrong_studies_are_refused(change, words):
@@ -358,7 +361,7 @@ def test_wrong_studies_are_refused(change, words):
 @pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
 def test_declared_studies_can_be_built(study):
     assert len(study.seeds) >= 3 or study.tuning
-    for arm in study.arms:
-        recipe = study.recipe_of(arm)
+    for variant in study.variants:
+        recipe = study.recipe_of(variant)
         with torch.device("meta"):
-            create_classifier(arm.backbone, 10, **arm.options, **recipe.backbone_options)
+            create_classifier(variant.backbone, 10, **variant.options, **recipe.backbone_options)

@@ -19,10 +19,11 @@ from torch import nn
 
 import backbones
 from backbones.classifier import Classifier
-from utils import runs
-from utils.data import Batch, CorruptImageError, open_folders
+from utils.data.folders import Batch, CorruptImageError, open_folders
 from utils.recipe import Recipe
-from utils.training import (
+from utils.training import loop
+from utils.training.checkpoint import RunError, load_checkpoint, save_checkpoint
+from utils.training.loop import (
     DivergedError,
     LossMeter,
     Trainer,
@@ -178,8 +179,8 @@ SHARE = """
 import sys, torch
 from utils import distributed
 from test_training import TINY, make_batch, without_batchnorm
-from utils.data import Batch
-from utils.training import Trainer
+from utils.data.folders import Batch
+from utils.training.loop import Trainer
 import dataclasses
 recipe = dataclasses.replace(TINY, precision="float32", cutmix_alpha=0.0, mixup_alpha=0.0,
                              accumulate=int(sys.argv[2]))
@@ -304,7 +305,7 @@ def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, stop_after):
 
 def test_time_is_charged_to_the_epoch_that_took_it(folders, tmp_path, monkeypatch):
     """Also where a slow evaluation lies between, and a stop after it."""
-    import utils.training as training
+    import utils.training.loop as training
 
     def slow(*args, f=training.evaluate):
         time.sleep(2)
@@ -312,7 +313,7 @@ def test_time_is_charged_to_the_epoch_that_took_it(folders, tmp_path, monkeypatc
 
     monkeypatch.setattr(training, "evaluate", slow)
     data = open_folders(folders, TINY)
-    save, saves = runs.save_checkpoint, []
+    save, saves = save_checkpoint, []
 
     def save_and_stop(*args):
         save(*args)
@@ -320,7 +321,7 @@ def test_time_is_charged_to_the_epoch_that_took_it(folders, tmp_path, monkeypatc
         if len(saves) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         fit(make_model(), data, TINY, tmp_path)
     fit(make_model(), data, TINY, tmp_path)
@@ -343,9 +344,9 @@ def test_a_folder_with_another_run_is_refused(folders, tmp_path):
     recipe = dataclasses.replace(TINY, epochs=2)
     fit(make_model(), open_folders(folders, recipe), recipe, tmp_path)
     other = dataclasses.replace(recipe, momentum=0.8)
-    with pytest.raises(runs.RunError, match=r"holds a run with momentum=0\.9, not 0\.8"):
+    with pytest.raises(RunError, match=r"holds a run with momentum=0\.9, not 0\.8"):
         fit(make_model(), open_folders(folders, other), other, tmp_path)
-    with pytest.raises(runs.RunError, match="holds a run with seed=0, not 1"):
+    with pytest.raises(RunError, match="holds a run with seed=0, not 1"):
         fit(make_model(), open_folders(folders, recipe), recipe, tmp_path, seed=1)
 
 
@@ -384,13 +385,13 @@ def test_checkpoints_are_read_without_running_code(tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     for name, words, kind in [
-        ("trap.pt", "not a checkpoint, or one that would run code", runs.RunError),
-        ("text.pt", "not a checkpoint", runs.RunError),
-        ("other.pt", "not a checkpoint of scripts/train.py", runs.RunError),
+        ("trap.pt", "not a checkpoint, or one that would run code", RunError),
+        ("text.pt", "not a checkpoint", RunError),
+        ("other.pt", "not a checkpoint of scripts/train.py", RunError),
         ("none.pt", "no such checkpoint", FileNotFoundError),
     ]:
         with pytest.raises(kind, match=f"{name}: {words}") as error:
-            runs.load_checkpoint(tmp_path / name)
+            load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "sprung").exists()
 

@@ -1,6 +1,6 @@
 """Ours against what a user would pick instead: inference, a training step, input, size, import.
 
-Sides run by turns (`measure.time_by_turns`), and a row for each pair of them has the median of each
+Sides run by turns (`measure.time_interleaved`), and a row for each pair of them has the median of each
 and how many times ours is better, within each round. Only peaks of memory, the two sizes of a
 listing and the rate of a matrix product are measured one after another.
 """
@@ -27,8 +27,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from utils import inputs, peers
-from utils.data import (
+from utils import data as inputs
+from utils import peers
+from utils.data.folders import (
     Batch,
     ImageFiles,
     Preprocess,
@@ -36,8 +37,8 @@ from utils.data import (
     TrainBatches,
     make_loader,
 )
-from utils.evaluation import autocast_dtype, dtype_name
-from utils.images import decode, train_transform
+from utils.data.packing import make_shards
+from utils.data.transforms import decode, train_transform
 from utils.measure import (
     by_steps,
     count_macs,
@@ -45,11 +46,11 @@ from utils.measure import (
     repeat,
     seconds_per_call,
     throughputs,
-    time_by_turns,
+    time_interleaved,
 )
-from utils.packing import make_shards
 from utils.recipe import Recipe
-from utils.training import Trainer, train_one_epoch
+from utils.training.evaluation import autocast_dtype, dtype_name
+from utils.training.loop import Trainer, train_one_epoch
 
 Row = dict[str, Any]
 NUM_CLASSES = 10
@@ -624,6 +625,6 @@ def imports(rounds: int) -> list[Row]:
         )
         for side, line in lines.items()
     }
-    times_s = time_by_turns(calls, rounds)
+    times_s = time_interleaved(calls, rounds)
     pairs = [tuple(lines)]
     return compare(times_s, pairs, "s", task="import", what="backbones", setting="new interpreter")

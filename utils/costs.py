@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.data import Batch
-from utils.evaluation import autocast
+from utils.data.folders import Batch
 from utils.measure import count_macs, count_parameters, peak_memory, seconds_per_call
 from utils.recipe import Recipe
-from utils.training import Trainer
+from utils.training.evaluation import autocast
+from utils.training.loop import Trainer
 
 NUM_CLASSES = 10
 PEAK_ROUNDS = 3
@@ -25,7 +25,7 @@ def prepare(make: Callable[[], nn.Module], recipe: Recipe, kind: str) -> Callabl
         make: makes the classifier, of `NUM_CLASSES` classes.
         recipe: gives batch size, crop, precision and memory format.
         kind: "latency" and "inference" are forward passes of one image and of a batch, "training"
-            is a whole step of `utils.training`: forward, backward, update, averaged weights.
+            is a whole step of `utils.training.loop`: forward, backward, update, averaged weights.
     """
     torch.manual_seed(0)
     trainer = Trainer(make(), recipe, steps_per_epoch=1000, num_classes=NUM_CLASSES)

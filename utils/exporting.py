@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from utils.errors import DataError, needed
-from utils.runs import write_whole
+from utils.cli import DataError, import_optional
+from utils.records import write_atomic
 
 TRACED = (2, 64, 96)  # images, height and width, pixels; a 1 or a square would be taken for fixed
 CHECKED = ((3, 160, 96), (1, 75, 107))
@@ -61,7 +61,7 @@ def export(source: nn.Module, path: str | Path, *, overwrite: bool = False) -> s
         aside.write_bytes(write(source))
         return _compare(path, source, read(aside))
 
-    outputs, error = write_whole(path, write_checked)
+    outputs, error = write_atomic(path, write_checked)
     return (
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, images float32 "
         f"[batch, {source.in_channels}, height, width] to {outputs}; off by at most {error:.1g} of "
@@ -123,7 +123,7 @@ def _read_pt2(path: Path) -> Run:
 
 def _to_onnx(source: nn.Module) -> bytes:
     for package in ONNX_PACKAGES:
-        needed(package, f"to write ONNX files, which take {', '.join(ONNX_PACKAGES)}")
+        import_optional(package, f"to write ONNX files, which take {', '.join(ONNX_PACKAGES)}")
     program = torch.onnx.export(
         _trace(source),
         dynamo=True,
@@ -136,7 +136,7 @@ def _to_onnx(source: nn.Module) -> bytes:
 
 
 def _read_onnx(path: Path) -> Run:
-    runtime = needed("onnxruntime", "to check ONNX files")
+    runtime = import_optional("onnxruntime", "to check ONNX files")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

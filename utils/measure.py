@@ -34,7 +34,7 @@ def count_macs(module: nn.Module, height_px: int, width_px: int, channels: int =
     return counter.get_total_flops() // 2
 
 
-def time_by_turns(
+def time_interleaved(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
@@ -78,7 +78,7 @@ def seconds_per_call(
     turn_s: float = 0.3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Times short calls by turns (`time_by_turns`), each repeated for about `turn_s` a turn.
+    """Times short calls by turns (`time_interleaved`), each repeated for about `turn_s` a turn.
 
     Returns:
         Seconds of one call of each, one entry per round.
@@ -90,7 +90,7 @@ def seconds_per_call(
         call()
         counts[name] = max(1, math.ceil(turn_s / (clock() - start_s)))
     repeated = {name: partial(repeat, call, counts[name]) for name, call in calls.items()}
-    times_s = time_by_turns(repeated, rounds, settle=calls, clock=clock)
+    times_s = time_interleaved(repeated, rounds, settle=calls, clock=clock)
     return {name: [t / counts[name] for t in times] for name, times in times_s.items()}
 
 
@@ -109,7 +109,7 @@ def throughputs(
     settle_steps: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Images per second of loops over a loader, by turns (`time_by_turns`).
+    """Images per second of loops over a loader, by turns (`time_interleaved`).
 
     Loaders prefetch while another side is timed; the untimed steps at the start of a turn use those
     batches up, and let the other side's workers fill their queue and come to rest.
@@ -127,7 +127,7 @@ def throughputs(
         raise ValueError(f"steps={steps} must be at least 1")
     timed = {side: partial(train, steps) for side, train in trains.items()}
     settle = {side: partial(train, settle_steps) for side, train in trains.items()}
-    times_s = time_by_turns(timed, rounds, settle=settle, clock=clock)
+    times_s = time_interleaved(timed, rounds, settle=settle, clock=clock)
     return {side: [steps * batch_size / t for t in times] for side, times in times_s.items()}
 
 

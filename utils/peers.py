@@ -25,10 +25,10 @@ from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
-from utils.errors import needed
-from utils.evaluation import autocast, autocast_dtype, dtype_name
+from utils.cli import import_optional
 from utils.recipe import Recipe
-from utils.training import param_groups
+from utils.training.evaluation import autocast, autocast_dtype, dtype_name
+from utils.training.loop import param_groups
 
 # ImageNet's RGB values, 0 to 1, as the presets have them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -87,7 +87,7 @@ def torchvision_backbone(name: str) -> nn.Module:
 
 def onnxruntime_call(net: nn.Module, images: Tensor, threads: int) -> Callable[[], object]:
     """A forward pass of `net` in ONNX Runtime on the CPU, exported for the size of `images`."""
-    runtime = needed("onnxruntime", TO_COMPARE)
+    runtime = import_optional("onnxruntime", TO_COMPARE)
     program = torch.onnx.export(net.eval(), (images,), dynamo=True, verbose=False)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -104,7 +104,7 @@ def timm_side(device: torch.device) -> str:
 
 
 def _timm() -> Any:
-    return needed("timm", TO_COMPARE)
+    return import_optional("timm", TO_COMPARE)
 
 
 def torchvision_transform(recipe: Recipe) -> transforms.Compose:
@@ -286,7 +286,7 @@ def _with_ours(script: Path, name: str, register: str, options: dict[str, Any]) 
     # torchvision's script has a utils.py beside it, so its folder must come before ours.
     lines = (
         f"import runpy, sys; sys.path.insert(0, {str(script.parent)!r})",
-        "from backbones.classifier import create_classifier",
+        "from backbones import create_classifier",
         f"make = lambda num_classes: create_classifier({name!r}, num_classes)",
         register,
         f"sys.argv[0] = {str(script)!r}",

@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from utils.images import MEAN_RGB, STD_RGB
-from utils.runs import write_whole
+from utils.data.transforms import MEAN_RGB, STD_RGB
+from utils.records import write_atomic
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 RAW, EMA, TRAIN = "#0072B2", "#D55E00", "#009E73"
@@ -100,7 +100,7 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     """Differences with their intervals, a panel per table: what lies off zero is filled.
 
     Args:
-        found: a title to a result of `utils.findings.compare`; the panels share rows and axis.
+        found: a title to a result of `utils.studies.statistics.compare`; the panels share rows and axis.
     """
     names = list(next(iter(found.values())).index)
     figure = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
@@ -371,4 +371,4 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as an image file; it appears whole or not at all."""
-    write_whole(path, lambda aside: figure.savefig(aside, dpi=120, format=path.suffix[1:]))
+    write_atomic(path, lambda aside: figure.savefig(aside, dpi=120, format=path.suffix[1:]))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.findings import RESULTS
+from utils.studies.statistics import RESULTS
 
 # Least ratios aimed at: of inference in batches of 8, by dtype, for the network that has an aim of
 # its own and for all others; of compiled sides; and of the other contests by task and peer.

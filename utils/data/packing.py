@@ -1,4 +1,4 @@
-"""Packs the images of class folders into shards, and checks shards (see `utils.shards`).
+"""Packs the images of class folders into shards, and checks shards (see `utils.data.shards`).
 
 Packing may be killed at any moment and started again: a shard gets its name when it is whole and
 its checksum stands in SHA256SUMS, and what has both is left alone.
@@ -17,18 +17,17 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from webdataset import TarWriter
 
-from utils.data import ImageFiles
-from utils.imagenet import check_layout, few
-from utils.images import pixels
-from utils.locks import lock
-from utils.progress import progress_bar
-from utils.runs import write_whole
-from utils.shards import FORMAT, INDEX_KEY, SPLITS, Index, ShardError, Shards, read_index
+from utils.cli import progress_bar, summarize
+from utils.data.folders import ImageFiles
+from utils.data.imagenet import check_layout
+from utils.data.shards import FORMAT, INDEX_KEY, SPLITS, Index, ShardError, Shards, read_index
+from utils.data.transforms import pixels
+from utils.records import lock, write_atomic
 
 SUMS_NAME = "SHA256SUMS"  # as sha256sum writes it and --check reads it
 FILE_NAME = re.compile(r"(train|val)-[0-9]{6,}\.tar")
 SUMS_LINE = re.compile(rf"([0-9a-f]{{64}})  ({FILE_NAME.pattern})")
-PACK_STREAM = 3  # first word of the packing order's seed; utils.data has 0 to 2
+PACK_STREAM = 3  # first word of the packing order's seed; utils.data.folders has 0 to 2
 
 
 class _Job(NamedTuple):
@@ -55,7 +54,7 @@ def make_shards(
 
     Raises:
         NotADirectoryError: there is no such `data_dir`.
-        LayoutError: see `utils.imagenet.check_layout`; or a class folder holds no image.
+        LayoutError: see `utils.data.imagenet.check_layout`; or a class folder holds no image.
         ShardError: `output_dir` holds shards of another tree or other options.
         ValueError: `images_per_shard` is below 1.
     """
@@ -73,12 +72,14 @@ def make_shards(
                 bar.update(len(job.order))
                 continue
             write = partial(_write_shard, name=name, job=job, sums=sums, packed_one=bar.update)
-            write_whole(output_dir / name, write)
+            write_atomic(output_dir / name, write)
             packed.append(name)
     anew = sorted(present & set(packed))
     summary = f"{len(jobs)} shards of {total} images: packed {len(packed)}, "
     summary += f"{len(jobs) - len(packed)} were there already"
-    return summary + (f"; packed anew, as their checksum was wrong: {few(anew)}" if anew else "")
+    return summary + (
+        f"; packed anew, as their checksum was wrong: {summarize(anew)}" if anew else ""
+    )
 
 
 def _plan(data_dir: Path, images_per_shard: int, seed: int) -> dict[str, _Job]:
@@ -116,7 +117,7 @@ def _write_shard(
     # Before the shard has its name: one that is there and has no checksum is not ours.
     sums[name] = _sha256(aside)
     text = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-    write_whole(aside.with_name(SUMS_NAME), lambda path: path.write_bytes(text.encode()))
+    write_atomic(aside.with_name(SUMS_NAME), lambda path: path.write_bytes(text.encode()))
 
 
 def _pack(file: IO[bytes], job: _Job, packed_one: Callable[[], Any]) -> None:

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from utils.data import SAMPLE_STREAM, Key, seeded
-from utils.errors import DataError
-from utils.images import as_tensor, open_image, pixels
+from utils.cli import DataError
+from utils.data.folders import SAMPLE_STREAM, Key, seeded
+from utils.data.transforms import as_tensor, open_image, pixels
 
 Target = dict[str, Tensor]  # boxes [n, 4] as x1, y1, x2, y2 in pixels; labels [n]
 
@@ -174,7 +174,7 @@ class BoxedSplits:
 
 
 def open_boxes(data_dir: str | Path, seed: int = 0) -> BoxedSplits:
-    """Opens a folder in COCO's layout, as `utils.sample.draw_scenes` and COCO's own have it.
+    """Opens a folder in COCO's layout, as `utils.data.sample.draw_scenes` and COCO's own have it.
 
     The images of `annotations/instances_train*.json` are in `train*/`, those of val likewise.
 

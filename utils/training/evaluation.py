@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from utils import distributed, inputs
-from utils.data import Batch, Preprocess, collate, readable
-from utils.images import CorruptImageError, Transform, eval_transform, open_image
+from utils import data as inputs
+from utils import distributed
+from utils.data.folders import Batch, Preprocess, collate, readable
+from utils.data.transforms import CorruptImageError, Transform, eval_transform, open_image
+from utils.data.workers import in_threads, watched
 from utils.recipe import Recipe
-from utils.trained import Trained
-from utils.workers import in_threads, watched
+from utils.training.trained import Trained
 
 # Makes of a network and a type a faster copy for inference: `backbones.deploy.optimize`.
 Optimize = Callable[[nn.Module, torch.dtype], nn.Module]
@@ -75,7 +76,7 @@ def evaluate(
             with autocast(preprocess.device, dtype):
                 logits = model(images)
             sums[name] += _count(logits.float(), labels)
-    return {name: _summarise(distributed.sum_over_processes(s)) for name, s in sums.items()}
+    return {name: _summarize(distributed.sum_over_processes(s)) for name, s in sums.items()}
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def _count(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack((loss, right[:, 0].sum(), right.sum(), images))
 
 
-def _summarise(sums: Tensor) -> dict[str, float]:
+def _summarize(sums: Tensor) -> dict[str, float]:
     loss, top1, top5, images = sums.tolist()
     if images == 0:
         raise CorruptImageError("no validation image is readable")
@@ -127,7 +128,7 @@ def evaluate_trained(
     loader = inputs.eval_loader(val, batch_size, workers, device.type == "cuda")
     skipped: dict[str, None] = {}
     results = evaluate(
-        {"raw": trained.raw, "EMA": trained.average},
+        {"raw": trained.raw, "EMA": trained.ema},
         readable(watched(loader), skip_corrupt, skipped),
         Preprocess(device, len(val.classes), recipe.channels_last),
         autocast_dtype(device, recipe.precision),
@@ -181,7 +182,7 @@ def predict_files(
                 raise CorruptImageError(f"{path}: not a readable image (no file at all)")
             raise FileNotFoundError(f"{path}: no such image")
     _, probabilities = predict(
-        trained.average,
+        trained.ema,
         _batches_of(paths, eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)),
         Preprocess(trained.device, len(trained.classes), recipe.channels_last),
         autocast_dtype(trained.device, recipe.precision),

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from utils.errors import DataError
+from utils.cli import DataError
 
 MOST_THREADS = 4  # a sample holds the interpreter for a sixth of its time
 Item, Result = TypeVar("Item"), TypeVar("Result")

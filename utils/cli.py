@@ -11,10 +11,12 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """\
@@ -56,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(BAD_USAGE)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
+def int_at_least(least: int) -> Callable[[str], int]:
     """An argument's type: an integer of at least so much."""
 
     def convert(text: str) -> int:
@@ -71,7 +73,7 @@ def whole_number(least: int) -> Callable[[str], int]:
     return convert
 
 
-def needed(package: str, what_for: str) -> ModuleType:
+def import_optional(package: str, what_for: str) -> ModuleType:
     """A package that not everybody has, imported; ValueError where it is not installed.
 
     Args:
@@ -86,6 +88,12 @@ def needed(package: str, what_for: str) -> ModuleType:
 def printable(text: str) -> str:
     """One line that any terminal shows: line breaks, controls and stray bytes are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def summarize(items: Sequence[str]) -> str:
+    """Returns the count and the first three, as in "5 (a, b, c, ...)", on one printable line."""
+    shown = [item if item.isprintable() else ascii(item) for item in items[:3]]
+    return f"{len(items)} ({', '.join(shown + ['...'] * (len(items) > 3))})"
 
 
 def warn(line: str) -> None:
@@ -177,3 +185,44 @@ def _who() -> str:
     if not {"LOCAL_RANK", "RANK"} <= os.environ.keys():
         return ""
     return f"rank {os.environ['RANK']} on {socket.gethostname()}: "
+
+
+class NotebookBar(tqdm):
+    """A bar that redraws itself in place as plain text.
+
+    A saved notebook then holds the last state only; tqdm's own bars would leave a widget that
+    GitHub cannot show, or a line of stderr per redraw.
+    """
+
+    _handle = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        from IPython.display import display
+
+        text = {"text/plain": str(self) if msg is None else msg}
+        if self._handle is None:
+            self._handle = display(text, raw=True, display_id=True)
+        else:
+            self._handle.update(text, raw=True)
+        return True
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to clear: the text is not on a terminal's line."""
+
+    @classmethod
+    def write(cls, s: str, *args: Any, **kwargs: Any) -> None:
+        print(s)
+
+
+def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
+    """tqdm with these arguments, drawn for where it runs."""
+    if not _in_notebook():
+        interval_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs no animation
+        return tqdm(*args, dynamic_ncols=True, mininterval=interval_s, **kwargs)
+    # What tqdm writes to its file beside the bar, a newline at the end, no notebook should keep.
+    return NotebookBar(*args, ncols=100, file=io.StringIO(), **kwargs)
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")  # a kernel has imported it; nothing else needs it here
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from utils.data import (
+from utils.data.folders import (
     EvalBatches,
     ImageFiles,
     Splits,
@@ -13,11 +13,11 @@ from utils.data import (
     make_loader,
     open_folders,
     open_val,
-    refuse_other_classes,
+    validate_classes,
 )
+from utils.data.shards import Shards, ShardStream, is_shards, open_shards
 from utils.distributed import world_size
 from utils.recipe import Recipe
-from utils.shards import Shards, ShardStream, is_shards, open_shards
 
 
 def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
@@ -36,7 +36,7 @@ def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> I
     if not is_shards(str(data_dir)):
         return open_val(data_dir, classes, recipe)
     _, val, found = open_shards(str(data_dir), recipe)
-    refuse_other_classes(data_dir, found, classes)
+    validate_classes(data_dir, found, classes)
     return val
 
 
@@ -47,7 +47,7 @@ def train_loader(
 
     Args:
         batch_size: images per step over all processes.
-        options: of `utils.data.make_loader`.
+        options: of `utils.data.folders.make_loader`.
     """
     if isinstance(images, Shards):
         return make_loader(ShardStream(images, batch_size, train=True), None, *options)

@@ -1,7 +1,7 @@
-"""Does a detector gain from a backbone that was trained to classify? Both arms, seed by seed.
+"""Does a detector gain from a backbone that was trained to classify? Both variants, seed by seed.
 
 Each run has a folder with a `result.json`, is trained once, and gives one row of a CSV like that of
-`utils.study`, so that `utils.findings` compares its values.
+`utils.studies.runner`, so that `utils.studies.statistics` compares its values.
 """
 
 import json
@@ -15,26 +15,28 @@ import pandas as pd
 import torch
 from torch import nn
 
-from utils import boxes, detection, runs, training
-from utils.data import open_folders
-from utils.errors import DataError
-from utils.locks import lock
-from utils.progress import progress_bar
+from utils.cli import DataError, progress_bar
+from utils.data import boxes
+from utils.data.folders import open_folders
 from utils.recipe import DetectorRecipe, Recipe
-from utils.study import keep_record
+from utils.records import command_line, describe_machine, lock, provenance, write_json, write_table
+from utils.studies import detection
+from utils.studies.runner import keep_record
+from utils.training import loop
+from utils.training.checkpoint import validate_same_run
 
 SCRATCH, PRETRAINED = "from scratch", "pretrained"
 
 
 @dataclass(frozen=True)
 class DetectionStudy:
-    """What both arms share.
+    """What both variants share.
 
     Args:
         make_classifier: of (backbone, number of classes, **options), as `create_classifier`.
         make_detector: of (backbone, number of classes, recipe, **options), whose option `weights`
             is None or a checkpoint that `backbones.create` takes.
-        data_dir: folder with boxes, see `utils.boxes.open_boxes`.
+        data_dir: folder with boxes, see `utils.data.boxes.open_boxes`.
         sample_dir: folder with classes, on which each seed's classifier is trained.
         classifier_recipe: with which it is; also gives the backbone's options.
         checkpoint: of a trained classifier, in place of one for each seed.
@@ -60,7 +62,7 @@ def run_detection_study(
     its last whole epoch.
 
     Returns:
-        The table: a row per seed and arm, in percent, seconds and counts.
+        The table: a row per seed and variant, in percent, seconds and counts.
 
     Raises:
         DataError: the data, a checkpoint or a finished run is not as it should be, or the folder of
@@ -70,7 +72,7 @@ def run_detection_study(
     """
     runs_dir = Path(runs_dir)
     data = boxes.open_boxes(study.data_dir)
-    jobs = [(arm, seed) for seed in range(seeds) for arm in (SCRATCH, PRETRAINED)]
+    jobs = [(variant, seed) for seed in range(seeds) for variant in (SCRATCH, PRETRAINED)]
     asked = {job: _config(study, data, *job) for job in jobs}
     runs_dir.mkdir(parents=True, exist_ok=True)
     with lock(runs_dir, wait=False):
@@ -83,29 +85,31 @@ def run_detection_study(
                 rows[job] = _run(study, *job, runs_dir)
                 folder.mkdir(exist_ok=True)
                 result = {"config": asked[job], "row": rows[job]}
-                runs.write_json(folder / "result.json", result)
-                runs.write_table(output, [row for row in rows.values() if row])
+                write_json(folder / "result.json", result)
+                write_table(output, [row for row in rows.values() if row])
                 bar.update()
-    runs.write_table(output, list(rows.values()))
+    write_table(output, list(rows.values()))
     return pd.DataFrame(rows.values())
 
 
-def _folder(runs_dir: Path, arm: str, seed: int) -> Path:
-    return runs_dir / f"{arm.replace(' ', '-')}-seed{seed}"
+def _folder(runs_dir: Path, variant: str, seed: int) -> Path:
+    return runs_dir / f"{variant.replace(' ', '-')}-seed{seed}"
 
 
-def _config(study: DetectionStudy, data: boxes.BoxedSplits, arm: str, seed: int) -> dict[str, Any]:
+def _config(
+    study: DetectionStudy, data: boxes.BoxedSplits, variant: str, seed: int
+) -> dict[str, Any]:
     """What makes one run another; equal to itself after a visit to JSON."""
     config = {
         "recipe": asdict(study.recipe),
-        "value": arm,
+        "value": variant,
         "seed": seed,
         "backbone": study.backbone,
         "options": study.options,
         "classes": data.classes,
         "images": [len(data.train), len(data.val)],
     }
-    if arm == PRETRAINED:
+    if variant == PRETRAINED:
         own = None if study.checkpoint is None else str(study.checkpoint)
         config |= {"checkpoint": own, "classifier": asdict(study.classifier_recipe)}
     return json.loads(json.dumps(config))
@@ -124,15 +128,15 @@ def _read_result(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         good = False
     if not good:
         raise DataError(f"{path}: damaged; remove it, and its run is made again")
-    runs.refuse_other_run(folder, config, asked)
+    validate_same_run(folder, config, asked)
     return row
 
 
-def _run(study: DetectionStudy, arm: str, seed: int, runs_dir: Path) -> dict[str, Any]:
+def _run(study: DetectionStudy, variant: str, seed: int, runs_dir: Path) -> dict[str, Any]:
     """Trains one detector, and first its classifier; returns its row."""
     data = boxes.open_boxes(study.data_dir, seed)
     weights = None
-    if arm == PRETRAINED:
+    if variant == PRETRAINED:
         weights = study.checkpoint or _train_classifier(study, seed, runs_dir)
     torch.manual_seed(seed)
     model = study.make_detector(
@@ -144,7 +148,7 @@ def _run(study: DetectionStudy, arm: str, seed: int, runs_dir: Path) -> dict[str
     return {
         "study": "detection",
         "status": "done",
-        "value": arm,
+        "value": variant,
         "seed": seed,
         "network": " ".join([study.backbone, *(f"{k}={v}" for k, v in study.options.items())]),
         **{
@@ -157,7 +161,7 @@ def _run(study: DetectionStudy, arm: str, seed: int, runs_dir: Path) -> dict[str
         "val_images": len(data.val),
         "time_s": round(time.perf_counter() - start_s),
         "autocast": "float32",
-        **runs.provenance({**runs.describe_machine(), "command": runs.command_line()}),
+        **provenance({**describe_machine(), "command": command_line()}),
     }
 
 
@@ -166,7 +170,7 @@ def _train_classifier(study: DetectionStudy, seed: int, runs_dir: Path) -> Path:
     folder, recipe = runs_dir / f"classifier-seed{seed}", study.classifier_recipe
     data = open_folders(study.sample_dir, recipe, seed)
     torch.manual_seed(seed)
-    training.fit(
+    loop.fit(
         study.make_classifier(study.backbone, len(data.classes), **study.options),
         data,
         recipe,

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from utils.studies import STUDIES
-from utils.study import Study
+from utils.studies.definitions import STUDIES
+from utils.studies.runner import Study
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -32,7 +32,7 @@ def at_own_size(table: pd.DataFrame) -> pd.DataFrame:
     return finished(table).drop_duplicates(["value", "seed"])
 
 
-def summarise(table: pd.DataFrame, column: str) -> pd.DataFrame:
+def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean, standard deviation and number of seeds of each value, and what its network costs.
 
     Args:
@@ -82,12 +82,12 @@ def _verdict(row: Any) -> str:
 def differences(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Differences of top-1 accuracy to the study's baseline, in points, as `compare` gives them.
 
-    The study's readings are rows of their own: what averaged weights, or another test size, make of
+    The study's extra_evaluations are rows of their own: what averaged weights, or another test size, make of
     the same runs of the baseline.
     """
     rows, column = at_own_size(table), study.top1_column
     parts = [rows]
-    for value, (weights, crop_px) in study.readings.items():
+    for value, (weights, crop_px) in study.extra_evaluations.items():
         read = table[(table.value == study.baseline) & (table.test_crop_px == crop_px)]
         parts.append(read.assign(value=value, **{column: read[f"top1_{weights}_pct"]}))
     return compare(pd.concat(parts), study.baseline, column)
@@ -170,16 +170,18 @@ def cost_ratios(costs: pd.DataFrame, quantity: str, baseline: str) -> pd.DataFra
 
 def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
     """`cost_ratios` of each value of a study to its baseline, a block of columns per quantity."""
-    names = {arm.network: arm.value for arm in study.arms}
-    baseline = next(arm.network for arm in study.arms if arm.value == study.baseline)
+    names = {variant.network: variant.value for variant in study.variants}
+    baseline = next(
+        variant.network for variant in study.variants if variant.value == study.baseline
+    )
     quantities = ("latency", "inference", "training", "inference peak", "training peak")
     blocks = {each: cost_ratios(costs, each, baseline).loc[list(names)] for each in quantities}
     return pd.concat(blocks, axis=1).rename(names).rename_axis(study.factor)
 
 
 def with_costs(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """`summarise` of a study, with the medians of what its networks cost."""
-    summary = summarise(table, study.top1_column)
+    """`summarize` of a study, with the medians of what its networks cost."""
+    summary = summarize(table, study.top1_column)
     networks = at_own_size(table).groupby("value").network.first().loc[summary.index]
     return summary.join(cost_table(costs).loc[networks].set_axis(summary.index))
 
@@ -213,7 +215,7 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
         costs: a record of `read_costs` at full width. Times are those of a round over the
             baseline's of the same round: the median, and from least to most.
     """
-    summary, ratios = summarise(table, study.top1_column), ratio_table(study, costs)
+    summary, ratios = summarize(table, study.top1_column), ratio_table(study, costs)
     found = differences(study, table).reindex(summary.index)
     found["text"] = found.dropna().apply(interval, axis=1)
     columns = {
@@ -254,7 +256,7 @@ def length_table(results: Path = RESULTS) -> pd.DataFrame:
 def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     """Training at the smaller size against training at the larger one, at each test size."""
     study = STUDIES["fixres"]
-    (smaller,) = (arm.value for arm in study.arms if arm.value != study.baseline)
+    (smaller,) = (variant.value for variant in study.variants if variant.value != study.baseline)
     table = read_study("fixres", results)
     found = pairs_table(table, "test_crop_px", study.baseline, smaller, study.top1_column)
     return found.rename(columns={"test_crop_px": "test crop (px)"})
@@ -267,7 +269,7 @@ def source_table(results: Path = RESULTS) -> pd.DataFrame:
 
 
 def input_table(results: Path = RESULTS) -> pd.DataFrame:
-    """The input of `utils.images` against an earlier one, by the size that was trained at."""
+    """The input of `utils.data.transforms` against an earlier one, by the size that was trained at."""
     table = finished(pd.read_csv(results / "input_imagenette.csv"))
     before, now = table.value.unique()
     found = pairs_table(table, "train_crop_px", before, now, "top1_ema_pct")

@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 
-from utils.distributed import rank, world_size
-from utils.errors import DataError
-from utils.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
-from utils.images import (
+from utils.cli import DataError
+from utils.data.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
+from utils.data.transforms import (
     MEAN_RGB,
     STD_RGB,
     CorruptImageError,
@@ -32,11 +31,12 @@ from utils.images import (
     open_image,
     train_transform,
 )
+from utils.data.workers import WorkerError, in_threads, ready_worker, shared_memory
+from utils.distributed import rank, world_size
 from utils.recipe import Recipe
-from utils.workers import WorkerError, in_threads, ready_worker, shared_memory
 
 if TYPE_CHECKING:
-    from utils.shards import Shards  # which imports this module
+    from utils.data.shards import Shards  # which imports this module
 
 # First word of every seed, so that no two uses of (seed, ...) draw the same numbers.
 SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
@@ -233,7 +233,7 @@ def make_loader(
     workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """A loader of `Batch`es for `utils.workers.watched`; its workers live as long as it does.
+    """A loader of `Batch`es for `utils.data.workers.watched`; its workers live as long as it does.
 
     Args:
         batches: which images make a batch; None if the dataset gives whole batches, one by one.
@@ -280,7 +280,7 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
 
     Raises:
         LayoutError: no such folders, a flat val, or classes that differ (see
-            `utils.imagenet.check_layout`).
+            `utils.data.imagenet.check_layout`).
     """
     classes = check_layout(data_dir)
     train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
@@ -320,12 +320,12 @@ def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageF
     Raises:
         LayoutError: as `open_folders`, or other classes.
     """
-    refuse_other_classes(data_dir, check_layout(data_dir), classes)
+    validate_classes(data_dir, check_layout(data_dir), classes)
     transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
     return ImageFiles(Path(data_dir) / "val", classes, transform)
 
 
-def refuse_other_classes(data_dir: str | Path, found: list[str], classes: list[str]) -> None:
+def validate_classes(data_dir: str | Path, found: list[str], classes: list[str]) -> None:
     """LayoutError if the classes found are not those of a checkpoint."""
     if found != classes:
         odd = sorted(set(found) ^ set(classes))

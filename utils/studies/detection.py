@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import nms
 
-from utils.boxes import BoxedBatch, BoxedImages, Target
-from utils.data import STEP_STREAM, EvalBatches, TrainBatches, make_loader, seeded
-from utils.progress import progress_bar
+from utils.cli import progress_bar
+from utils.data.boxes import BoxedBatch, BoxedImages, Target
+from utils.data.folders import STEP_STREAM, EvalBatches, TrainBatches, make_loader, seeded
 from utils.recipe import DetectorRecipe
-from utils.training import PROGRESS_STEPS, DivergedError, lr_factor, param_groups
+from utils.training.loop import PROGRESS_STEPS, DivergedError, lr_factor, param_groups
 
 
 def train_detector(

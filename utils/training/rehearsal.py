@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import distributed, inputs
-from utils.data import Batch, Splits
-from utils.errors import advising_on_memory
-from utils.evaluation import Optimize
+from utils import data as inputs
+from utils import distributed
+from utils.cli import advising_on_memory
+from utils.data.folders import Batch, Splits
+from utils.data.workers import watched
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
-from utils.training import Trainer, make_loaders, memory_advice, train_one_epoch
-from utils.workers import watched
+from utils.training.evaluation import Optimize
+from utils.training.loop import Trainer, make_loaders, memory_advice, train_one_epoch
 
 
 def rehearse(
@@ -37,7 +38,7 @@ def rehearse(
     timeout_s: float = 600,
     tell: Callable[[str], Any] = print,
 ) -> float:
-    """Tells what `utils.training.fit` would do, trains two batches, evaluates three; no files.
+    """Tells what `utils.training.loop.fit` would do, trains two batches, evaluates three; no files.
 
     The first batch starts workers, takes memory and compiles; the last stands for all others.
     Workers have its images ready, so its time is not all: if they take longer to decode, by one

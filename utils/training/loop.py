@@ -23,8 +23,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import distributed, inputs, runs
-from utils.data import (
+from utils import data as inputs
+from utils import distributed
+from utils.cli import Stopped, advising_on_memory, progress_bar
+from utils.data.folders import (
     STEP_STREAM,
     Batch,
     CorruptImageError,
@@ -33,12 +35,19 @@ from utils.data import (
     readable,
     stream_seed,
 )
-from utils.errors import Stopped, advising_on_memory
-from utils.evaluation import Optimize, autocast, autocast_dtype, dtype_name, evaluate
-from utils.progress import progress_bar
+from utils.data.workers import WorkerError, watched
 from utils.recipe import Recipe
-from utils.stopping import Requested, StopRequest
-from utils.workers import WorkerError, watched
+from utils.records import describe_machine, write_json
+from utils.training.checkpoint import (
+    DIVERGED,
+    RunError,
+    end_save,
+    log_tensorboard,
+    open_run,
+    save_checkpoint,
+)
+from utils.training.evaluation import Optimize, autocast, autocast_dtype, dtype_name, evaluate
+from utils.training.stopping import Requested, StopRequest
 
 # By type, never by name: a layer called "bn_head" need not be one.
 NORM_LAYERS = (
@@ -124,7 +133,7 @@ class Trainer:
         skip_corrupt: leave unreadable images out instead of raising.
         compile: whether steps run the network under `torch.compile`.
         sync_batchnorm: whether BatchNorm's statistics are those of all processes' images.
-        optimize: makes what is evaluated, as of `utils.evaluation.evaluate`.
+        optimize: makes what is evaluated, as of `utils.training.evaluation.evaluate`.
 
     Raises:
         ValueError: a step's images make no such parts, or parts too small for BatchNorm.
@@ -282,7 +291,7 @@ class Trainer:
         """Steps of the epoch under way that are done."""
         return self.step - self.epoch * self.steps_per_epoch
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Waits for the device and the other processes, so that `state_dict` is of all of them.
 
         Raises:
@@ -328,7 +337,7 @@ def odd_entry(trainer: Trainer, state: dict[str, Any]) -> str | None:
     """The first entry of a checkpoint, but for weights, that no run like `trainer`'s has.
 
     Args:
-        state: with entries of the types of `utils.runs.CHECKPOINTED`.
+        state: with entries of the types of `utils.training.checkpoint.CHECKPOINTED`.
     """
     steps, epochs, done = trainer.steps_per_epoch, trainer.recipe.epochs, len(state["metrics"])
     in_epoch, under_way = state["step"] - done * steps, state["under_way"]
@@ -468,7 +477,7 @@ def train_one_epoch(
         if progress is not None:
             progress.update(trainer.recipe.batch_size)
         after_step()
-    trainer.settle()
+    trainer.synchronize()
     mean = torch.tensor(trainer.meter.mean(), device=trainer.device, dtype=torch.float64)
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
 
@@ -535,13 +544,13 @@ def fit(
     )
     config = {**(config or {}), **_describe(trainer, data, workers), **options}
     with ExitStack() as stack:
-        opened = runs.open_run(run_dir, config)
+        opened = open_run(run_dir, config)
         # Of many machines, one alone needs to see the run's folder.
         checkpoint = distributed.of_rank_0(lambda: stack.enter_context(opened))
         if checkpoint:
             _resume(trainer, checkpoint, run_dir)
             if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
-                runs.end_save(run_dir, checkpoint, keep_every)
+                end_save(run_dir, checkpoint, keep_every)
         bar = progress_bar(
             total=recipe.epochs * trainer.steps_per_epoch * recipe.batch_size,
             initial=trainer.step * recipe.batch_size,
@@ -571,11 +580,11 @@ def _resume(trainer: Trainer, checkpoint: dict[str, Any], run_dir: Path) -> None
     path = run_dir / "last.pt"
     advice = "its own config; put best.pt in its place, or start again in another folder"
     if name := odd_entry(trainer, checkpoint):
-        raise runs.RunError(f"{path}: its {name!r} is not that of {advice}")
+        raise RunError(f"{path}: its {name!r} is not that of {advice}")
     try:
         trainer.load_state_dict(checkpoint)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise runs.RunError(f"{path}: its weights are not those of {advice}") from error
+        raise RunError(f"{path}: its weights are not those of {advice}") from error
 
 
 @dataclasses.dataclass
@@ -608,7 +617,7 @@ class _Run:
             if isinstance(error, WorkerError):
                 if not self.stop.signal or distributed.world_size() > 1:
                     raise
-                trainer.settle()  # no step is under way, and who waits for a disk may stop, too
+                trainer.synchronize()  # no step is under way, and who waits for a disk may stop, too
             self._save()
             raise Stopped(
                 f"{self.stop.signal or 'a signal to another process'}, all is saved at step "
@@ -631,7 +640,7 @@ class _Run:
         due = self.checkpoint_steps and trainer.step % self.checkpoint_steps == 0
         # The last step of an epoch is saved with its evaluation.
         if stopping or (due and trainer.step_in_epoch < trainer.steps_per_epoch):
-            trainer.settle()
+            trainer.synchronize()
             if stopping:
                 raise Requested
             self._save()
@@ -668,7 +677,7 @@ class _Run:
     def _save(self) -> None:
         if distributed.rank() == 0:
             checkpoint = {"config": self.config, **self.trainer.state_dict()}
-            runs.save_checkpoint(self.run_dir, checkpoint, self.keep_every)
+            save_checkpoint(self.run_dir, checkpoint, self.keep_every)
 
     def _tell(self) -> None:
         if distributed.rank() > 0:
@@ -677,7 +686,7 @@ class _Run:
             self.progress.write(describe_epoch(self.trainer))
         if self.tensorboard:
             rows = self.trainer.metrics[-1], self.trainer.speed[-1]
-            runs.log_tensorboard(self.run_dir, *rows)
+            log_tensorboard(self.run_dir, *rows)
 
 
 def memory_advice(recipe: Recipe) -> str:
@@ -717,11 +726,11 @@ def _naming_images(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[No
         if distributed.rank() == 0:
             with suppress(OSError):
                 record = {"step": error.step, "learning_rate": learning_rate, "images": images}
-                runs.write_json(run_dir / runs.DIVERGED, record)
+                write_json(run_dir / DIVERGED, record)
         few = ", ".join(images[:3] + ["..."] * (len(images) > 3))
         raise DivergedError(
             f"{error}; learning rate {learning_rate:.4g}, images {few} "
-            f"(all in {run_dir / runs.DIVERGED})"
+            f"(all in {run_dir / DIVERGED})"
         ) from error
 
 
@@ -761,5 +770,5 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
         "autocast": dtype_name(trainer.dtype),
         "processes": distributed.world_size(),
         "workers": workers,
-        **runs.describe_machine(),
+        **describe_machine(),
     }

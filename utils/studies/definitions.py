@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from utils.recipe import RECIPES
-from utils.study import Arm, Study
+from utils.studies.runner import Study, Variant
 
 BACKBONE = "cspdarknet19"  # of the studies of the recipe
 _SIZES = {
@@ -44,21 +44,27 @@ TRAIN_PX, LARGER_PX = SHORT.train_crop_px, 96
 
 def _learning_rate() -> Study:
     """The peak rate of Darknet-53 with and without the split, chosen on the held-out slice."""
-    arms = [
-        Arm(f"{backbone}, {rate:g}", backbone, options, {"lr_per_1024": rate})
+    variants = [
+        Variant(f"{backbone}, {rate:g}", backbone, options, {"lr_per_1024": rate})
         for backbone, options in (("cspdarknet53", {"split": "separate"}), ("darknet53", {}))
         for rate in (2.0, 1.0, 0.5)
     ]
     return Study(
-        "learning_rate", "learning rate", arms[0].value, SHORT, tuple(arms), (0,), tuning=True
+        "learning_rate",
+        "learning rate",
+        variants[0].value,
+        SHORT,
+        tuple(variants),
+        (0,),
+        tuning=True,
     )
 
 
 def _csp_split() -> Study:
     splits = ("separate", "slice", "partial")
-    arms = [Arm(split, "cspdarknet53", {"split": split}) for split in splits]
-    arms.append(Arm("no split", "darknet53"))
-    return Study("csp_split", "CSP split", "separate", SHORT, tuple(arms), FIVE)
+    variants = [Variant(split, "cspdarknet53", {"split": split}) for split in splits]
+    variants.append(Variant("no split", "darknet53"))
+    return Study("csp_split", "CSP split", "separate", SHORT, tuple(variants), FIVE)
 
 
 def _vovnet() -> Study:
@@ -69,14 +75,14 @@ def _vovnet() -> Study:
         "V2": {"residual": True, "ese": True},
         "V2, eSE last": {"residual": True, "ese": "last"},
     }
-    arms = tuple(Arm(value, "vovnet39", options) for value, options in versions.items())
-    return Study("vovnet", "VoVNet version", "V1", SHORT, arms, FIVE)
+    variants = tuple(Variant(value, "vovnet39", options) for value, options in versions.items())
+    return Study("vovnet", "VoVNet version", "V1", SHORT, variants, FIVE)
 
 
 def _leave_one_out() -> Study:
-    arms = [Arm("full", BACKBONE, recipe=FULL, test_sizes_px=(TRAIN_PX,))]
-    arms += [
-        Arm(f"without {name}", BACKBONE, recipe={**FULL, **off})
+    variants = [Variant("full", BACKBONE, recipe=FULL, test_sizes_px=(TRAIN_PX,))]
+    variants += [
+        Variant(f"without {name}", BACKBONE, recipe={**FULL, **off})
         for name, (_, off) in TRICKS.items()
     ]
     return Study(
@@ -84,55 +90,57 @@ def _leave_one_out() -> Study:
         "recipe",
         "full",
         SHORT.tested_at(LARGER_PX),
-        tuple(arms),
+        tuple(variants),
         THREE,
-        readings={"without EMA": ("raw", LARGER_PX), "without FixRes": ("ema", TRAIN_PX)},
+        extra_evaluations={"without EMA": ("raw", LARGER_PX), "without FixRes": ("ema", TRAIN_PX)},
     )
 
 
 def _add_one() -> Study:
-    arms = [Arm("bare", BACKBONE, recipe=BARE, test_sizes_px=(LARGER_PX,))]
-    arms += [
-        Arm(f"with {name}", BACKBONE, recipe={**BARE, **on}) for name, (on, _) in TRICKS.items()
+    variants = [Variant("bare", BACKBONE, recipe=BARE, test_sizes_px=(LARGER_PX,))]
+    variants += [
+        Variant(f"with {name}", BACKBONE, recipe={**BARE, **on}) for name, (on, _) in TRICKS.items()
     ]
     return Study(
         "recipe_add_one",
         "recipe",
         "bare",
         SHORT,
-        tuple(arms),
+        tuple(variants),
         THREE,
         weights="raw",
-        readings={"with EMA": ("ema", TRAIN_PX), "with FixRes": ("raw", LARGER_PX)},
+        extra_evaluations={"with EMA": ("ema", TRAIN_PX), "with FixRes": ("raw", LARGER_PX)},
     )
 
 
 def _fixres() -> Study:
     values = {px: f"trained at {px} px" for px in (LARGER_PX, TRAIN_PX)}
     sizes_px = (64, 128, 160)
-    arms = tuple(
-        Arm(value, BACKBONE, recipe={"train_crop_px": px}, test_sizes_px=sizes_px)
+    variants = tuple(
+        Variant(value, BACKBONE, recipe={"train_crop_px": px}, test_sizes_px=sizes_px)
         for px, value in values.items()
     )
     name = "fixres"
-    return Study(name, "training size", values[LARGER_PX], SHORT.tested_at(LARGER_PX), arms, THREE)
+    return Study(
+        name, "training size", values[LARGER_PX], SHORT.tested_at(LARGER_PX), variants, THREE
+    )
 
 
 def _length() -> Study:
-    arms = tuple(
-        Arm(f"{name}, {epochs} epochs", BACKBONE, recipe={**tricks, "epochs": epochs})
+    variants = tuple(
+        Variant(f"{name}, {epochs} epochs", BACKBONE, recipe={**tricks, "epochs": epochs})
         for epochs in (3, 6, 12)
         for name, tricks in (("small", {}), ("full", FULL))
     )
-    return Study("length", "recipe and epochs", "small, 6 epochs", SHORT, arms, THREE)
+    return Study("length", "recipe and epochs", "small, 6 epochs", SHORT, variants, THREE)
 
 
-def networks() -> dict[str, Arm]:
-    """An arm for each network that the studies train, by its name."""
+def networks() -> dict[str, Variant]:
+    """An variant for each network that the studies train, by its name."""
     found = {}
     for study in STUDIES.values():
-        for arm in study.arms:
-            found.setdefault(arm.network, arm)
+        for variant in study.variants:
+            found.setdefault(variant.network, variant)
     return found
 
 

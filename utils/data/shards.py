@@ -8,7 +8,7 @@ split is, so that a shard that comes through a pipe needs no other file:
     000000123.jpg         the bytes of the image file, whatever its format
     000000123.path        its class folder and name, which may hold dots, spaces and any bytes
 
-Training images are shuffled when they are packed (`utils.packing`), so that any shard is a mix of
+Training images are shuffled when they are packed (`utils.data.packing`), so that any shard is a mix of
 all classes, and an epoch reads the shards in a new order, through a shuffle buffer.
 """
 
@@ -32,7 +32,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import Pipe, gopen, set_options
 from webdataset.tariterators import tar_file_iterator
 
-from utils.data import (
+from utils.cli import DataError, printable, summarize
+from utils.data.folders import (
     ORDER_STREAM,
     Batch,
     CorruptImageError,
@@ -40,12 +41,10 @@ from utils.data import (
     sample_rng,
     stream_seed,
 )
+from utils.data.transforms import Transform, eval_transform, open_image, train_transform
+from utils.data.workers import in_threads
 from utils.distributed import rank, world_size
-from utils.errors import DataError, printable
-from utils.imagenet import few
-from utils.images import Transform, eval_transform, open_image, train_transform
 from utils.recipe import Recipe
-from utils.workers import in_threads
 
 SPLITS = ("train", "val")
 FORMAT = 1
@@ -105,7 +104,7 @@ class Index:
         here, there = f"{self.split} shard {self.shard}", f"{wanted.split} shard {wanted.shard}"
         if self.classes != wanted.classes:
             odd = sorted(set(self.classes) ^ set(wanted.classes))
-            return f"its classes differ: {few(odd)}"
+            return f"its classes differ: {summarize(odd)}"
         if self.files != wanted.files:
             return "it was made from a tree with other files"
         if self.seed != wanted.seed:
@@ -178,7 +177,7 @@ def read_index(url: str) -> Index:
     """What a shard says of its split, from its first member.
 
     Raises:
-        ShardError: it cannot be read, or is none of `utils.packing`'s.
+        ShardError: it cannot be read, or is none of `utils.data.packing`'s.
     """
     with contextlib.closing(_files(url)) as files:
         return _parse_index(url, next(files, None))
@@ -263,7 +262,7 @@ class Shards:
 
     Args:
         urls: paths or pipes of all its shards, in the order of their numbers.
-        transform: as in `utils.data.ImageFiles`.
+        transform: as in `utils.data.folders.ImageFiles`.
         seed: of the order and of the transform's random numbers.
 
     Raises:
@@ -279,7 +278,7 @@ class Shards:
         if odd := sorted(numbers ^ all_numbers):
             raise ShardError(
                 f"{urls[0]}: one of {len(all_numbers)} {self.index.split} shards, not of "
-                f"{len(urls)}: name all of them; missing or too many: {few(list(map(str, odd)))}"
+                f"{len(urls)}: name all of them; missing or too many: {summarize(list(map(str, odd)))}"
             )
         self._refuse(0, self.index)
 
@@ -338,7 +337,7 @@ class Shards:
                 raise ShardError(f"{url}: holds more than the images of its index: make it again")
 
     def decode(self, packed: Packed, epoch: int) -> tuple[Tensor, int] | CorruptImageError:
-        """Image and label, or the error, as of `utils.data.ImageFiles`."""
+        """Image and label, or the error, as of `utils.data.folders.ImageFiles`."""
         path = os.fsdecode(packed.path)
         name = f"{self.path(packed.index)} ({printable(path)})"
         try:
@@ -364,7 +363,7 @@ class ShardStream(IterableDataset):
     In training the images that fill no batch, at the end of the row, are left out of this epoch.
     In evaluation every image comes once, in order within a worker, and parts may be uneven.
 
-    A shard's error comes in the place of a batch: `utils.workers.watched` raises it.
+    A shard's error comes in the place of a batch: `utils.data.workers.watched` raises it.
 
     Args:
         batch_size: images per step over all processes.

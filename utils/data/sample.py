@@ -8,7 +8,7 @@ are drawn alike for every class. Flips, rotations and inverted colours keep the 
 
 `draw_scenes` draws the same objects, several to a picture, with a box each in COCO's format.
 
-    python -m utils.sample data/sample
+    python -m utils.data.sample data/sample
 """
 
 import colorsys
@@ -22,9 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from utils.errors import Parser, exit_code, whole_number
-from utils.locks import lock
-from utils.progress import progress_bar
+from utils.cli import Parser, exit_code, int_at_least, progress_bar
+from utils.records import lock
 
 VERSION = 1  # of the drawing code: raise it with every change that changes the bytes
 MARKER, UNFINISHED = "sample.json", "sample.unfinished.json"
@@ -452,9 +451,9 @@ def _draw_scenes(folder: Path, number: int, seed: int, count: int, bar: tqdm) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    parser = Parser("Draw the sample.", prog="python -m utils.sample")
+    parser = Parser("Draw the sample.", prog="python -m utils.data.sample")
     parser.add_argument("root", help="folder to fill, for example data/sample")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     return exit_code(lambda: print(_drawn(args.root, args.seed)))
 

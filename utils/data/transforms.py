@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
-from utils.errors import DataError, printable
+from utils.cli import DataError, printable
 from utils.recipe import Recipe
 
 # Mean and standard deviation of ImageNet's RGB values, 0 to 255 (torchvision's, times 255).

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from utils import distributed, runs
+from utils import distributed
 from utils.recipe import Recipe
+from utils.training.checkpoint import RunError, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Trained:
     """
 
     raw: nn.Module
-    average: nn.Module
+    ema: nn.Module
     backbone: str
     options: dict[str, Any]
     classes: list[str]
@@ -47,30 +48,30 @@ def load_trained(
         FileNotFoundError: there is no such file.
         RunError: it is no checkpoint of a run, or its weights are not those of its own config.
     """
-    checkpoint = runs.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
     if not all(isinstance(name, str) for name in config["classes"]):
-        raise runs.RunError(f"{path}: its config's classes are not all names")
+        raise RunError(f"{path}: its config's classes are not all names")
     try:
         model = make(config["backbone"], len(config["classes"]), **config["options"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise runs.RunError(f"{path}: its config names no network: {error}") from error
+        raise RunError(f"{path}: its config names no network: {error}") from error
     try:
         recipe = Recipe(**config["recipe"])
     except (TypeError, ValueError) as error:
-        raise runs.RunError(f"{path}: its recipe is of another version ({error})") from error
+        raise RunError(f"{path}: its recipe is of another version ({error})") from error
     average = AveragedModel(model, use_buffers=True)
     try:
         model.load_state_dict(checkpoint["model"])
         average.load_state_dict(checkpoint["ema"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise runs.RunError(f"{path}: its weights are not those of its own config") from error
+        raise RunError(f"{path}: its weights are not those of its own config") from error
     if not all(tensor.isfinite().all() for tensor in average.state_dict().values()):
-        raise runs.RunError(f"{path}: its weights are not all finite; take an earlier checkpoint")
+        raise RunError(f"{path}: its weights are not all finite; take an earlier checkpoint")
     device = device or distributed.pick_device()
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    raw, average = (
+    raw, ema = (
         net.to(device, memory_format=memory_format).eval() for net in (model, average.module)
     )
     named = {name: config[name] for name in ("backbone", "options", "classes")}
-    return Trained(raw, average, recipe=recipe, device=device, **named)
+    return Trained(raw, ema, recipe=recipe, device=device, **named)

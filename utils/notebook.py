@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils import runs, sample
-from utils.boxes import open_boxes
-from utils.imagenet import check_layout, sort_val
+from utils.data import sample
+from utils.data.boxes import open_boxes
+from utils.data.imagenet import check_layout, sort_val
 from utils.recipe import RECIPES, DetectorRecipe, Recipe
+from utils.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE, SCENES = ROOT / "data" / "sample", ROOT / "data" / "scenes"
@@ -29,7 +30,7 @@ class ParameterError(ValueError):
         return [f"ParameterError: {self}"]
 
 
-def one_of(names: Iterable[str], why: str = "", **values: Any) -> None:
+def validate_choice(names: Iterable[str], why: str = "", **values: Any) -> None:
     """ParameterError for a value that is none of `names`; of many names it tells the nearest.
 
     Args:
@@ -44,19 +45,19 @@ def one_of(names: Iterable[str], why: str = "", **values: Any) -> None:
             raise ParameterError(f"{key}={value!r} must be one of {', '.join(nearest)}{why}")
 
 
-def some_of(names: Iterable[str], **values: Any) -> None:
+def validate_choices(names: Iterable[str], **values: Any) -> None:
     """ParameterError for a value that is no list of `names`, each at most once, at least one."""
     names = list(names)
     for key, value in values.items():
         if not isinstance(value, (list, tuple)) or not value:
             raise ParameterError(f"{key}={value!r} must be a list of some of {', '.join(names)}")
         for k, each in enumerate(value):
-            one_of(names, **{f"{key}[{k}]": each})
+            validate_choice(names, **{f"{key}[{k}]": each})
             if each in value[:k]:
                 raise ParameterError(f"{key}={value!r} has {each!r} twice")
 
 
-def whole(least: int, most: int, **values: Any) -> None:
+def validate_int(least: int, most: int, **values: Any) -> None:
     """ParameterError for a value that is no whole number of this range, as 2.5, "3" and True."""
     for key, value in values.items():
         if type(value) is not int or not least <= value <= most:
@@ -64,7 +65,7 @@ def whole(least: int, most: int, **values: Any) -> None:
             raise ParameterError(f"{key}={value!r} must be {wanted}")
 
 
-def recipe_of(name: str, epochs: int | None = None, **changes: Any) -> Recipe:
+def make_recipe(name: str, epochs: int | None = None, **changes: Any) -> Recipe:
     """The recipe of that name, with those of the changes that are not None.
 
     The warm-up takes half of the epochs at most, so that few epochs can be asked for.
@@ -72,9 +73,9 @@ def recipe_of(name: str, epochs: int | None = None, **changes: Any) -> Recipe:
     Raises:
         ParameterError: no such recipe, or a wrong value of a field.
     """
-    one_of(RECIPES, recipe=name)
+    validate_choice(RECIPES, recipe=name)
     if epochs is not None:
-        whole(1, 10_000, epochs=epochs)
+        validate_int(1, 10_000, epochs=epochs)
         changes["epochs"] = epochs
     values = dataclasses.asdict(RECIPES[name])
     values |= {key: value for key, value in changes.items() if value is not None}
@@ -85,9 +86,9 @@ def recipe_of(name: str, epochs: int | None = None, **changes: Any) -> Recipe:
         raise ParameterError(str(error)) from error
 
 
-def detector_recipe_of(epochs: int) -> DetectorRecipe:
+def make_detector_recipe(epochs: int) -> DetectorRecipe:
     """The detector's recipe in so many epochs, the warm-up half of them at most."""
-    whole(1, 10_000, epochs=epochs)
+    validate_int(1, 10_000, epochs=epochs)
     return DetectorRecipe(
         epochs=epochs, warmup_epochs=min(DetectorRecipe.warmup_epochs, epochs / 2)
     )
@@ -156,7 +157,7 @@ def checkpoint_file(checkpoint: str | Path) -> Path | None:
     path = _path('the path of a run\'s checkpoint, or "" to train one', checkpoint=checkpoint)
     if path is not None:
         with _naming(checkpoint=checkpoint):
-            runs.load_checkpoint(path)
+            load_checkpoint(path)
     return path
 
 

@@ -14,25 +14,17 @@ import itertools
 import json
 import os
 import pickle
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import pandas as pd
-import PIL
 import torch
-import torchvision
 
-from utils.errors import DataError, is_of_memory
-from utils.locks import lock
+from utils.cli import DataError, is_of_memory
+from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
 
 # What may differ between two starts of one run: where and by whom it is run, not what it computes.
 PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
@@ -45,51 +37,11 @@ CHECKPOINTED = {
 }
 CONFIGURED = {"recipe": dict, "classes": list}
 
-T = TypeVar("T")
-PARTIAL = ".partial"  # of a file that is being written
 DIVERGED = "diverged.json"  # the images of the step at which a loss was not finite
 
 
 class RunError(DataError):
     """A run folder that cannot be used as asked; the message names it."""
-
-
-def describe_machine() -> dict[str, Any]:
-    """Versions, commit and hardware: what a number needs beside it to be believed."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    # str: torch.load(weights_only=True) refuses torch's own class of versions
-    versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, np, PIL)}
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "commit": _commit(),
-        "hardware": {
-            "cpu": _cpu_name(),
-            "threads": torch.get_num_threads(),
-            "gpu": gpu,
-            "gpus": torch.cuda.device_count(),
-            "system": platform.platform(),
-        },
-    }
-
-
-def provenance(config: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a record that say how a run was made.
-
-    Args:
-        config: a run's, or `describe_machine`'s result with the `command`.
-    """
-    return {
-        "threads": config["hardware"]["threads"],
-        "hardware": config["hardware"]["gpu"] or config["hardware"]["cpu"],
-        "torch": config["versions"]["torch"],
-        "commit": config["commit"],
-        "command": config["command"],
-    }
-
-
-def command_line() -> str:
-    """The command that runs now, without the interpreter's path."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 @contextlib.contextmanager
@@ -110,9 +62,9 @@ def _ready(run_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     path, last = run_dir / "config.json", run_dir / "last.pt"
     config = json.loads(json.dumps(config))
     if last.exists():
-        refuse_other_run(run_dir, _read_config(path), config)
+        validate_same_run(run_dir, _read_config(path), config)
         checkpoint = load_checkpoint(last)
-        refuse_other_run(last, checkpoint["config"], config)
+        validate_same_run(last, checkpoint["config"], config)
         return checkpoint
     # Without a checkpoint nothing of an earlier start is worth keeping.
     ours = (path.name, last.name, DIVERGED)
@@ -133,7 +85,7 @@ def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any], keep_every: int =
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    write_whole(run_dir / "last.pt", lambda aside: _save_tensors(checkpoint, aside))
+    write_atomic(run_dir / "last.pt", lambda aside: _save_tensors(checkpoint, aside))
     end_save(run_dir, checkpoint, keep_every)
 
 
@@ -152,20 +104,7 @@ def end_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> None
     if keep_every and rows[-1]["epoch"] % keep_every == 0:
         names.append(f"epoch_{rows[-1]['epoch']:04d}.pt")
     for name in names:
-        write_whole(run_dir / name, lambda aside: _link(run_dir / "last.pt", aside))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON; the file appears whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_whole(path, lambda aside: aside.write_text(text))
-
-
-def write_table(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows as CSV; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda aside: pd.DataFrame(rows).to_csv(aside, index=False))
+        write_atomic(run_dir / name, lambda aside: _link(run_dir / "last.pt", aside))
 
 
 def log_tensorboard(run_dir: Path, *rows: dict[str, float]) -> None:
@@ -255,7 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def refuse_other_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def validate_same_run(run_dir: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     """RunError that names the first entry in which a run's config and what is asked differ."""
     for key in ["recipe", *sorted(there.keys() | asked.keys())]:  # what follows from it, later
         old, new = there.get(key), asked.get(key)
@@ -282,48 +221,6 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def write_whole(path: Path, write: Callable[[Path], T]) -> T:
-    """Writes a file beside `path` and renames it into place, so that `path` is never half a file.
-
-    Its bytes and its name are on the disk before this returns: a machine may lose its power then.
-
-    Args:
-        write: gets the path to write to; whatever it raises, that file is removed.
-
-    Returns:
-        What `write` returns.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; it names `path`.
-    """
-    aside = path.with_name(path.name + PARTIAL)
-    try:
-        aside.unlink(missing_ok=True)  # of a kill; it may be a link to a file that is kept
-        result = write(aside)
-        _put_in_place(aside, path)
-        return result
-    except OSError as error:
-        # A full disk shows in calls that know no name.
-        if error.filename is not None and str(aside) not in (error.filename, error.filename2):
-            raise
-        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)  # a full disk needs the room
-
-
-def _put_in_place(aside: Path, path: Path) -> None:
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)  # leaves both where both are names of one file
-    with contextlib.suppress(OSError):  # not every system opens folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _save_tensors(value: Any, path: Path) -> None:
     # PyTorch's own writer hides the reason when a disk is full.
     buffer = io.BytesIO()
@@ -338,27 +235,3 @@ def _link(source: Path, path: Path) -> None:
         os.link(source, path)
     except OSError:
         shutil.copyfile(source, path)
-
-
-def _commit() -> str:
-    """Short hash of the checkout, with "+" after it if files differ from it, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + "+" * bool(changed)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    # Virtual machines name generations alike that differ in what they compute in one instruction.
-    vectors = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.machine()}, {vectors}, {os.cpu_count()} cores"

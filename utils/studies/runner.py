@@ -1,7 +1,7 @@
 """Studies: one factor varied over seeds, each run in a folder of its own, one row per run.
 
-A study is declared in a table (`utils.studies`). `run_study` trains what is missing and writes two
-tidy CSV files, results and curves; `utils.findings` says what came out.
+A study is declared in a table (`utils.studies.definitions`). `run_study` trains what is missing and writes two
+tidy CSV files, results and curves; `utils.studies.statistics` says what came out.
 
 No run looks at the validation set while it trains: its curves are those of a slice cut from the
 training images, the same slice for every run. The validation images are read once, at its end; by
@@ -24,8 +24,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from utils import runs, training
-from utils.data import (
+from utils.cli import progress_bar
+from utils.data.folders import (
     EvalBatches,
     ImageFiles,
     hold_out,
@@ -35,10 +35,12 @@ from utils.data import (
     readable,
 )
 from utils.distributed import pick_device
-from utils.evaluation import evaluate
 from utils.measure import count_macs, count_parameters
-from utils.progress import progress_bar
 from utils.recipe import Recipe
+from utils.records import command_line, provenance, write_json, write_table
+from utils.training import loop
+from utils.training.checkpoint import validate_same_run
+from utils.training.evaluation import evaluate
 
 # From (name of a backbone, number of classes, **options of the backbone) to a classifier.
 MakeModel = Callable[..., nn.Module]
@@ -48,7 +50,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One value of a study's factor.
 
     Args:
@@ -75,11 +77,11 @@ class Study:
 
     Args:
         name: of its CSV and of its folder of runs.
-        factor: what the arms differ in.
+        factor: what the variants differ in.
         baseline: the value that others are compared with.
-        recipe: of every run, but for what an arm changes.
+        recipe: of every run, but for what an variant changes.
         weights: whose accuracy is compared, the averaged ones ("ema") or the last ("raw").
-        readings: comparisons of the baseline's runs with themselves, tested otherwise: a name to
+        extra_evaluations: comparisons of the baseline's runs with themselves, tested otherwise: a name to
             the weights and the side of the test crop in pixels.
         tuning: test on the held-out slice; the validation images are not read.
     """
@@ -88,14 +90,14 @@ class Study:
     factor: str
     baseline: str
     recipe: Recipe
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     weights: Literal["ema", "raw"] = "ema"
-    readings: Mapping[str, tuple[Literal["ema", "raw"], int]] = field(default_factory=dict)
+    extra_evaluations: Mapping[str, tuple[Literal["ema", "raw"], int]] = field(default_factory=dict)
     tuning: bool = False
 
     def __post_init__(self) -> None:
-        values = [arm.value for arm in self.arms]
+        values = [variant.value for variant in self.variants]
         if len(set(values)) < len(values):
             raise ValueError(f"study {self.name}: a value stands there twice: {values}")
         if len({_slug(value) for value in values}) < len(values):
@@ -104,21 +106,21 @@ class Study:
             )
         if self.baseline not in values:
             raise ValueError(f"study {self.name}: baseline={self.baseline!r} is none of {values}")
-        for arm in self.arms:  # a wrong recipe shows before anything is trained
-            replace(self.recipe, **arm.recipe)
+        for variant in self.variants:  # a wrong recipe shows before anything is trained
+            replace(self.recipe, **variant.recipe)
 
-    def runs(self) -> list[tuple[Arm, int]]:
+    def runs(self) -> list[tuple[Variant, int]]:
         """Every value with every seed, seeds outermost: a study cut short is still balanced."""
-        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+        return [(variant, seed) for seed in self.seeds for variant in self.variants]
 
     @property
     def top1_column(self) -> str:
         """The column of results that the study compares."""
         return f"top1_{self.weights}_pct"
 
-    def recipe_of(self, arm: Arm) -> Recipe:
-        """What an arm's runs are trained with."""
-        return replace(self.recipe, **arm.recipe)
+    def recipe_of(self, variant: Variant) -> Recipe:
+        """What an variant's runs are trained with."""
+        return replace(self.recipe, **variant.recipe)
 
 
 def run_study(
@@ -138,7 +140,7 @@ def run_study(
     the study is run again. Interrupted, it stops at once and leaves all of that to go on with.
 
     Args:
-        make_model: makes an arm's classifier; with several processes a function of a module.
+        make_model: makes an variant's classifier; with several processes a function of a module.
         data_dir: folder with train/ and val/.
         runs_dir: gets a folder per run, `<study>/<value>-seed<seed>`.
         output: the CSV, one row per run and test size; `curves_path(output)` gets a row per run
@@ -161,8 +163,8 @@ def run_study(
     data = hold_out(open_folders(data_dir, study.recipe), study.recipe, HOLD_OUT_EVERY)
     facts = {"classes": data.classes, "train_images": len(data.train)}
     jobs = [
-        _Job(study, arm, seed, make_model, data_dir, Path(runs_dir) / study.name)
-        for arm, seed in study.runs()
+        _Job(study, variant, seed, make_model, data_dir, Path(runs_dir) / study.name)
+        for variant, seed in study.runs()
     ]
     rows = {job.key: _read_result(job, facts) for job in jobs}
     keep_record(output, set(rows) if any(rows.values()) else set())
@@ -171,9 +173,9 @@ def run_study(
     def write() -> list[Row]:
         """Both tables, in the order of the study's runs."""
         table = [row for job in jobs for row in rows[job.key]]
-        runs.write_table(output, table)
+        write_table(output, table)
         done = [job for job in jobs if rows[job.key] and rows[job.key][0]["status"] == "done"]
-        runs.write_table(curves_path(output), [row for job in done for row in _read_curve(job)])
+        write_table(curves_path(output), [row for job in done for row in _read_curve(job)])
         return table
 
     done = len(jobs) - len(missing)
@@ -218,7 +220,7 @@ class _Job:
     """One run of a study, with all that a process needs to train it."""
 
     study: Study
-    arm: Arm
+    variant: Variant
     seed: int
     make_model: MakeModel
     data_dir: str | Path
@@ -226,25 +228,25 @@ class _Job:
 
     @property
     def run_dir(self) -> Path:
-        return self.parent / f"{_slug(self.arm.value)}-seed{self.seed}"
+        return self.parent / f"{_slug(self.variant.value)}-seed{self.seed}"
 
     @property
     def recipe(self) -> Recipe:
-        return self.study.recipe_of(self.arm)
+        return self.study.recipe_of(self.variant)
 
     @property
     def options(self) -> dict[str, Any]:
         """Of the backbone."""
-        return {**self.arm.options, **self.recipe.backbone_options}
+        return {**self.variant.options, **self.recipe.backbone_options}
 
     @property
     def sizes_px(self) -> list[int]:
         """Sides of the test crop, the recipe's first: a row each."""
-        return [self.recipe.eval_crop_px, *self.arm.test_sizes_px]
+        return [self.recipe.eval_crop_px, *self.variant.test_sizes_px]
 
     @property
     def key(self) -> tuple[str, int]:
-        return self.arm.value, self.seed
+        return self.variant.value, self.seed
 
     @property
     def facts(self) -> Row:
@@ -252,9 +254,9 @@ class _Job:
         return {
             "study": self.study.name,
             "factor": self.study.factor,
-            "value": self.arm.value,
+            "value": self.variant.value,
             "seed": self.seed,
-            "network": self.arm.network,
+            "network": self.variant.network,
         }
 
 
@@ -332,7 +334,7 @@ def _run(job: _Job) -> list[Row]:
     except Exception as error:  # whatever it is, the other runs of the study go on
         clear = isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError))
         return _failed(job, (clear and str(error).strip()) or repr(error))
-    runs.write_json(job.run_dir / "result.json", rows)
+    write_json(job.run_dir / "result.json", rows)
     return [{**job.facts, **row} for row in rows]
 
 
@@ -346,18 +348,18 @@ def _train(job: _Job) -> Iterator[Row]:
     data = open_folders(job.data_dir, recipe, job.seed)
     held_out = hold_out(data, recipe, HOLD_OUT_EVERY)
     torch.manual_seed(job.seed)
-    model = job.make_model(job.arm.backbone, len(data.classes), **job.options)
-    trainer = training.fit(
+    model = job.make_model(job.variant.backbone, len(data.classes), **job.options)
+    trainer = loop.fit(
         model,
         held_out,
         recipe,
         job.run_dir,
         config={
             "study": job.study.name,
-            "value": job.arm.value,
-            "backbone": job.arm.backbone,
+            "value": job.variant.value,
+            "backbone": job.variant.backbone,
             "options": job.options,
-            "command": runs.command_line(),
+            "command": command_line(),
             "data_dir": str(job.data_dir),
         },
         seed=job.seed,
@@ -373,7 +375,7 @@ def _train(job: _Job) -> Iterator[Row]:
         yield _row(trainer, images, crop_px, config)
 
 
-def _row(trainer: training.Trainer, images: ImageFiles, crop_px: int, config: Row) -> Row:
+def _row(trainer: loop.Trainer, images: ImageFiles, crop_px: int, config: Row) -> Row:
     """What a trained run is worth at one test size, what it costs, and how it was made."""
     recipe, speed = trainer.recipe, pd.DataFrame(trainer.speed)
     loader = make_loader(images, EvalBatches(len(images), 64), 0, trainer.device.type == "cuda")
@@ -397,7 +399,7 @@ def _row(trainer: training.Trainer, images: ImageFiles, crop_px: int, config: Ro
         "images_per_s": round(speed.train_images_per_s.median(), 1),
         "time_s": round(speed.train_time_s.sum() + speed.eval_time_s.sum()),
         "autocast": config["autocast"],
-        **runs.provenance(config),
+        **provenance(config),
     }
 
 
@@ -420,9 +422,9 @@ def _read_result(job: _Job, facts: Mapping[str, Any]) -> list[Row]:
         config = json.loads((job.run_dir / "config.json").read_text())
     except (OSError, ValueError):
         return []
-    asked = {"backbone": job.arm.backbone, "options": job.options, "seed": job.seed, **facts}
+    asked = {"backbone": job.variant.backbone, "options": job.options, "seed": job.seed, **facts}
     asked["recipe"] = asdict(job.recipe)
-    runs.refuse_other_run(job.run_dir, {key: config.get(key) for key in asked}, asked)
+    validate_same_run(job.run_dir, {key: config.get(key) for key in asked}, asked)
     on_slice = rows[0]["val_images"] == config["val_images"]
     if [row["test_crop_px"] for row in rows] != job.sizes_px or on_slice != job.study.tuning:
         return []  # its checkpoint is tested anew

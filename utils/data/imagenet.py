@@ -21,9 +21,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.errors import DataError
-from utils.locks import lock
-from utils.progress import progress_bar
+from utils.cli import DataError, progress_bar, summarize
+from utils.records import lock
 
 WNID = re.compile(r"n[0-9]{8}")
 IMAGE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a plain file name: no separator, no dot
@@ -106,12 +105,12 @@ def plan(
     named |= {path: "file" for pair in pairs for path in pair}
     if wrong := [path for path, kind in named.items() if found.get(path, kind) != kind]:
         raise LayoutError(
-            f"{val_dir}: names in the way: {few(wrong)}: an image must be a plain file and a "
+            f"{val_dir}: names in the way: {summarize(wrong)}: an image must be a plain file and a "
             "class folder a real folder, no links"
         )
     if missing := [a for a, b in pairs if a not in found and b not in found]:
         raise LayoutError(
-            f"{val_dir}: images of the CSV missing: {few(missing)}: each must be directly in this "
+            f"{val_dir}: images of the CSV missing: {summarize(missing)}: each must be directly in this "
             "folder or in its class folder"
         )
     twice = [(a, b) for a, b in pairs if a in found and b in found]
@@ -119,7 +118,7 @@ def plan(
         f"{a} and {b}" for a, b in twice if (val_dir / a).read_bytes() != (val_dir / b).read_bytes()
     ]:
         raise LayoutError(
-            f"{val_dir}: same image with different bytes: {few(differing)}: nothing is "
+            f"{val_dir}: same image with different bytes: {summarize(differing)}: nothing is "
             "overwritten; take the wrong ones away"
         )
     unnamed = [p for p in found.keys() - named if found[p] != "folder" and _is_image(p)]
@@ -128,7 +127,7 @@ def plan(
         "left alone, same bytes already in place": [source for source, _ in twice],
     }
     moves = [(source, target) for source, target in pairs if target not in found]
-    return moves, [f"{text}: {few(paths)}" for text, paths in lines.items() if paths]
+    return moves, [f"{text}: {summarize(paths)}" for text, paths in lines.items() if paths]
 
 
 def apply(moves: Moves, val_dir: str | Path, *, progress: bool = False) -> None:
@@ -184,7 +183,7 @@ def read_solution(path: str | Path) -> dict[str, str]:
         raise LayoutError(f"{path}: line {reader.line_num} is not CSV: {error}") from error
     if problems or not labels:
         raise LayoutError(
-            f"{path}: bad lines: {few(problems or ['no images'])}: expected each image once, as "
+            f"{path}: bad lines: {summarize(problems or ['no images'])}: expected each image once, as "
             "in ILSVRC2012_val_00000001,n01440764 1 2 3 4"
         )
     return labels
@@ -206,7 +205,7 @@ def read_synsets(path: str | Path) -> dict[str, str]:
             names[wnid] = text.strip()
     if problems or not names:
         raise LayoutError(
-            f"{path}: bad lines: {few(problems or ['no classes'])}: expected each class once, as "
+            f"{path}: bad lines: {summarize(problems or ['no classes'])}: expected each class once, as "
             "in n01440764 tench, Tinca tinca"
         )
     return names
@@ -248,14 +247,16 @@ def check_layout(data_dir: str | Path) -> list[str]:
         if split == "val" and flat:
             state = "half sorted" if classes[split] else "not sorted into class folders"
             raise LayoutError(
-                f"{folder} is {state}: images directly in it: {few(flat)}: run python "
+                f"{folder} is {state}: images directly in it: {summarize(flat)}: run python "
                 "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
                 f"--val_image_dir {shlex.quote(str(folder))}"
                 + (" and take away what the CSV does not name" if classes[split] else "")
             )
     for one, other in (("train", "val"), ("val", "train")):
         if only := sorted(classes[one] - classes[other]):
-            raise LayoutError(f"{data_dir}: classes in {one}/ and not in {other}/: {few(only)}")
+            raise LayoutError(
+                f"{data_dir}: classes in {one}/ and not in {other}/: {summarize(only)}"
+            )
     if not classes["train"]:
         raise LayoutError(f"{data_dir}: train/ and val/ are empty: expected a folder per class")
     return sorted(classes["train"])
@@ -285,9 +286,3 @@ def _read_text(path: str | Path) -> str:
 def _is_image(path: str) -> bool:
     name = os.path.basename(path)
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def few(items: Sequence[str]) -> str:
-    """Returns the count and the first three, as in "5 (a, b, c, ...)", on one printable line."""
-    shown = [item if item.isprintable() else ascii(item) for item in items[:3]]
-    return f"{len(items)} ({', '.join(shown + ['...'] * (len(items) > 3))})"
