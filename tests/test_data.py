@@ -1,6 +1,9 @@
 """Class folders, samplers, batches and the random state of samples."""
 
+import multiprocessing
+import os
 import shutil
+import signal
 import threading
 import time
 import warnings
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from utils.data import folders as data
 from utils.data.folders import (
     Batch,
     CorruptImageError,
@@ -18,16 +22,15 @@ from utils.data.folders import (
     Key,
     Preprocess,
     TrainBatches,
-    folders,
+    in_threads,
 )
-from utils.data.workers import in_threads
 from utils.recipe import RECIPES, Recipe
 
 TINY = Recipe(batch_size=8, train_crop_px=24, eval_resize_px=28, eval_crop_px=24)
 
 
 def test_open_folders_finds_every_image_and_its_label(folders):
-    opened = folders.open_folders(folders, TINY)
+    opened = data.open_folders(folders, TINY)
     assert opened.classes == ["n00000000", "n00000001", "n00000002"]
     assert (len(opened.train), len(opened.val)) == (48, 18)
     paths = [opened.train.path(i) for i in range(48)]
@@ -43,15 +46,15 @@ def test_other_files_are_left_alone_and_empty_classes_refused(folders, tmp_path)
     shutil.copytree(folders, root)
     for name in (".DS_Store", "._0.JPEG", "notes.txt"):
         (root / "train" / "n00000000" / name).write_bytes(b"x")
-    assert len(folders.open_folders(root, TINY).train) == 48
+    assert len(data.open_folders(root, TINY).train) == 48
     for path in (root / "val" / "n00000001").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="n00000001: no image in this class folder"):
-        folders.open_folders(root, TINY)
+        data.open_folders(root, TINY)
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(folders):
-    train = folders.open_folders(folders, TINY, seed=5).train
+    train = data.open_folders(folders, TINY, seed=5).train
     torch.manual_seed(0)
     first, _ = train[Key(3, 7)]
     after = torch.rand(1)
@@ -59,25 +62,29 @@ def test_samples_depend_on_seed_epoch_and_index_alone(folders):
         train[other]
     assert torch.equal(train[Key(3, 7)][0], first)
     assert not torch.equal(train[Key(4, 7)][0], first)
-    other_seed = folders.open_folders(folders, TINY, seed=6).train
+    other_seed = data.open_folders(folders, TINY, seed=6).train
     assert not torch.equal(other_seed[Key(3, 7)][0], first)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(1), after)  # the global generator is where it was
 
 
-def test_loaders_give_the_same_with_any_number_of_workers(folders):
-    train = folders.open_folders(folders, TINY).train
-    found = []
-    for workers in (0, 1, 3):
-        loader = folders.make_loader(train, TrainBatches(48, 8, seed=1), workers)
-        loader.batch_sampler.epoch = 2
-        batches = list(loader)
-        found.append(
-            (torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
-        )
-    for images, labels in found[1:]:
-        assert torch.equal(images, found[0][0])
-        assert torch.equal(labels, found[0][1])
+@pytest.mark.parametrize(("method", "workers"), [("fork", 3), ("spawn", 1), ("forkserver", 1)])
+def test_loaders_give_the_same_with_any_workers(folders, method, workers):
+    """Workers ignore the signals that a terminal or a job manager sends to every process."""
+    train = data.open_folders(folders, TINY).train
+    alone = data.make_loader(train, TrainBatches(48, 8, seed=1), 0)
+    loader = data.make_loader(train, TrainBatches(48, 8, seed=1), workers)
+    loader.multiprocessing_context = method
+    for epoch in (0, 1):
+        for each in (alone, loader):
+            each.batch_sampler.begin(epoch)
+        for expected, found in zip(alone, loader, strict=True):
+            assert torch.equal(found.images, expected.images)
+            assert torch.equal(found.labels, expected.labels)
+            assert found.indices == expected.indices
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, signal.SIGINT)
 
 
 @pytest.fixture
@@ -98,7 +105,7 @@ def test_batches_are_the_same_by_any_number_of_threads(folders, tmp_path, thread
             Image.open(path).convert("P").save(path, "PNG")
         if number % 3 == 1:
             path.write_bytes(path.read_bytes()[: 50 * number])
-    train = folders.open_folders(root, TINY, seed=3).train
+    train = data.open_folders(root, TINY, seed=3).train
     keys, found, filters = [Key(1, i) for i in range(48)], [], list(warnings.filters)
     for number in (1, 2, 3, 4):
         threads(number)
@@ -158,10 +165,10 @@ def test_eval_batches_hold_every_image_once():
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_every_batch(monkeypatch, world):
     whole = [[k.index for k in batch] for batch in TrainBatches(50, 12, seed=1)]
-    monkeypatch.setattr(folders, "world_size", lambda: world)
+    monkeypatch.setattr(data, "world_size", lambda: world)
     shares, seen = [], []
     for rank in range(world):
-        monkeypatch.setattr(folders, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
         shares.append([[k.index for k in batch] for batch in TrainBatches(50, 12, seed=1)])
         seen += [k.index for batch in EvalBatches(50, 4) for k in batch]
     for step, batch in enumerate(whole):
@@ -180,16 +187,16 @@ def test_a_batch_larger_than_the_data_is_refused():
 def test_unreadable_images_are_set_apart():
     good = torch.zeros(3, 4, 4, dtype=torch.uint8)
     error = CorruptImageError("x.JPEG: not a readable image")
-    batch = folders.collate([(good, 1), error, (good, 2)])
+    batch = data.collate([(good, 1), error, (good, 2)])
     assert (batch.images.shape, batch.labels.tolist()) == ((2, 3, 4, 4), [1, 2])
     assert batch.corrupt == [error]
-    assert len(folders.collate([error]).labels) == 0
+    assert len(data.collate([error]).labels) == 0
 
 
 def test_evaluation_input_is_torchvisions_reference(photographs):
     """Resize, centre crop, to [0, 1], normalise, by the classic transforms."""
     recipe = RECIPES["imagenet"]
-    val = folders.open_folders(photographs, recipe).val
+    val = data.open_folders(photographs, recipe).val
     image, label = val[Key(0, 50)]
     batch = Batch(image[None], torch.tensor([label]), [])
     found, _ = Preprocess(torch.device("cpu"), 10)(batch)

@@ -5,22 +5,25 @@ any number of workers and after any interruption. Images travel as uint8; `Prepr
 and mixes them on the device.
 """
 
+import atexit
 import copy
+import multiprocessing
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from utils.cli import DataError
 from utils.data.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.data.transforms import (
     MEAN_RGB,
@@ -31,7 +34,6 @@ from utils.data.transforms import (
     open_image,
     train_transform,
 )
-from utils.data.workers import WorkerError, in_threads, ready_worker, shared_memory
 from utils.distributed import rank, world_size
 from utils.recipe import Recipe
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 # First word of every seed, so that no two uses of (seed, ...) draw the same numbers.
 SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
+MAX_THREADS = 4  # decoding a sample holds the interpreter for a sixth of its time
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def stream_seed(*words: int) -> int:
@@ -227,43 +231,68 @@ class EvalBatches(Sampler[list[Key]]):
             yield [Key(0, index) for index in self.indices[i : i + self.batch_size]]
 
 
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Applies the function to each item, in as many threads as PyTorch may use.
+
+    Decoding releases the interpreter's lock, so `workers=0` uses all cores. In a worker process,
+    where PyTorch has one thread, there is no pool.
+    """
+    threads = min(torch.get_num_threads(), MAX_THREADS, len(items))
+    if threads < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:  # made in 0.1 ms
+        return list(pool.map(function, items))
+
+
 def make_loader(
     dataset: Dataset,
     batches: TrainBatches | EvalBatches | None,
     workers: int,
     pin_memory: bool = False,
+    timeout_s: float = 0,
 ) -> DataLoader:
-    """A loader of `Batch`es for `utils.data.workers.watched`; its workers live as long as it does.
+    """A DataLoader of `Batch`es whose workers live as long as it does.
 
     Args:
-        batches: which images make a batch; None if the dataset gives whole batches, one by one.
+        batches: which images make a batch; None if the dataset yields complete batches.
+        workers: decoding processes; 0 decodes in threads of this process.
+        timeout_s: longest wait for a batch of a worker before PyTorch's RuntimeError; 0: no limit.
     """
-    # A stream makes batches of its own, and is asked for them one by one.
-    of_what = {"batch_size": None} if batches is None else {"batch_sampler": batches}
+    sampling = {"batch_size": None} if batches is None else {"batch_sampler": batches}
     return DataLoader(
         dataset,
-        **of_what,
+        **sampling,
         num_workers=workers,
-        collate_fn=_whole,
+        collate_fn=_identity,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=ready_worker,
+        timeout=timeout_s if workers else 0,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # else every epoch would draw from the global one
     )
 
 
-def _whole(batch: Batch | DataError) -> Batch | DataError | WorkerError:
-    if isinstance(batch, Batch) and get_worker_info():
-        try:  # now, or the thread that sends it would fail, and the batch never come
-            batch.images.share_memory_()
-            batch.labels.share_memory_()
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            return WorkerError(
-                f"a batch cannot be shared ({reason}); {shared_memory()}: make it larger, or try "
-                "fewer --workers, or --workers 0"
-            )
+def _identity(batch: Batch) -> Batch:
     return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Terminals and job managers signal every process; only the trainer reacts, by saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kills the workers of loaders that are still referenced when Python exits.
+
+    Python ends them with SIGTERM, which they ignore, and would then wait for them forever.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 @dataclass(frozen=True)

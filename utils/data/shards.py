@@ -38,11 +38,11 @@ from utils.data.folders import (
     Batch,
     CorruptImageError,
     collate,
+    in_threads,
     sample_rng,
     stream_seed,
 )
 from utils.data.transforms import Transform, eval_transform, open_image, train_transform
-from utils.data.workers import in_threads
 from utils.distributed import rank, world_size
 from utils.recipe import Recipe
 

@@ -7,40 +7,21 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from utils.cli import DataError
 
-MOST_THREADS = 4  # a sample holds the interpreter for a sixth of its time
-Item, Result = TypeVar("Item"), TypeVar("Result")
-
 
 class WorkerError(ChildProcessError):
     """A decoding process died or gave no batch in time; the text is one line."""
-
-
-def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """The function of each item, by as many threads as PyTorch may use; one in a loader's worker.
-
-    Decoding lets go of the interpreter, so that the cores which train decode, too.
-    """
-    threads = min(torch.get_num_threads(), MOST_THREADS, len(items))
-    if threads < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:  # made in 0.1 ms, and gone when a worker is forked
-        # Item by item, though shares of them are some 10 % faster: an interrupt or an error waits
-        # for no more than the items at hand.
-        return list(pool.map(function, items))
 
 
 def shared_memory() -> str:
@@ -50,28 +31,6 @@ def shared_memory() -> str:
     except (AttributeError, OSError):
         return "/dev/shm is not there"
     return f"/dev/shm has {there.f_blocks * there.f_frsize / 1e6:.3g} MB"
-
-
-def ready_worker(worker: int) -> None:
-    """Terminals, torchrun and job managers signal whole groups, or every process there is; the
-    trainer saves first, with its workers.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        parent = multiprocessing.parent_process().pid
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent sends SIGTERM, or within a second after it has gone."""
-    while os.getppid() == parent:
-        sent = signal.sigtimedwait({signal.SIGTERM}, 1)
-        if sent and sent.si_pid == parent:
-            break
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watched(loader: DataLoader, timeout_s: float = 0) -> Iterator[Any]:

@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from utils import data as inputs
 from utils import distributed
-from utils.data.folders import Batch, Preprocess, collate, readable
+from utils.data.folders import Batch, Preprocess, collate, in_threads, readable
 from utils.data.transforms import CorruptImageError, Transform, eval_transform, open_image
-from utils.data.workers import in_threads, watched
+from utils.data.workers import watched
 from utils.recipe import Recipe
 from utils.training.trained import Trained
 
