@@ -1,50 +1,35 @@
-"""A user's mistakes: one clear line on stderr and an exit code, never a traceback.
-
-`EXIT_CODES` are those of every script; 75 is EX_TEMPFAIL of sysexits.h.
-"""
+"""Command lines: options, exit codes, progress bars, and one clear line for every error."""
 
 import argparse
 import importlib
 import io
 import os
-import re
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType, ModuleType
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 
-OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+OK, BAD_DATA, BAD_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL of sysexits.h
 EXIT_CODES = """\
-Exit codes of every script: 0, done; 1, the data or a file is not right, memory ran out, or training
-failed; 2, a wrong option or path; 75, stopped by a signal and saved, so run the same command again;
-130, interrupted at once."""
-
-NO_MEMORY = re.compile(
-    "(can't allocate|cannot allocate|not enough|out of|insufficient) memory|ALLOC_FAILED",
-    re.IGNORECASE,
-)
-CLOSE_OTHERS = "again with other programs closed"
+Exit codes of every script: 0, success; 1, bad data or a bad file, not enough memory, or a failed
+training run; 2, a wrong option or path; 75, stopped by a signal after saving: run the same command
+again to resume; 130, interrupted without saving."""
 
 
 class DataError(ValueError):
-    """A file or folder is not as it should be; the text is one line that names it."""
-
-
-class OutOfMemory(MemoryError):
-    """Memory ran out; the text is one line that says what helps."""
+    """A file or folder is invalid. The text is one line that names it."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the work after everything was saved; the text says how to go on."""
+    """A signal stopped the work after everything was saved. The text says how to resume."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help is the module's docstring and the exit codes, and errors one line."""
+    """An argument parser with the module's docstring as help and one-line errors."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -53,145 +38,103 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments") and ".tar" in message:
-            message = "many .tar arguments where one is taken: quote the brace pattern"
+            message = "several .tar arguments where one is expected: quote the brace pattern"
         print(f"error: {message}; --help lists the options", file=sys.stderr)
         sys.exit(BAD_USAGE)
 
 
-def int_at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer of at least so much."""
+def int_at_least(minimum: int) -> Callable[[str], int]:
+    """An argument type: an integer of at least `minimum`."""
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {least}")
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {minimum}")
         return value
 
     return convert
 
 
-def import_optional(package: str, what_for: str) -> ModuleType:
-    """A package that not everybody has, imported; ValueError where it is not installed.
+def import_optional(package: str, purpose: str) -> ModuleType:
+    """Imports an optional package; ValueError if it is not installed.
 
     Args:
-        what_for: ends the line that tells of it, such as "to compare with it".
+        purpose: the end of the error message, such as "to compare with it".
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"{package} is not installed: pip install {package} {what_for}") from error
+        raise ValueError(f"{package} is not installed: pip install {package} {purpose}") from error
 
 
 def printable(text: str) -> str:
-    """One line that any terminal shows: line breaks, controls and stray bytes are escaped."""
+    """`text` with line breaks, control characters and undecodable bytes escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def summarize(items: Sequence[str]) -> str:
-    """Returns the count and the first three, as in "5 (a, b, c, ...)", on one printable line."""
+    """The number of items and the first three, as in "5 (a, b, c, ...)", on one line."""
     shown = [item if item.isprintable() else ascii(item) for item in items[:3]]
     return f"{len(items)} ({', '.join(shown + ['...'] * (len(items) > 3))})"
 
 
 def warn(line: str) -> None:
-    """Tells in one line of something that is not as it should be, and does no harm by itself."""
+    """Prints a one-line warning to stderr."""
     print(f"warning: {printable(line)}", file=sys.stderr)
 
 
-@contextmanager
-def starting() -> Iterator[None]:
-    """Ends the process in one line at a SIGINT that comes while the block imports slow modules."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored, or another's
-        yield
-        return
-    signal.signal(signal.SIGINT, _leave)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    # No exception, which half an import may catch, lose or wrap.
-    os._exit(_tell("interrupted", "nothing had begun", INTERRUPTED))
-
-
-def is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: Python's, PyTorch's on a CPU or a GPU, OpenCV's, or a GPU's."""
-    of_library = isinstance(error, RuntimeError) or type(error).__module__ == "cv2"
-    return isinstance(error, MemoryError) or (
-        of_library and NO_MEMORY.search(str(error)) is not None
-    )
-
-
-@contextmanager
-def advising_on_memory(advice: str) -> Iterator[None]:
-    """Where memory runs out in the block, an OutOfMemory that says what helps."""
-    try:
-        yield
-    except Exception as error:  # OpenCV's is of no other kind
-        if isinstance(error, OutOfMemory) or not is_of_memory(error):
-            raise
-        where = " on the GPU" * ("CUDA" in str(error))
-        raise OutOfMemory(f"not enough memory{where}; try {advice}") from error
-
-
-def exit_code(work: Callable[[], int | None], memory_advice: str = CLOSE_OTHERS) -> int:
-    """Runs `work` and returns its exit code; what a user can mend is told in one line.
-
-    Args:
-        memory_advice: what else helps where memory runs out, and nothing inside of `work` says so.
-    """
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Runs `work` and returns its exit code; prints one line for an error that a user can fix."""
     for stream in (sys.stdout, sys.stderr):  # a folder's name may hold any bytes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with advising_on_memory(memory_advice):
-            return work() or OK
+        return work() or OK
     except Stopped as error:
-        return _tell("stopped", error, STOPPED)
+        return _report("stopped", error, STOPPED)
     except KeyboardInterrupt as error:
-        hint = str(error) or "the same command goes on from what was saved"
-        return _tell("interrupted", hint, INTERRUPTED)
+        hint = str(error) or "the same command resumes from what was saved"
+        return _report("interrupted", hint, INTERRUPTED)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        return _tell("error", _of_system(error), BAD_USAGE)
+        return _report("error", _describe_os_error(error), BAD_USAGE)
     except OSError as error:
-        return _tell("error", _of_system(error), BAD_DATA)
-    except OutOfMemory as error:
-        return _tell("error", error, BAD_DATA)
+        return _report("error", _describe_os_error(error), BAD_DATA)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        return _report("error", f"not enough memory ({reason}); try smaller batches", BAD_DATA)
     except (DataError, ArithmeticError) as error:
-        return _tell("error", error, BAD_DATA)
+        return _report("error", error, BAD_DATA)
     except ValueError as error:
-        return _tell("error", error, BAD_USAGE)
+        return _report("error", error, BAD_USAGE)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # a worker process died, or hangs
+            raise
+        return _report("error", f"{error}; try fewer --workers, or --workers 0", BAD_DATA)
 
 
-def _of_system(error: OSError) -> str:
-    """Path and reason, without the number that Python puts first."""
+def _describe_os_error(error: OSError) -> str:
+    """Path and reason, without the error number."""
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}"
 
 
-def _tell(kind: str, reason: object, code: int) -> int:
-    line = f"{kind}: {_who()}{reason}"
-    print(printable(" ".join(line.splitlines())), file=sys.stderr)
+def _report(kind: str, reason: object, code: int) -> int:
+    rank = ""
+    if {"LOCAL_RANK", "RANK"} <= os.environ.keys():  # one of torchrun's processes
+        rank = f"rank {os.environ['RANK']} on {socket.gethostname()}: "
+    print(printable(" ".join(f"{kind}: {rank}{reason}".splitlines())), file=sys.stderr)
     return code
 
 
-def _who() -> str:
-    """Which of torchrun's processes speaks, if it is one of them."""
-    if not {"LOCAL_RANK", "RANK"} <= os.environ.keys():
-        return ""
-    return f"rank {os.environ['RANK']} on {socket.gethostname()}: "
-
-
 class NotebookBar(tqdm):
-    """A bar that redraws itself in place as plain text.
+    """A progress bar that redraws itself in place as plain text.
 
-    A saved notebook then holds the last state only; tqdm's own bars would leave a widget that
-    GitHub cannot show, or a line of stderr per redraw.
+    A saved notebook then holds only the last state. tqdm's own bars would leave a widget that
+    GitHub cannot show, or a line of stderr for each update.
     """
 
     _handle = None
@@ -207,7 +150,7 @@ class NotebookBar(tqdm):
         return True
 
     def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to clear: the text is not on a terminal's line."""
+        """Does nothing: the text is not on a terminal line."""
 
     @classmethod
     def write(cls, s: str, *args: Any, **kwargs: Any) -> None:
@@ -215,14 +158,10 @@ class NotebookBar(tqdm):
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
-    """tqdm with these arguments, drawn for where it runs."""
-    if not _in_notebook():
-        interval_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs no animation
+    """tqdm with these arguments, for a terminal, a log file or a notebook."""
+    ipython = sys.modules.get("IPython")  # imported already if this is a kernel
+    if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
+        interval_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs few updates
         return tqdm(*args, dynamic_ncols=True, mininterval=interval_s, **kwargs)
-    # What tqdm writes to its file beside the bar, a newline at the end, no notebook should keep.
+    # tqdm also writes a newline to its file, which a notebook should not keep.
     return NotebookBar(*args, ncols=100, file=io.StringIO(), **kwargs)
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")  # a kernel has imported it; nothing else needs it here
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None

@@ -1,6 +1,6 @@
 """Accuracy, predictions and confusions of trained classifiers."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -8,33 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from utils import data as inputs
+from backbones.classifier import Classifier
+from backbones.deploy import optimize
 from utils import distributed
+from utils.data import eval_loader, open_val_data
 from utils.data.folders import Batch, Preprocess, collate, in_threads, readable
 from utils.data.transforms import CorruptImageError, Transform, eval_transform, open_image
-from utils.data.workers import watched
 from utils.recipe import Recipe
-from utils.training.trained import Trained
+from utils.training.checkpoint import Trained
 
-# Makes of a network and a type a faster copy for inference: `backbones.deploy.optimize`.
-Optimize = Callable[[nn.Module, torch.dtype], nn.Module]
-MOST_IMAGES = 256  # in a batch that is evaluated, whatever the recipe trains with
+MAX_BATCH_SIZE = 256  # of an evaluation, whatever the batch size of training
 
 
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """The type to autocast to, or None for float32, also where bf16 would only be emulated."""
+    """The type for autocast, or None for float32, also where bf16 would only be emulated."""
     if precision == "float32":
         return None
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_onednn = torch.backends.mkldnn.is_available()
-        fast = device.type != "cpu" or (has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if fast else None
+        native = device.type != "cpu" or (
+            has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    return torch.bfloat16 if native else None
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """Such as "bfloat16"; None is float32, as above."""
+    """The name of a type, such as "bfloat16"; None is float32."""
     return str(dtype or torch.float32).removeprefix("torch.")
 
 
@@ -49,43 +50,47 @@ def evaluate(
     batches: Iterable[Batch],
     preprocess: Preprocess,
     dtype: torch.dtype | None = None,
-    optimize: Optimize | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy of several models in one pass over the images of all processes.
 
+    On a CPU classifiers run as `backbones.deploy.optimize` makes them: faster, equal to rounding.
+
     Args:
-        dtype: to autocast to, or None for float32.
-        optimize: makes a copy of each model in that type, which stands for it on a CPU and gives
-            the same to rounding. On a GPU it is the images that are waited for.
+        dtype: for autocast, or None for float32.
 
     Returns:
         For each model `loss` (cross-entropy without smoothing), `top1_pct` and `top5_pct` (top-k
-        with k the number of classes if those are fewer), and `images`, how many were counted.
+        with k the number of classes if there are fewer), and `images`, the number of images.
+
+    Raises:
+        CorruptImageError: no image is readable.
     """
-    sums = {name: torch.zeros(4, dtype=torch.float64, device=preprocess.device) for name in models}
-    if optimize and preprocess.device.type == "cpu":
-        models = {name: optimize(model, dtype or torch.float32) for name, model in models.items()}
-        dtype = None
-    for model in models.values():
-        model.eval()
+    device = preprocess.device
+    sums = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in models}
+    dtypes = dict.fromkeys(models, dtype)
+    for name, model in models.items():
+        if device.type == "cpu" and isinstance(model, Classifier):
+            models = models | {name: optimize(model, dtype or torch.float32)}
+            dtypes[name] = None  # its weights have that type already
+        models[name].eval()
     for batch in batches:
         if not len(batch.labels):
             continue
         images, labels = preprocess(batch)
         for name, model in models.items():
-            with autocast(preprocess.device, dtype):
+            with autocast(device, dtypes[name]):
                 logits = model(images)
             sums[name] += _count(logits.float(), labels)
     return {name: _summarize(distributed.sum_over_processes(s)) for name, s in sums.items()}
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """[sum of losses, right at the first guess, right in five guesses, images]."""
+    """[sum of losses, correct top-1, correct top-5, images]."""
     guesses = logits.topk(min(5, logits.shape[1])).indices
-    right = guesses == labels[:, None]
+    correct = guesses == labels[:, None]
     loss = cross_entropy(logits, labels, reduction="sum")
     images = torch.full_like(loss, len(labels))
-    return torch.stack((loss, right[:, 0].sum(), right.sum(), images))
+    return torch.stack((loss, correct[:, 0].sum(), correct.sum(), images))
 
 
 def _summarize(sums: Tensor) -> dict[str, float]:
@@ -107,37 +112,35 @@ def evaluate_trained(
     size_px: int | None = None,
     workers: int = 0,
     skip_corrupt: bool = False,
-    optimize: Optimize | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Accuracy of a run's raw and EMA weights on `data_dir/val`.
 
     Args:
-        size_px: side of the centre crop; images are resized in proportion. None for the recipe's.
-        optimize: as of `evaluate`.
+        size_px: side of the center crop; images are resized in proportion. Defaults to the
+            recipe's.
 
     Returns:
-        `evaluate`'s results for "raw" and "EMA", and a message per image that was left out.
+        The results of `evaluate` for "raw" and "EMA", and a message per image that was skipped.
 
     Raises:
-        DataError: the validation images are not as they should be, or have other classes.
+        DataError: the validation images are invalid, or have other classes.
         ValueError: a bad size.
     """
     recipe, device = trained.recipe, trained.device
-    val = inputs.open_val_data(data_dir, trained.classes, _tested_at(recipe, size_px))
-    batch_size = min(recipe.batch_size, MOST_IMAGES)
-    loader = inputs.eval_loader(val, batch_size, workers, device.type == "cuda")
+    val = open_val_data(data_dir, trained.classes, _at_size(recipe, size_px))
+    batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
+    loader = eval_loader(val, batch_size, workers, device.type == "cuda")
     skipped: dict[str, None] = {}
     results = evaluate(
         {"raw": trained.raw, "EMA": trained.ema},
-        readable(watched(loader), skip_corrupt, skipped),
+        readable(loader, skip_corrupt, skipped),
         Preprocess(device, len(val.classes), recipe.channels_last),
         autocast_dtype(device, recipe.precision),
-        optimize,
     )
     return results, list(skipped)
 
 
-def _tested_at(recipe: Recipe, size_px: int | None) -> Recipe:
+def _at_size(recipe: Recipe, size_px: int | None) -> Recipe:
     return recipe if size_px is None else recipe.tested_at(size_px)
 
 
@@ -165,46 +168,41 @@ def predict_files(
 ) -> Tensor:
     """Class probabilities `[N, num_classes]` of image files by a run's EMA weights, on the CPU.
 
-    The files are read, resized and cropped as in `evaluate_trained`.
-
-    Args:
-        size_px: side of the centre crop, as there.
+    Files are read, resized and cropped as in `evaluate_trained`.
 
     Raises:
-        FileNotFoundError: there is no such file; nothing is computed then.
-        CorruptImageError: one of them is no readable image.
+        FileNotFoundError: a file is missing; nothing is computed then.
+        CorruptImageError: a file is not a readable image.
         ValueError: a bad size.
     """
-    recipe = _tested_at(trained.recipe, size_px)
+    recipe = _at_size(trained.recipe, size_px)
     for path in map(Path, paths):
-        if not path.is_file():  # a pipe could keep us waiting
-            if path.exists():
-                raise CorruptImageError(f"{path}: not a readable image (no file at all)")
-            raise FileNotFoundError(f"{path}: no such image")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such image file")
     _, probabilities = predict(
         trained.ema,
-        _batches_of(paths, eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)),
+        _file_batches(paths, eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)),
         Preprocess(trained.device, len(trained.classes), recipe.channels_last),
         autocast_dtype(trained.device, recipe.precision),
     )
     return probabilities
 
 
-def _batches_of(paths: Sequence[str | Path], transform: Transform) -> Iterator[Batch]:
-    """The images of files, whose classes nobody knows, labelled 0."""
-    for first in range(0, len(paths), MOST_IMAGES):
-        some = paths[first : first + MOST_IMAGES]
-        yield collate(in_threads(lambda path: (transform(open_image(path)), 0), some))
+def _file_batches(paths: Sequence[str | Path], transform: Transform) -> Iterator[Batch]:
+    """Batches of image files without known classes; their label is 0."""
+    for first in range(0, len(paths), MAX_BATCH_SIZE):
+        batch = paths[first : first + MAX_BATCH_SIZE]
+        yield collate(in_threads(lambda path: (transform(open_image(path)), 0), batch))
 
 
 def over_chance(top1_pct: float, classes: int) -> float:
-    """How far a top-1 accuracy has come from chance, at 0, to no error, at 1."""
+    """A top-1 accuracy on a scale from 0, chance, to 1, no error."""
     chance_pct = 100 / classes
     return (top1_pct - chance_pct) / (100 - chance_pct)
 
 
 def confused_pairs(labels: Tensor, guesses: Tensor, names: list[str]) -> pd.DataFrame:
-    """Pairs of classes by how often the first is taken for the second, most often first.
+    """Pairs of classes by how often the first is taken for the second, in descending order.
 
     Args:
         labels, guesses: true and predicted class of each image, `[N]`.

@@ -1,21 +1,26 @@
-"""The training loop: parameter groups, schedule, averaged weights, one epoch, `fit`.
+"""The training loop: parameter groups, schedule, EMA, one epoch, `fit` and the dry run.
 
-Nothing here knows a backbone: `fit` takes any classifier `[N, 3, H, W]` -> `[N, num_classes]`.
+`fit` takes any classifier from images `[N, 3, H, W]` to logits `[N, num_classes]`.
 """
 
-import copy
+import contextlib
 import dataclasses
+import datetime
 import functools
+import itertools
 import math
 import shlex
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,50 +28,28 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import data as inputs
 from utils import distributed
-from utils.cli import Stopped, advising_on_memory, progress_bar
-from utils.data.folders import (
-    STEP_STREAM,
-    Batch,
-    CorruptImageError,
-    Preprocess,
-    Splits,
-    readable,
-    stream_seed,
-)
-from utils.data.workers import WorkerError, watched
+from utils.cli import Stopped, progress_bar, summarize
+from utils.data import begin, describe, eval_loader, train_loader
+from utils.data.folders import STEP_STREAM, Batch, Preprocess, Splits, readable, stream_seed
+from utils.data.transforms import CorruptImageError
+from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
 from utils.records import describe_machine, write_json
-from utils.training.checkpoint import (
-    DIVERGED,
-    RunError,
-    end_save,
-    log_tensorboard,
-    open_run,
-    save_checkpoint,
-)
-from utils.training.evaluation import Optimize, autocast, autocast_dtype, dtype_name, evaluate
-from utils.training.stopping import Requested, StopRequest
+from utils.training.checkpoint import DIVERGED, RunError, finish_save, open_run, save_checkpoint
+from utils.training.evaluation import autocast, autocast_dtype, dtype_name, evaluate
 
-# By type, never by name: a layer called "bn_head" need not be one.
+# By type, never by name: a layer called "bn_head" may be linear.
 NORM_LAYERS = (
-    nn.modules.batchnorm._NormBase,  # all BatchNorm and InstanceNorm
+    nn.modules.batchnorm._NormBase,  # every BatchNorm and InstanceNorm
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
-TOO_FEW = "more than 1 value per channel"  # what PyTorch's BatchNorm says
-PROGRESS_STEPS = 20  # steps between two looks at the loss; a look waits for the device
-SMALLER = "a smaller --batch-size, --train-crop-px or --width"  # needs less memory
-
-# What a row of an epoch holds, for all who read it.
-METRICS = (
-    *("epoch", "step", "first_lr", "train_loss", "val_loss", "val_top1_pct", "val_top5_pct"),
-    *("ema_val_loss", "ema_val_top1_pct", "ema_val_top5_pct"),
-)
-SPEED = ("epoch", "train_time_s", "eval_time_s", "train_images_per_s")
+PROGRESS_STEPS = 20  # steps between two reads of the loss, which wait for the device
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_S = 2  # job managers and torchrun may both send one SIGTERM, within this time
 
 
 class DivergedError(ArithmeticError):
@@ -74,7 +57,7 @@ class DivergedError(ArithmeticError):
 
     Attributes:
         step: the first such step, from 0, if known.
-        indices: the dataset's indices of its images, where its loss was not finite.
+        indices: the dataset's indices of the images of that step.
     """
 
     def __init__(self, text: str, step: int | None = None, indices: Sequence[int] = ()) -> None:
@@ -85,7 +68,7 @@ class DivergedError(ArithmeticError):
 def param_groups(
     model: nn.Module, weight_decay: float, norm_weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameters for an optimizer: weights first, then normalisation layers and biases.
+    """Parameter groups for an optimizer: weights first, then normalization layers and biases.
 
     A parameter that two modules share counts once, as a weight if either holds it as one. Frozen
     parameters are left out.
@@ -104,9 +87,9 @@ def param_groups(
 
 
 def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of step 0, 1, ... as a share of the peak: linear up, then a cosine to 0.
+    """Learning rate of step 0, 1, ... as a share of the peak: linear warm-up, then cosine to 0.
 
-    The warm-up reaches the peak at its last step; the cosine would reach 0 at `total_steps`.
+    The last step of the warm-up has the peak; the cosine would reach 0 at `total_steps`.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -115,33 +98,32 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def ema_decay_at(updates: int, decay: float) -> float:
-    """Decay of the averaged weights after so many updates: (1 + n) / (10 + n), at most `decay`.
+    """Decay of the EMA weights after `updates` updates: (1 + n) / (10 + n), at most `decay`.
 
-    The rule of TensorFlow's ExponentialMovingAverage(num_updates): the average spans the last ninth
-    of the run so far, so that a short run is not left near its initial weights.
+    The warm-up of TensorFlow's ExponentialMovingAverage(num_updates): the average covers the last
+    ninth of the run so far, so that a short run does not stay near its initial weights.
     """
     return min(decay, (1 + updates) / (10 + updates))
 
 
 class Trainer:
-    """What changes from step to step: model, averaged model, optimizer, schedule, step, rows.
+    """The state of a training run: model, EMA model, optimizer, schedule, step and rows.
 
     Args:
         model: on its device already; trained in place.
         steps_per_epoch: optimizer steps per pass over the training images.
-        seed: of what is random in a step (mixing, dropout); the step number makes it new.
-        skip_corrupt: leave unreadable images out instead of raising.
-        compile: whether steps run the network under `torch.compile`.
-        sync_batchnorm: whether BatchNorm's statistics are those of all processes' images.
-        optimize: makes what is evaluated, as of `utils.training.evaluation.evaluate`.
+        seed: of the random numbers in a step (mixing, dropout), together with the step.
+        skip_corrupt: skip unreadable images instead of raising.
+        compile: run the network under `torch.compile`.
+        sync_batchnorm: compute BatchNorm statistics over the images of all processes.
 
     Raises:
-        ValueError: a step's images make no such parts, or parts too small for BatchNorm.
+        ValueError: more gradient accumulation steps than images.
 
     Attributes:
         metrics, speed: one row per epoch so far.
-        meter: the losses of the epoch under way.
-        skipped: one message per unreadable image that was left out, with its path.
+        meter: the losses of the current epoch.
+        skipped: one message per unreadable image that was skipped, with its path.
     """
 
     def __init__(
@@ -154,16 +136,20 @@ class Trainer:
         skip_corrupt: bool = False,
         compile: bool = False,
         sync_batchnorm: bool = False,
-        optimize: Optimize | None = None,
     ) -> None:
-        refuse_tiny_parts(model, recipe, sync_batchnorm)
+        images = recipe.batch_size // distributed.world_size()
+        if recipe.accumulate > images:
+            raise ValueError(
+                f"accumulate={recipe.accumulate} must be at most {images}, the images per step of "
+                "a process"
+            )
         self.device = next(model.parameters()).device
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=memory_format)
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         self.ema = AveragedModel(self.model, use_buffers=True)
         self.net = distributed.data_parallel(self.model, self.device, sync_batchnorm)
-        if compile:  # the model itself, and so its checkpoints, stay as they are
+        if compile:  # self.model, and so the checkpoints, stay as they are
             self.net = torch.compile(self.net)
         self.optimizer = torch.optim.SGD(
             param_groups(self.model, recipe.weight_decay, recipe.norm_weight_decay),
@@ -186,15 +172,13 @@ class Trainer:
             cutmix_alpha=recipe.cutmix_alpha,
             mixup_alpha=recipe.mixup_alpha,
         )
-        self.skip_corrupt, self.optimize = skip_corrupt, optimize
+        self.skip_corrupt = skip_corrupt
         self.step = 0
         self.meter = LossMeter(self.device)
-        # Of the training of the epoch under way: since when, if it runs, and for how long before.
-        self.start_s: float | None = None
-        self.earlier_s = 0.0
+        self.train_time_s = 0.0  # of the current epoch
         self.metrics: list[dict[str, float]] = []
         self.speed: list[dict[str, float]] = []
-        self.skipped: dict[str, None] = {}  # a set that keeps its order
+        self.skipped: dict[str, None] = {}  # an ordered set
 
     def train_step(self, batch: Batch) -> Tensor:
         """One update from one batch of this process; returns the loss, still on the device."""
@@ -202,7 +186,7 @@ class Trainer:
         images, targets = self.preprocess(batch)
         loss = self._backward(images, targets)
         self.optimizer.step()
-        self.optimizer.zero_grad()  # now, or the next forward pass would carry them
+        self.optimizer.zero_grad()  # now, so that the next forward pass has their memory
         self.schedule.step()
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(self.step, self.recipe.ema_decay))
         self.ema.update_parameters(self.model)
@@ -211,32 +195,32 @@ class Trainer:
         return loss
 
     def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Adds the gradients of the mean loss, part by part as `Recipe.accumulate` has it."""
+        """Adds the gradients of the mean loss, in gradient accumulation steps."""
         parts = list(
             zip(*(x.chunk(self.recipe.accumulate) for x in (images, targets)), strict=True)
         )
         total = torch.zeros((), device=self.device)
-        for k, (some_images, some_targets) in enumerate(parts, start=1):
-            # Sent to the other processes once, with the last part.
-            with distributed.no_sync(self.net) if k < len(parts) else nullcontext():
+        for k, (part_images, part_targets) in enumerate(parts, start=1):
+            # Processes exchange gradients once, with the last part.
+            with distributed.no_sync(self.net) if k < len(parts) else contextlib.nullcontext():
                 with autocast(self.device, self.dtype):
-                    logits = self.net(some_images)
+                    logits = self.net(part_images)
                 loss = cross_entropy(
-                    logits.float(), some_targets, label_smoothing=self.recipe.label_smoothing
+                    logits.float(), part_targets, label_smoothing=self.recipe.label_smoothing
                 )
-                loss = loss * (len(some_images) / len(images))
+                loss = loss * (len(part_images) / len(images))
                 loss.backward()
             total += loss.detach()
         return total
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, dict[str, float]]:
-        """Accuracy of the last weights, under the name "", and of the averaged ones, "ema_"."""
+        """Accuracy of the raw weights, under the name "", and of the EMA weights, "ema_"."""
         models = {"": self.model, "ema_": self.ema.module}
         batches = readable(batches, self.skip_corrupt, self.skipped)
-        return evaluate(models, batches, self.eval_preprocess, self.dtype, self.optimize)
+        return evaluate(models, batches, self.eval_preprocess, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to end in the same bits, as `settle` left it."""
+        """Everything that a resumed run needs to end in the same bits; see `synchronize`."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -250,53 +234,40 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`'s result, in which `odd_entry` finds nothing odd."""
-        for name in ("model", "ema"):
+        """Restores the result of `state_dict`."""
+        for name in ("model", "ema", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
-        # All else in them follows from the recipe and the step.
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": buffers(state)})
-        rates = [rate * self.lr_factor(self.step) for rate in self.schedule.base_lrs]
-        at_step = {"last_epoch": self.step, "_step_count": self.step + 1, "_last_lr": rates}
-        self.schedule.load_state_dict(self.schedule.state_dict() | at_step)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
         self.skipped = dict.fromkeys(state["skipped"])
-        self.earlier_s = state["under_way"]["train_time_s"]
+        self.train_time_s = state["under_way"]["train_time_s"]
         self.meter.load_state_dict(state["under_way"])
 
     def end_epoch(self, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        """Adds the rows of the epoch under way, which ends it."""
+        """Ends the current epoch by adding its rows."""
         self.metrics.append(metrics)
         self.speed.append(speed)
-        self.meter, self.start_s, self.earlier_s = LossMeter(self.device), None, 0.0
+        self.meter, self.train_time_s = LossMeter(self.device), 0.0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step."""
         return self.recipe.peak_lr * self.lr_factor(step)
 
     @property
-    def train_time_s(self) -> float:
-        """Time that the epoch under way has been trained, also before the run was resumed."""
-        running_s = 0.0 if self.start_s is None else time.perf_counter() - self.start_s
-        return self.earlier_s + running_s
-
-    @property
     def epoch(self) -> int:
-        """The epoch under way, from 0: trained and evaluated are those before it."""
+        """The current epoch, from 0; the epochs before it are trained and evaluated."""
         return len(self.metrics)
 
     @property
     def step_in_epoch(self) -> int:
-        """Steps of the epoch under way that are done."""
+        """Completed steps of the current epoch."""
         return self.step - self.epoch * self.steps_per_epoch
 
     def synchronize(self) -> None:
-        """Waits for the device and the other processes, so that `state_dict` is of all of them.
+        """Waits for the device and the other processes, so that `state_dict` covers all of them.
 
         Raises:
-            DivergedError: a loss of the epoch under way is not finite, or a weight is not; in all
-                processes, if in one.
+            DivergedError: a loss of the current epoch, or a weight, is not finite; raised in all
+                processes.
         """
         self.skipped = distributed.union(self.skipped)
         with torch.no_grad():
@@ -304,106 +275,15 @@ class Trainer:
         self.meter.check(bad_weights=~torch.isfinite(norms).all())
 
 
-def refuse_tiny_parts(model: nn.Module, recipe: Recipe, sync_batchnorm: bool = False) -> None:
-    """ValueError for more parts than images, or parts that leave BatchNorm one value per channel.
-
-    That is so for a single image where maps are 1 x 1; a pass without numbers shows it.
-    """
-    images = recipe.batch_size // distributed.world_size()
-    if recipe.accumulate > images:
-        raise ValueError(
-            f"accumulate={recipe.accumulate} must be at most the {images} images that a process "
-            "has in a step"
-        )
-    least = len(torch.empty(images).chunk(recipe.accumulate)[-1])
-    if least > 1 or sync_batchnorm:
-        return
-    shadow = copy.deepcopy(model).to("meta").train()
-    one = torch.empty(1, 3, recipe.train_crop_px, recipe.train_crop_px, device="meta")
-    try:
-        with suppress(RuntimeError):  # what knows no such device is seen at the first step
-            shadow(one)
-    except ValueError as error:
-        if TOO_FEW not in str(error):
-            raise
-        raise ValueError(
-            f"batch_size={recipe.batch_size} leaves single images to BatchNorm, whose maps are 1 x "
-            f"1 at train_crop_px={recipe.train_crop_px}; take a larger --batch-size or "
-            "--train-crop-px, or a smaller --accumulate"
-        ) from error
-
-
-def odd_entry(trainer: Trainer, state: dict[str, Any]) -> str | None:
-    """The first entry of a checkpoint, but for weights, that no run like `trainer`'s has.
-
-    Args:
-        state: with entries of the types of `utils.training.checkpoint.CHECKPOINTED`.
-    """
-    steps, epochs, done = trainer.steps_per_epoch, trainer.recipe.epochs, len(state["metrics"])
-    in_epoch, under_way = state["step"] - done * steps, state["under_way"]
-    sums = under_way.get("loss_sums")
-    ends = [(epoch, epoch * steps) for epoch in range(1, done + 1)]
-    good = {
-        "step": done <= epochs and 0 <= in_epoch <= (steps if done < epochs else 0),
-        "metrics": all(_is_row(row, METRICS) for row in state["metrics"])
-        and [(row["epoch"], row["step"]) for row in state["metrics"]] == ends,
-        "speed": all(_is_row(row, SPEED) for row in state["speed"]) and len(state["speed"]) == done,
-        "skipped": all(isinstance(line, str) for line in state["skipped"]),
-        "under_way": _alike(sums, trainer.meter.sums)
-        and _is_row(under_way, ("train_time_s", "loss_count"), but=("loss_sums",))
-        and under_way["loss_count"] == in_epoch,
-        "optimizer": _fit(buffers(state), trainer.optimizer),
-    }
-    return next((name for name in good if not good[name]), None)
-
-
-def _is_row(row: Any, names: Sequence[str], but: Sequence[str] = ()) -> bool:
-    """Whether it is a dict of finite numbers, these among them."""
-    return (
-        isinstance(row, dict)
-        and row.keys() >= set(names)
-        and all(
-            isinstance(name, str) and type(row[name]) in (int, float) and math.isfinite(row[name])
-            for name in row.keys() - set(but)
-        )
-    )
-
-
-def buffers(state: dict[str, Any]) -> Any:
-    """A checkpoint's momentum: by the parameter's number, a dict with its "momentum_buffer"."""
-    return state["optimizer"].get("state")
-
-
-def _fit(momenta: Any, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether each is of a parameter of the optimizer's, and of its shape."""
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    return isinstance(momenta, dict) and all(
-        type(number) is int
-        and 0 <= number < len(parameters)
-        and isinstance(each, dict)
-        and each.keys() == {"momentum_buffer"}
-        and _alike(each["momentum_buffer"], parameters[number])
-        for number, each in momenta.items()
-    )
-
-
-def _alike(found: Any, wanted: Tensor) -> bool:
-    """Whether it could be copied from the one to the other, as it lies in a checkpoint."""
-    names = ("shape", "dtype", "layout")
-    return isinstance(found, Tensor) and all(
-        getattr(found, name) == getattr(wanted, name) for name in names
-    )
-
-
 class LossMeter:
-    """Mean loss, summed on the device and looked at rarely; keeps the first step gone wrong."""
+    """Mean loss, summed on the device and read rarely; keeps the first step that is not finite."""
 
     def __init__(self, device: torch.device) -> None:
         self.sum = torch.zeros((), device=device)
         self.sums = torch.zeros(distributed.world_size(), device=device)  # at the last `check`
         self.bad_step = torch.full((), -1, device=device)
         self.count = 0
-        # The images of the steps since the last look.
+        # Images of the steps since the last check.
         self.recent: deque[tuple[int, Sequence[int]]] = deque(maxlen=2 * PROGRESS_STEPS)
 
     def add(self, loss: Tensor, step: int, indices: Sequence[int] = ()) -> None:
@@ -414,7 +294,7 @@ class LossMeter:
         self.bad_step.masked_fill_(is_first_bad, step)
 
     def check(self, bad_weights: Tensor | bool = False) -> None:
-        """Looks at all processes' losses, and notes them for `state_dict`; waits for the device.
+        """Reads the losses of all processes and keeps them for `state_dict`; waits for the device.
 
         Raises:
             DivergedError: a loss was NaN or infinite, or there are `bad_weights`.
@@ -437,7 +317,7 @@ class LossMeter:
         return self.sum.item() / self.count
 
     def state_dict(self) -> dict[str, Any]:
-        """Every process's sum at the last `check`, and the count, as they are after it."""
+        """The sum of every process at the last `check`, and the count."""
         return {"loss_sums": self.sums, "loss_count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -451,25 +331,20 @@ def train_one_epoch(
     progress: tqdm | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """One pass over `batches`; returns the mean loss over the epoch's steps and all processes.
+    """One pass over `batches`; returns the mean loss over the steps and all processes.
 
     Args:
-        after_step: called when a step is over, and may stop the pass by an exception.
+        after_step: called after each step; may end the pass by an exception.
 
     Raises:
+        CorruptImageError: an image is unreadable and may not be skipped, or all of a batch are.
         DivergedError: the loss is not finite.
     """
     trainer.net.train()
     for batch in readable(batches, trainer.skip_corrupt, trainer.skipped):
         if not len(batch.labels):
-            raise CorruptImageError(f"{batch.corrupt[0]}; nor is any other of its batch")
-        try:
-            trainer.train_step(batch)
-        except ValueError as error:
-            if not batch.corrupt or TOO_FEW not in str(error):
-                raise
-            few = f"{batch.corrupt[0]}; too few others of its batch are for BatchNorm"
-            raise CorruptImageError(few) from error
+            raise CorruptImageError(f"{batch.corrupt[0]}; so are all other images of its batch")
+        trainer.train_step(batch)
         if trainer.step % PROGRESS_STEPS == 0:
             trainer.meter.check()
             if progress is not None:
@@ -480,6 +355,90 @@ def train_one_epoch(
     trainer.synchronize()
     mean = torch.tensor(trainer.meter.mean(), device=trainer.device, dtype=torch.float64)
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
+
+
+class _StopRequested(Exception):
+    """A signal came, and all processes are between two steps."""
+
+
+class StopRequest:
+    """Catches SIGINT and SIGTERM inside its `with` block; a second signal interrupts at once.
+
+    A SIGTERM within `REPEAT_S` of the first signal counts as the same one. An ignored signal stays
+    ignored. Outside the main thread nothing is caught.
+
+    Args:
+        catch: whether to catch signals at all.
+        timeout_s: how long the processes wait for each other.
+
+    Attributes:
+        signal: name of the first signal that this process received, or None.
+    """
+
+    def __init__(self, catch: bool = True, timeout_s: float = 600) -> None:
+        self.signal: str | None = None
+        self._first_s: dict[int, float] = {}
+        self._catches = catch and threading.current_thread() is threading.main_thread()
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._group = None
+        if dist.is_initialized():
+            timeout = datetime.timedelta(seconds=timeout_s)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS if self._catches else ():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that C has set
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if number not in self._first_s:
+            self._first_s[number] = time.monotonic()
+            self.signal = self.signal or signal.Signals(number).name
+        elif number == signal.SIGINT or time.monotonic() - self._first_s[number] > REPEAT_S:
+            raise KeyboardInterrupt
+
+    def agreed(self) -> bool:
+        """Whether any process has a signal; all of them ask at the same point.
+
+        The flags are summed on the CPUs, so that nothing waits for a GPU.
+        """
+        stop = torch.tensor(float(self.signal is not None))
+        if self._group is not None:
+            dist.all_reduce(stop, group=self._group)
+        return bool(stop)
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields `batches`, then raises `_StopRequested` in all processes if one has a signal.
+
+        The process that has the signal ends its batches early.
+        """
+        for batch in batches:
+            if self.signal:
+                break
+            yield batch
+        if self.agreed():
+            raise _StopRequested
+
+
+def make_loaders(
+    data: Splits,
+    recipe: Recipe,
+    seed: int,
+    workers: int,
+    device: torch.device,
+    timeout_s: float = 0,
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of this process's share of the training and validation batches."""
+    options = (workers, device.type == "cuda", timeout_s)
+    return (
+        train_loader(data.train, recipe.batch_size, seed, *options),
+        eval_loader(data.val, recipe.batch_size, *options),
+    )
 
 
 def fit(
@@ -495,7 +454,6 @@ def fit(
     skip_corrupt: bool = False,
     compile: bool = False,
     sync_batchnorm: bool = False,
-    optimize: Optimize | None = None,
     checkpoint_steps: int = 0,
     keep_every: int = 0,
     timeout_s: float = 600,
@@ -503,65 +461,58 @@ def fit(
     quiet: bool = False,
     catch_signals: bool = True,
 ) -> Trainer:
-    """Trains `model` by `recipe`, or goes on with the run in `run_dir`, to the last epoch.
+    """Trains `model` by `recipe` to the last epoch, resuming the run in `run_dir` if there is one.
 
     Args:
-        config: entries for config.json beside the recipe and the machine: what built the model.
-        workers: processes that decode images, 0 for none.
-        skip_corrupt: leave unreadable images out and list them, instead of stopping.
+        config: entries for config.json beside the recipe and the machine: what made the model.
+        workers: processes that decode images; 0 decodes in threads of this process.
+        skip_corrupt: skip and list unreadable images instead of stopping.
         compile: train under `torch.compile`: a minute or more at the start, then faster steps.
-        sync_batchnorm: BatchNorm over all processes' images; on GPUs only.
-        optimize: makes what is evaluated on a CPU: `backbones.deploy.optimize`.
-        checkpoint_steps: save after every so many steps, too; 0 for the ends of epochs alone.
-        keep_every: keep the checkpoint of every so many epochs; 0 for last and best alone.
-        timeout_s: how long to wait for a worker's batch, 0 for ever.
+        sync_batchnorm: BatchNorm over the images of all processes; on GPUs only.
+        checkpoint_steps: also save after every so many steps; 0 saves at the ends of epochs.
+        keep_every: keep the checkpoint of every so many epochs; 0 keeps the last and the best.
+        timeout_s: how long to wait for a batch of a worker process; 0 waits forever.
         tensorboard: also log every row for TensorBoard.
         quiet: show neither a progress bar nor a line per epoch.
-        catch_signals: whether SIGINT and SIGTERM save first and stop then.
+        catch_signals: whether SIGINT and SIGTERM save before they stop the run.
 
     Returns:
-        The trainer, with the model, its average and the rows of every epoch.
+        The trainer, with the model, the EMA model and the rows of every epoch.
 
     Raises:
-        ValueError: a negative seed or number of workers, or a batch larger than the data.
+        ValueError: a batch larger than the data.
         RunError: `run_dir` holds another run.
         CorruptImageError: an image is unreadable.
         DivergedError: the loss is not finite; the last checkpoint is from before.
-        WorkerError: a decoding process died, or gave nothing for `timeout_s`.
+        RuntimeError: a worker process died or timed out; PyTorch's message says which.
         Stopped: a signal came, and the run is saved.
     """
-    counts = {"seed": seed, "workers": workers, "checkpoint_steps": checkpoint_steps}
-    for name, value in (counts | {"keep_every": keep_every}).items():
-        if value < 0:
-            raise ValueError(f"{name}={value} must be at least 0")
-    run_dir = Path(run_dir)
-    device = device or distributed.pick_device()
-    loaders = make_loaders(data, recipe, seed, workers, device)
+    run_dir, device = Path(run_dir), device or distributed.pick_device()
+    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     sizes = len(loaders[0]), len(data.classes)
-    trainer = Trainer(
-        model.to(device), recipe, *sizes, seed, skip_corrupt, optimize=optimize, **options
-    )
+    trainer = Trainer(model.to(device), recipe, *sizes, seed, skip_corrupt, **options)
     config = {**(config or {}), **_describe(trainer, data, workers), **options}
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         opened = open_run(run_dir, config)
-        # Of many machines, one alone needs to see the run's folder.
+        # On several machines, only that of rank 0 needs the run's folder.
         checkpoint = distributed.of_rank_0(lambda: stack.enter_context(opened))
         if checkpoint:
-            _resume(trainer, checkpoint, run_dir)
+            try:
+                trainer.load_state_dict(checkpoint)
+            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{run_dir / 'last.pt'}: does not fit its own config") from error
             if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
-                end_save(run_dir, checkpoint, keep_every)
+                finish_save(run_dir, checkpoint, keep_every)
         bar = progress_bar(
             total=recipe.epochs * trainer.steps_per_epoch * recipe.batch_size,
             initial=trainer.step * recipe.batch_size,
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         )
-        stack.enter_context(_saying_how_to_go_on(run_dir))
-        stack.enter_context(advising_on_memory(memory_advice(recipe)))
-        stack.enter_context(_naming_images(trainer, data, run_dir))
         _Run(
             trainer,
+            data,
             *loaders,
             run_dir,
             config,
@@ -569,29 +520,18 @@ def fit(
             stop=stack.enter_context(StopRequest(catch_signals, timeout_s + distributed.MARGIN_S)),
             checkpoint_steps=checkpoint_steps,
             keep_every=keep_every,
-            timeout_s=timeout_s,
             tensorboard=tensorboard,
             quiet=quiet,
         ).train()
     return trainer
 
 
-def _resume(trainer: Trainer, checkpoint: dict[str, Any], run_dir: Path) -> None:
-    path = run_dir / "last.pt"
-    advice = "its own config; put best.pt in its place, or start again in another folder"
-    if name := odd_entry(trainer, checkpoint):
-        raise RunError(f"{path}: its {name!r} is not that of {advice}")
-    try:
-        trainer.load_state_dict(checkpoint)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path}: its weights are not those of {advice}") from error
-
-
 @dataclasses.dataclass
 class _Run:
-    """A trainer on its way through the epochs: what is saved and told, when, and how it stops."""
+    """The loop over epochs: trains, evaluates, saves, reports and stops."""
 
     trainer: Trainer
+    data: Splits
     train_loader: DataLoader
     val_loader: DataLoader
     run_dir: Path
@@ -600,58 +540,59 @@ class _Run:
     stop: StopRequest
     checkpoint_steps: int
     keep_every: int
-    timeout_s: float
     tensorboard: bool
     quiet: bool
 
     def train(self) -> None:
         """Trains to the last epoch, or until a signal comes."""
         trainer = self.trainer
+        resume = (
+            f"run the same command with --output-dir {shlex.quote(str(self.run_dir))} to resume"
+        )
         try:
             while trainer.epoch < trainer.recipe.epochs:
-                train_loss = self._train_epoch()
-                self._evaluate_epoch(train_loss)
+                self._evaluate_epoch(self._train_epoch())
                 self._save()
-                self._tell()
-        except (Requested, WorkerError) as error:
-            if isinstance(error, WorkerError):
-                if not self.stop.signal or distributed.world_size() > 1:
-                    raise
-                trainer.synchronize()  # no step is under way, and who waits for a disk may stop, too
+                self._report()
+        except _StopRequested:
             self._save()
-            raise Stopped(
-                f"{self.stop.signal or 'a signal to another process'}, all is saved at step "
-                f"{trainer.step}; {_same_command(self.run_dir)} goes on"
-            ) from None
+            cause = self.stop.signal or "a signal to another process"
+            raise Stopped(f"{cause}, saved at step {trainer.step}; {resume}") from None
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"{resume} from the last checkpoint") from error
+        except DivergedError as error:
+            if error.step is None:
+                raise
+            raise self._with_images(error) from error
 
     def _train_epoch(self) -> float:
-        """Trains the epoch under way to its end; returns its mean loss."""
+        """Trains the current epoch to its end; returns its mean loss."""
         trainer = self.trainer
         self.progress.set_description_str(f"epoch {trainer.epoch + 1}/{trainer.recipe.epochs}")
-        inputs.begin(self.train_loader, trainer.epoch, trainer.step_in_epoch)
-        trainer.start_s = time.perf_counter()
-        batches = watched(self.train_loader, self.timeout_s)
-        train_loss = train_one_epoch(trainer, batches, self.progress, self._after_step)
-        trainer.earlier_s, trainer.start_s = trainer.train_time_s, None
+        begin(self.train_loader, trainer.epoch, trainer.step_in_epoch)
+        start_s = time.perf_counter() - trainer.train_time_s  # which is above 0 after a resume
+        after_step = functools.partial(self._after_step, start_s)
+        train_loss = train_one_epoch(trainer, self.train_loader, self.progress, after_step)
+        trainer.train_time_s = time.perf_counter() - start_s
         return train_loss
 
-    def _after_step(self) -> None:
+    def _after_step(self, start_s: float) -> None:
         trainer, stopping = self.trainer, self.stop.agreed()
+        trainer.train_time_s = time.perf_counter() - start_s
         due = self.checkpoint_steps and trainer.step % self.checkpoint_steps == 0
-        # The last step of an epoch is saved with its evaluation.
+        # The last step of an epoch is saved together with its evaluation.
         if stopping or (due and trainer.step_in_epoch < trainer.steps_per_epoch):
             trainer.synchronize()
             if stopping:
-                raise Requested
+                raise _StopRequested
             self._save()
 
     def _evaluate_epoch(self, train_loss: float) -> None:
-        """Evaluates the raw and the averaged weights, and ends the epoch with a row of each."""
+        """Evaluates the raw and the EMA weights and ends the epoch."""
         trainer, start_s = self.trainer, time.perf_counter()
-        # Each process has statistics of its own images; rank 0's are those that are saved.
+        # Each process has BatchNorm statistics of its own images; those of rank 0 are saved.
         distributed.broadcast_buffers(trainer.model, trainer.ema)
-        batches = self.stop.watch(watched(self.val_loader, self.timeout_s))
-        results = trainer.evaluate(batches)
+        results = trainer.evaluate(self.stop.watch(self.val_loader))
         row = {
             "epoch": trainer.epoch + 1,
             "step": trainer.step,
@@ -679,84 +620,37 @@ class _Run:
             checkpoint = {"config": self.config, **self.trainer.state_dict()}
             save_checkpoint(self.run_dir, checkpoint, self.keep_every)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
+        """Prints and logs the last epoch."""
         if distributed.rank() > 0:
             return
+        row, speed = self.trainer.metrics[-1], self.trainer.speed[-1]
         if not self.quiet:
-            self.progress.write(describe_epoch(self.trainer))
+            self.progress.write(
+                f"epoch {row['epoch']:3d}/{self.trainer.recipe.epochs}  "
+                f"train loss {row['train_loss']:.3f}  val top-1 raw {row['val_top1_pct']:5.1f} %  "
+                f"EMA {row['ema_val_top1_pct']:5.1f} %  "
+                f"({speed['train_images_per_s']:.0f} images/s)"
+            )
         if self.tensorboard:
-            rows = self.trainer.metrics[-1], self.trainer.speed[-1]
-            log_tensorboard(self.run_dir, *rows)
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
+            with SummaryWriter(self.run_dir) as writer:
+                for name, value in {**row, **speed}.items():
+                    writer.add_scalar(name, value, row["epoch"])
 
-def memory_advice(recipe: Recipe) -> str:
-    """What helps where training runs out of memory, the least harmful first."""
-    parts = 2 * recipe.accumulate
-    fits = parts <= recipe.batch_size // distributed.world_size()
-    return f"--accumulate {parts}, or " * fits + SMALLER
-
-
-@contextmanager
-def _saying_how_to_go_on(run_dir: Path) -> Iterator[None]:
-    """At an interrupt, after which nothing is saved."""
-    try:
-        yield
-    except Stopped:
-        raise
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(
-            f"{_same_command(run_dir)} goes on from what was saved before"
-        ) from error
-
-
-def _same_command(run_dir: Path) -> str:
-    return f"the same command with --output-dir {shlex.quote(str(run_dir))}"
-
-
-@contextmanager
-def _naming_images(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[None]:
-    """Names the images of a step gone wrong."""
-    try:
-        yield
-    except DivergedError as error:
-        if error.step is None:
-            raise
-        images = [str(data.train.path(i)) for i in error.indices]
-        learning_rate = trainer.lr_at(error.step)
+    def _with_images(self, error: DivergedError) -> DivergedError:
+        """The error with its learning rate and the names of the images of its step."""
+        images = [str(self.data.train.path(i)) for i in error.indices]
+        learning_rate, path = self.trainer.lr_at(error.step), self.run_dir / DIVERGED
         if distributed.rank() == 0:
-            with suppress(OSError):
+            with contextlib.suppress(OSError):
                 record = {"step": error.step, "learning_rate": learning_rate, "images": images}
-                write_json(run_dir / DIVERGED, record)
-        few = ", ".join(images[:3] + ["..."] * (len(images) > 3))
-        raise DivergedError(
-            f"{error}; learning rate {learning_rate:.4g}, images {few} "
-            f"(all in {run_dir / DIVERGED})"
-        ) from error
-
-
-def describe_epoch(trainer: Trainer) -> str:
-    """One line on the last epoch."""
-    row, speed = trainer.metrics[-1], trainer.speed[-1]
-    return (
-        f"epoch {row['epoch']:3d}/{trainer.recipe.epochs}  train loss {row['train_loss']:.3f}  "
-        f"val top-1 raw {row['val_top1_pct']:5.1f} %  EMA {row['ema_val_top1_pct']:5.1f} %  "
-        f"({speed['train_images_per_s']:.0f} images/s)"
-    )
-
-
-def make_loaders(
-    data: Splits,
-    recipe: Recipe,
-    seed: int,
-    workers: int,
-    device: torch.device,
-) -> tuple[DataLoader, DataLoader]:
-    """Loaders of this process's share of training and validation batches."""
-    options = (workers, device.type == "cuda")
-    return (
-        inputs.train_loader(data.train, recipe.batch_size, seed, *options),
-        inputs.eval_loader(data.val, recipe.batch_size, *options),
-    )
+                write_json(path, record)
+        return DivergedError(
+            f"{error}; learning rate {learning_rate:.4g}, images {summarize(images)}, all listed "
+            f"in {path}"
+        )
 
 
 def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
@@ -764,7 +658,7 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
         "recipe": dataclasses.asdict(trainer.recipe),
         "seed": trainer.seed,
         "classes": data.classes,
-        "shards": inputs.describe(data.train, workers),
+        "shards": describe(data.train, workers),
         "train_images": len(data.train),
         "val_images": len(data.val),
         "autocast": dtype_name(trainer.dtype),
@@ -772,3 +666,91 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
         "workers": workers,
         **describe_machine(),
     }
+
+
+def dry_run(
+    model: nn.Module,
+    data: Splits,
+    recipe: Recipe,
+    *,
+    name: str = "network",
+    seed: int = 0,
+    workers: int = 0,
+    device: torch.device | None = None,
+    timeout_s: float = 600,
+    **options: Any,
+) -> float:
+    """Prints what `fit` would do, takes a few steps of its loop, and estimates the time of a run.
+
+    Writes no files. The first steps start workers and compile kernels, and use the batches that
+    the workers decoded in the meantime; the steps after them are timed.
+
+    Args:
+        model: trained in place for these steps.
+        name: of the network, to print.
+        seed, workers, device, timeout_s, options: as of `fit`; options are those of `Trainer`.
+
+    Returns:
+        Estimated seconds of the complete run, without checkpoints.
+
+    Raises:
+        ValueError, CorruptImageError, DivergedError, RuntimeError: as `fit`.
+    """
+    device = device or distributed.pick_device()
+    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
+    steps, crop_px = len(loaders[0]), recipe.train_crop_px
+    trainer = Trainer(model.to(device), recipe, steps, len(data.classes), seed, **options)
+    total = recipe.epochs * steps
+    peak = max(0, trainer.lr_factor.keywords["warmup_steps"] - 1)
+    marks = sorted({0, peak, total // 2, total - 1})
+    rates = ", ".join(f"{trainer.lr_at(step):.3g} at step {step}" for step in marks)
+    lines = [
+        f"model: {name}, {count_parameters(model) / 1e6:.2f} M parameters with its head, "
+        f"{count_macs(model, crop_px, crop_px) / 1e9:.3g} GMACs at {crop_px} x {crop_px} pixels",
+        f"data: {len(data.classes)} classes, {len(data.train)} training and {len(data.val)} "
+        f"validation images, {steps} steps of {recipe.batch_size} images per epoch",
+        f"schedule: {recipe.epochs} epochs, {total} steps, learning rate {rates}",
+        f"device: {device}, processes: {distributed.world_size()}, workers of each: {workers}",
+    ]
+    begin(loaders[0], 0)
+    train = functools.partial(train_one_epoch, trainer)
+    times_s = [
+        *_batch_times_s(loaders[0], train, device),
+        *_batch_times_s(loaders[1], trainer.evaluate, device),
+    ]
+    # The slowest process sets the pace.
+    times_s = distributed.gather(torch.tensor(times_s, device=device)).amax(0).tolist()
+    first_s, step_s, _, eval_step_s = times_s
+    epoch_s, eval_s = steps * step_s, len(loaders[1]) * eval_step_s
+    total_s = recipe.epochs * (epoch_s + eval_s)
+    lines += [
+        f"first step: {first_s:.3g} s, later steps: {step_s:.3g} s",
+        f"estimate: {datetime.timedelta(seconds=round(total_s))} (h:mm:ss) for {recipe.epochs} "
+        f"epochs, each {epoch_s:.3g} s of training and {eval_s:.3g} s of evaluation",
+    ]
+    if distributed.rank() == 0:
+        print("\n".join(lines))
+    return total_s
+
+
+def _batch_times_s(
+    loader: DataLoader,
+    work: Callable[[Iterable[Batch]], Any],
+    device: torch.device,
+    timed: int = 3,
+) -> tuple[float, float]:
+    """Seconds of the first batch, and the mean of the last `timed` ones, with the wait for them."""
+    marks_s = [time.perf_counter()]
+
+    def batches() -> Iterator[Batch]:
+        # Each worker has two batches ready when the second is asked for.
+        for batch in itertools.islice(loader, 1 + 2 * loader.num_workers + timed):
+            yield batch
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            marks_s.append(time.perf_counter())
+
+    work(batches())
+    times_s = [end_s - start_s for start_s, end_s in itertools.pairwise(marks_s)] or [0.0]
+    later_s = times_s[1:][-timed:] or times_s
+    return times_s[0], sum(later_s) / len(later_s)
