@@ -30,7 +30,7 @@ from utils.distributed import pick_device
 from utils.recipe import RECIPES, DetectorRecipe
 from utils.studies import statistics
 from utils.studies.detection_study import SCRATCH, DetectionStudy, run_detection_study
-from utils.training.trained import load_trained
+from utils.training.checkpoint import load_trained
 
 SAMPLE, SCENES = Path("data/sample"), Path("data/scenes")
 
@@ -59,7 +59,7 @@ def detect(args: argparse.Namespace) -> None:
     backbone, recipe, sample_dir = "cspdarknet19", RECIPES["quick"], None
     options = recipe.backbone_options
     if args.checkpoint:
-        trained = load_trained(args.checkpoint, create_classifier)
+        trained = load_trained(args.checkpoint)
         backbone, options, recipe = trained.backbone, trained.options, trained.recipe
     else:
         sample_dir = sample.draw(SAMPLE)

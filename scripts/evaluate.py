@@ -13,11 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone befor
 from utils.cli import Parser, exit_code, int_at_least
 
 # isort: split
-from backbones import create_classifier
-from backbones.deploy import optimize
-from utils import distributed
-from utils.training import evaluation
-from utils.training.trained import load_trained
+from utils.distributed import pick_device
+from utils.training.checkpoint import load_trained
+from utils.training.evaluation import evaluate_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -25,26 +23,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
     add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
-    add(
-        "--size",
-        type=int_at_least(1),
-        help="side of the centre crop (default: the recipe's)",
-    )
+    add("--size", type=int_at_least(1), help="side of the center crop (default: the recipe's)")
     add("--workers", type=int_at_least(0), default=1, help="decoding processes (default: 1)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
-    add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
+    add("--skip-corrupt", action="store_true", help="skip and list unreadable images")
     return parser.parse_args(argv)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    device = distributed.pick_device(args.device)
-    results, skipped = evaluation.evaluate_trained(
-        load_trained(args.checkpoint, create_classifier, device),
+    results, skipped = evaluate_trained(
+        load_trained(args.checkpoint, pick_device(args.device)),
         args.data_dir,
         size_px=args.size,
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
-        optimize=optimize,
     )
     for message in skipped:
         print(f"skipped: {message}")
@@ -57,7 +49,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: evaluate(args), "a smaller --size or fewer --workers")
+    return exit_code(lambda: evaluate(args))
 
 
 if __name__ == "__main__":

@@ -28,13 +28,12 @@ from utils.cli import DataError, Parser, exit_code
 import torch
 
 import backbones
-from backbones import create_classifier
 from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.deploy import NamedOutputs
 from backbones.weights import WeightsError
 from utils import exporting
-from utils.training.trained import load_trained
+from utils.training.checkpoint import load_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -71,7 +70,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 def open_network(args: argparse.Namespace) -> Backbone | Classifier:
     if args.checkpoint:
-        trained = load_trained(args.checkpoint, create_classifier, torch.device("cpu"))
+        trained = load_trained(args.checkpoint, torch.device("cpu"))
         if args.classifier:
             return trained.ema
         options = {**trained.options, **args.options}

@@ -1,14 +1,14 @@
-"""What is in these images? The five likeliest classes of each, by a trained run's EMA weights.
+"""Predicts the five most likely classes of images by the EMA weights of a run.
 
     python scripts/predict.py photo.jpg --checkpoint runs/NAME/last.pt
     python scripts/predict.py *.jpg --checkpoint runs/NAME/last.pt --json \\
         --synset-mapping imagenet/LOC_synset_mapping.txt
 
-Images are read, resized and cropped as scripts/evaluate.py does it. A class is called by its
-folder's name, for ImageNet such as n01440764; with --synset-mapping also by its words.
+Images are read, resized and cropped as in scripts/evaluate.py. The name of a class is that of its
+folder, such as n01440764 for ImageNet, and with --synset-mapping also its words.
 
 --json prints a list of {"image": path, "predictions": [{"class", "name", "probability"}, ...]},
-the likeliest class first; name is the words, or the class again.
+the most likely class first; "name" is the words, or the class again.
 """
 
 import argparse
@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone befor
 from utils.cli import DataError, Parser, exit_code, int_at_least, printable
 
 # isort: split
-from backbones import create_classifier
-from utils import distributed
 from utils.data.imagenet import read_synsets
+from utils.distributed import pick_device
+from utils.training.checkpoint import load_trained
 from utils.training.evaluation import predict_files
-from utils.training.trained import load_trained
 
-MOST_CLASSES = 5
+TOP_CLASSES = 5
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,19 +34,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file")
     add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
-    add("--synset-mapping", metavar="PATH", help="LOC_synset_mapping.txt: words for classes")
-    add(
-        "--size",
-        type=int_at_least(1),
-        help="side of the centre crop (default: the recipe's)",
-    )
+    add("--synset-mapping", metavar="PATH", help="LOC_synset_mapping.txt, the words of the classes")
+    add("--size", type=int_at_least(1), help="side of the center crop (default: the recipe's)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args(argv)  # images before and after options
 
 
 def class_names(classes: list[str], synset_mapping: str | None) -> list[str]:
-    """The words of each class, or the class itself if nobody says what it is called."""
+    """The words of each class; its folder's name without a mapping."""
     if synset_mapping is None:
         return classes
     words = read_synsets(synset_mapping)
@@ -57,9 +52,9 @@ def class_names(classes: list[str], synset_mapping: str | None) -> list[str]:
 
 
 def predict(args: argparse.Namespace) -> None:
-    trained = load_trained(args.checkpoint, create_classifier, distributed.pick_device(args.device))
+    trained = load_trained(args.checkpoint, pick_device(args.device))
     names = class_names(trained.classes, args.synset_mapping)
-    likeliest = predict_files(trained, args.images, args.size).topk(min(MOST_CLASSES, len(names)))
+    top = predict_files(trained, args.images, args.size).topk(min(TOP_CLASSES, len(names)))
     found = [
         {
             "image": image,
@@ -69,7 +64,7 @@ def predict(args: argparse.Namespace) -> None:
             ],
         }
         for image, labels, shares in zip(
-            args.images, likeliest.indices.tolist(), likeliest.values.tolist(), strict=True
+            args.images, top.indices.tolist(), top.values.tolist(), strict=True
         )
     ]
     if args.json:
@@ -84,7 +79,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: predict(args), "fewer images at a time or a smaller --size")
+    return exit_code(lambda: predict(args))
 
 
 if __name__ == "__main__":

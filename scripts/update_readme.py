@@ -23,14 +23,13 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-from backbones import create_classifier
 from utils import plotting, speed, tables
 from utils.data import sample
 from utils.data.transforms import MEAN_RGB, STD_RGB
 from utils.records import write_atomic
 from utils.studies import statistics
 from utils.studies.definitions import STUDIES
-from utils.training.trained import load_trained
+from utils.training.checkpoint import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 # README's tables of the benchmark, and the machine of each as records name it.
@@ -65,7 +64,7 @@ def updated(readme: str) -> str:
 @torch.no_grad()
 def draw_picture(checkpoint: Path, path: Path) -> None:
     """An image that the sample draws and its maps by a run's averaged weights, as a PNG."""
-    net = load_trained(checkpoint, create_classifier, torch.device("cpu")).average.backbone
+    net = load_trained(checkpoint, torch.device("cpu")).ema.backbone
     drawn, _ = sample.render(np.random.default_rng(3), class_index=3)
     drawn = ImageOps.fit(drawn, (288, 224))
     maps = net(normalize(pil_to_tensor(drawn).float(), MEAN_RGB, STD_RGB)[None])

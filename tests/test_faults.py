@@ -25,13 +25,13 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_run, run
 from test_imagenet import make, sorted_tree
+from utils.training.trained import load_trained
 
 from backbones import create_classifier
 from utils.data import packing
 from utils.records import lock
 from utils.training.checkpoint import save_checkpoint
 from utils.training.evaluation import evaluate_trained
-from utils.training.trained import load_trained
 
 pytestmark = pytest.mark.faults
 

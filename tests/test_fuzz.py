@@ -45,9 +45,7 @@ def mutated(draw, good):
         if not content:
             break
         at = draw(st.integers(0, len(content) - 1))
-        end = draw(
-            st.one_of(st.just(len(content)), st.integers(at, min(at + 60, len(content))))
-        )
+        end = draw(st.one_of(st.just(len(content)), st.integers(at, min(at + 60, len(content)))))
         how = draw(st.sampled_from(["cut", "insert", "replace", "repeat", "flip"]))
         if how == "cut":
             del content[at:end]

@@ -166,19 +166,23 @@ def collate(
 
 
 def readable(
-    batches: Iterable[Batch], skip_corrupt: bool, skipped: dict[str, None]
+    batches: Iterable[Batch | Exception], skip_corrupt: bool, skipped: dict[str, None]
 ) -> Iterator[Batch]:
-    """Passes batches on and sees to the images that could not be read.
+    """Yields batches and reports the images that could not be read.
 
     Args:
-        skip_corrupt: whether to leave them out and add one message each to the keys of `skipped`.
+        batches: an exception in place of a batch is raised here: it comes from a worker process,
+            through which a raised one would lose its one clear line.
+        skip_corrupt: whether to skip such images and add one message each to `skipped`.
 
     Raises:
-        CorruptImageError: there is one, and it may not be left out.
+        CorruptImageError: there is one, and it may not be skipped.
     """
     for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
         if batch.corrupt and not skip_corrupt:
-            raise CorruptImageError(f"{batch.corrupt[0]}; --skip-corrupt leaves such files out")
+            raise CorruptImageError(f"{batch.corrupt[0]}; --skip-corrupt skips such files")
         skipped.update((str(error), None) for error in batch.corrupt)
         yield batch
 
