@@ -75,7 +75,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: `images` has another rank, channel count or an integer type.
         """
-        self._check(images)
+        self.validate_images(images)
         run = _run
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             run = _run_checkpointed
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
             return []
         return [module for part in self.parts()[: self._frozen_stages + 1] for module in part]
 
-    def _check(self, images: Tensor) -> None:
+    def validate_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
             raise ValueError(
                 f"images are a {type(images).__name__}; expected a tensor [N, C, H, W]"
@@ -138,7 +138,7 @@ class Backbone(nn.Module):
             raise ValueError(f"images are {list(shape)}; expected [N, {self.in_channels}, H, W]")
         if not images.is_floating_point():
             raise ValueError(
-                f"images are {images.dtype}; expected a floating point type, normalised"
+                f"images are {images.dtype}; expected a floating-point type, normalised"
             )
 
 

@@ -10,8 +10,6 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from backbones import winograd
-
 REAL_TAR = Path(__file__).parents[2] / "shared" / "data" / "imagenette2-224sq.tar"
 
 # A few examples, the same in every run; many new ones with --hypothesis-profile long.
@@ -25,13 +23,6 @@ settings.load_profile("few")
 def _one_thread():
     """Small networks gain nothing from more, and sums come out the same on every machine."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def all_by_tiles(monkeypatch):
-    """Has convolutions go by tiles, however few their channels and tiles."""
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "LEAST_TILES", 1)
 
 
 def write_image(path, rng, colour, size_px=(40, 32)):

@@ -178,8 +178,3 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
         export(Scaled(), tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_other_modules_have_no_named_outputs():
-    with pytest.raises(ValueError, match="net is a Conv2d; expected a Backbone or a Classifier"):
-        NamedOutputs(nn.Conv2d(3, 3, 1))
