@@ -13,7 +13,6 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from utils.data.transforms import MEAN_RGB, STD_RGB
 from utils.records import write_atomic
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -361,12 +360,6 @@ def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequenc
     for each in axes:
         each.axis("off")
     return figure
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Normalised images `[N, 3, H, W]`, as a network gets them, back to uint8."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN_RGB, STD_RGB))
-    return (images.cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images from class folders or from shards, opened and loaded in the same way."""
+"""Images from class folders or from shards, opened and loaded by the same functions."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from utils.recipe import Recipe
 
 
 def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
-    """Training and validation images of a folder, or of a brace pattern or pipe of shards.
+    """Opens the training and validation images of a folder, a brace pattern or a pipe of shards.
 
     Raises:
-        LayoutError, ShardError: they are not as they should be.
+        DataError: the folder or the shards are incomplete or inconsistent.
     """
     if not is_shards(str(data_dir)):
         return open_folders(data_dir, recipe, seed)
@@ -32,7 +32,7 @@ def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
 
 
 def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles | Shards:
-    """The validation images of `open_data`, whose classes must be `classes`."""
+    """Opens the validation images, whose classes must be `classes`."""
     if not is_shards(str(data_dir)):
         return open_val(data_dir, classes, recipe)
     _, val, found = open_shards(str(data_dir), recipe)
@@ -43,11 +43,11 @@ def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> I
 def train_loader(
     images: ImageFiles | Shards, batch_size: int, seed: int, *options: Any
 ) -> DataLoader:
-    """A loader of this process's share of every training batch; see `begin`.
+    """A loader of this process's share of the training batches; `begin` sets the epoch.
 
     Args:
         batch_size: images per step over all processes.
-        options: of `utils.data.folders.make_loader`.
+        options: workers, pin_memory, timeout_s; see `utils.data.folders.make_loader`.
     """
     if isinstance(images, Shards):
         return make_loader(ShardStream(images, batch_size, train=True), None, *options)
@@ -55,7 +55,7 @@ def train_loader(
 
 
 def eval_loader(images: ImageFiles | Shards, batch_size: int, *options: Any) -> DataLoader:
-    """A loader of this process's share of all images, each once."""
+    """A loader of this process's share of the images, each once."""
     if isinstance(images, Shards):
         return make_loader(ShardStream(images, batch_size, train=False), None, *options)
     batches = EvalBatches(len(images), max(1, batch_size // world_size()))
@@ -63,12 +63,12 @@ def eval_loader(images: ImageFiles | Shards, batch_size: int, *options: Any) -> 
 
 
 def begin(loader: DataLoader, epoch: int, first_step: int = 0) -> None:
-    """Sets the epoch of a training loader's next pass, and how many batches it leaves out."""
+    """Sets the epoch of a training loader's next pass, and how many of its batches are skipped."""
     (loader.batch_sampler or loader.dataset).begin(epoch, first_step)
 
 
 def describe(images: ImageFiles | Shards, workers: int) -> dict[str, Any] | None:
-    """What the order of shards depends on beside the seed; None for folders, where it is all."""
+    """What the order of the images depends on besides the seed; None for class folders."""
     if not isinstance(images, Shards):
         return None
     index = images.index

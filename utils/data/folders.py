@@ -1,8 +1,8 @@
 """Images from class folders to batches on the device.
 
-The random state of a sample depends on (seed, epoch, index) alone, so that a run is the same with
-any number of workers and after any interruption. Images travel as uint8; `Preprocess` normalises
-and mixes them on the device.
+The random state of a sample depends on (seed, epoch, index) alone, so a run is the same with any
+number of workers and after any interruption. Images stay uint8 until `Preprocess` normalises and
+mixes them on the device.
 """
 
 import atexit
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from utils.cli import DataError, summarize
 from utils.data.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.data.transforms import (
     MEAN_RGB,
@@ -37,17 +38,13 @@ from utils.data.transforms import (
 from utils.distributed import rank, world_size
 from utils.recipe import Recipe
 
-if TYPE_CHECKING:
-    from utils.data.shards import Shards  # which imports this module
-
 # First word of every seed, so that no two uses of (seed, ...) draw the same numbers.
 SAMPLE_STREAM, ORDER_STREAM, STEP_STREAM = range(3)
-MAX_THREADS = 4  # decoding a sample holds the interpreter for a sixth of its time
-Item, Result = TypeVar("Item"), TypeVar("Result")
+MAX_THREADS = 4  # decoding holds the interpreter's lock for a sixth of its time
 
 
 def stream_seed(*words: int) -> int:
-    """64 well-mixed bits from non-negative integers."""
+    """Mixes non-negative integers to a seed of 64 bits."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
@@ -59,25 +56,22 @@ def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
 @contextmanager
 def seeded(*words: int) -> Iterator[None]:
     """Runs the block with PyTorch's CPU generator seeded by `words`, and restores it afterwards."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(stream_seed(*words))
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream_seed(*words))
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 class Key(NamedTuple):
-    """What a sampler asks a dataset for; the epoch reaches the workers this way."""
+    """An item that a sampler requests; it carries the epoch to the workers."""
 
     epoch: int
     index: int
 
 
 class Batch(NamedTuple):
-    """uint8 `images` `[N, 3, H, W]`, `labels` `[N]`, and the errors of the images left out.
+    """uint8 `images` `[N, 3, H, W]` in channels_last, `labels` `[N]`, and their dataset `indices`.
 
-    A loader's images are channels_last, and it gives the dataset's `indices` of its images too.
+    `corrupt` holds the errors of the unreadable images, which the others leave out.
     """
 
     images: Tensor
@@ -91,9 +85,8 @@ class ImageFiles(Dataset):
 
     Args:
         classes: names of the class folders; their order numbers the labels.
-        transform: from an image of `open_image`, not yet decoded, and its generator to a uint8
-            tensor `[3, H, W]`; may run in several threads, so that PyTorch's generator is not its
-            own.
+        transform: from an image of `open_image` and its random.Random to uint8 `[3, H, W]`. It may
+            run in several threads.
         seed: of the transform's random numbers.
 
     Raises:
@@ -101,30 +94,23 @@ class ImageFiles(Dataset):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        classes: list[str],
-        transform: Transform,
-        seed: int = 0,
+        self, folder: Path, classes: list[str], transform: Transform, seed: int = 0
     ) -> None:
         self.folder, self.classes, self.transform, self.seed = folder, classes, transform, seed
-        # Blocks of bytes, not a million str: a worker touching a str copies its memory page.
-        names = [np.array(_image_names(folder / name, name + os.sep)) for name in classes]
-        for name, files in zip(classes, names, strict=True):
-            if not len(files):
-                raise LayoutError(f"{folder / name}: no image in this class folder")
+        # Arrays, not a million str: a worker that reads a str gets a copy of its memory page.
+        names = [np.array(_image_names(folder, name)) for name in classes]
         self.names = np.concatenate(names)
-        self.labels = np.repeat(np.arange(len(classes)), [len(files) for files in names])
+        self.labels = np.repeat(np.arange(len(classes)), [len(each) for each in names])
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, index: int) -> Path:
-        """Where an image lies."""
+        """Path of an image."""
         return self.folder / os.fsdecode(bytes(self.names[index]))
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        """What a loader asks for: a whole batch."""
+        """A complete batch, as a DataLoader requests it."""
         return collate(in_threads(self.__getitem__, keys), [key.index for key in keys])
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | CorruptImageError:
@@ -132,63 +118,57 @@ class ImageFiles(Dataset):
             image = open_image(self.path(key.index))
             return self.transform(image, sample_rng(self.seed, *key)), int(self.labels[key.index])
         except CorruptImageError as error:
-            # Returned, not raised: through a worker it would lose its one clear line.
+            # Returned without its traceback: a worker would raise it with several lines.
             return CorruptImageError(str(error))
 
 
-def _image_names(folder: Path, prefix: str) -> list[bytes]:
-    """The image files of a folder, sorted, each with `prefix` before its name."""
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and _may_be_read(e)]
-    images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-    return [os.fsencode(prefix + name) for name in images]
-
-
-def _may_be_read(entry: os.DirEntry) -> bool:
-    """Files, and links that lead nowhere, of which the reader tells; never a pipe."""
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+def _image_names(folder: Path, class_name: str) -> list[bytes]:
+    """The image files of a class, sorted, as "class/name"; broken links are reported when read."""
+    with os.scandir(folder / class_name) as entries:
+        files = [e.name for e in entries if e.is_file() or e.is_symlink()]
+    names = [n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+    if not names:
+        raise LayoutError(f"{folder / class_name}: no image in this class folder")
+    return [os.fsencode(os.path.join(class_name, name)) for name in sorted(names)]
 
 
 def collate(
     samples: list[tuple[Tensor, int] | CorruptImageError], indices: Sequence[int] = ()
 ) -> Batch:
-    """Stacks the readable samples; `images` is empty if none is."""
-    corrupt = [s for s in samples if isinstance(s, CorruptImageError)]
-    indices = [
-        i for i, s in zip(indices, samples, strict=False) if not isinstance(s, CorruptImageError)
-    ]
-    good = [s for s in samples if not isinstance(s, CorruptImageError)]
+    """Stacks the readable samples; `images` is empty if there are none."""
+    corrupt = [sample for sample in samples if isinstance(sample, CorruptImageError)]
+    good = [k for k, sample in enumerate(samples) if not isinstance(sample, CorruptImageError)]
     if not good:
         return Batch(torch.empty(0, 3, 0, 0), torch.empty(0, dtype=torch.long), corrupt)
-    # Stacked as they lie, pixel by pixel, and so channels_last.
-    images = torch.stack([image.permute(1, 2, 0) for image, _ in good]).permute(0, 3, 1, 2)
-    return Batch(images, torch.tensor([label for _, label in good]), corrupt, indices)
+    # Stacking [H, W, 3] keeps channels_last.
+    images = torch.stack([samples[k][0].permute(1, 2, 0) for k in good]).permute(0, 3, 1, 2)
+    labels = torch.tensor([samples[k][1] for k in good])
+    return Batch(images, labels, corrupt, [indices[k] for k in good] if indices else ())
 
 
 def readable(
-    batches: Iterable[Batch | Exception], skip_corrupt: bool, skipped: dict[str, None]
+    batches: Iterable[Batch | DataError], skip_corrupt: bool, skipped: dict[str, None]
 ) -> Iterator[Batch]:
-    """Yields batches and reports the images that could not be read.
+    """Passes batches on and reports unreadable images.
 
     Args:
-        batches: an exception in place of a batch is raised here: it comes from a worker process,
-            through which a raised one would lose its one clear line.
-        skip_corrupt: whether to skip such images and add one message each to `skipped`.
+        skip_corrupt: add their messages to the keys of `skipped` instead of raising.
 
     Raises:
-        CorruptImageError: there is one, and it may not be skipped.
+        CorruptImageError: an image is unreadable and may not be skipped.
+        DataError: one that a dataset returned in place of a batch.
     """
     for batch in batches:
-        if isinstance(batch, Exception):
+        if isinstance(batch, DataError):
             raise batch
         if batch.corrupt and not skip_corrupt:
-            raise CorruptImageError(f"{batch.corrupt[0]}; --skip-corrupt skips such files")
+            raise CorruptImageError(f"{batch.corrupt[0]}; --skip-corrupt leaves such files out")
         skipped.update((str(error), None) for error in batch.corrupt)
         yield batch
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """This process's share of every global batch of one epoch; an incomplete last batch is dropped.
+    """This process's share of every batch of one epoch; an incomplete last batch is dropped.
 
     Args:
         count: images in the dataset.
@@ -204,10 +184,10 @@ class TrainBatches(Sampler[list[Key]]):
         if batch_size % world_size():
             raise ValueError(f"batch_size={batch_size} must divide by {world_size()} processes")
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.epoch = self.first_step = 0
+        self.begin(epoch=0)
 
     def begin(self, epoch: int, first_step: int = 0) -> None:
-        """Sets the epoch of the next pass, and how many of its batches are left out."""
+        """Sets the epoch of the next pass, and how many of its batches are skipped."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
@@ -222,7 +202,7 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 class EvalBatches(Sampler[list[Key]]):
-    """Every image once over all processes, in order, with no padding."""
+    """Every image once over all processes, in order, without padding."""
 
     def __init__(self, count: int, batch_size: int) -> None:
         self.indices, self.batch_size = range(rank(), count, world_size()), batch_size
@@ -235,11 +215,10 @@ class EvalBatches(Sampler[list[Key]]):
             yield [Key(0, index) for index in self.indices[i : i + self.batch_size]]
 
 
-def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Applies the function to each item, in as many threads as PyTorch may use.
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Applies the function to each item, in as many threads as PyTorch uses (a worker has one).
 
-    Decoding releases the interpreter's lock, so `workers=0` uses all cores. In a worker process,
-    where PyTorch has one thread, there is no pool.
+    Decoding releases the interpreter's lock, so that all cores are used without workers.
     """
     threads = min(torch.get_num_threads(), MAX_THREADS, len(items))
     if threads < 2:
@@ -288,10 +267,7 @@ def _ignore_signals(worker: int) -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    """Kills the workers of loaders that are still referenced when Python exits.
-
-    Python ends them with SIGTERM, which they ignore, and would then wait for them forever.
-    """
+    """Kills what is left at exit: Python would send SIGTERM, which workers ignore, and wait."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report an error
     for process in multiprocessing.active_children():
@@ -301,10 +277,10 @@ def _kill_workers() -> None:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation images of one `data_dir`, with their class names."""
+    """Training and validation images, as ImageFiles or utils.data.shards.Shards; class names."""
 
-    train: "ImageFiles | Shards"
-    val: "ImageFiles | Shards"
+    train: Any
+    val: Any
     classes: list[str]
 
 
@@ -312,43 +288,15 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
     """Opens `data_dir/train` and `data_dir/val` with the recipe's transforms.
 
     Raises:
-        LayoutError: no such folders, a flat val, or classes that differ (see
-            `utils.data.imagenet.check_layout`).
+        LayoutError: from `utils.data.imagenet.check_layout`, or a class folder holds no image.
     """
     classes = check_layout(data_dir)
     train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
-    val = open_val(data_dir, classes, recipe)
-    return Splits(train, val, classes)
-
-
-def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
-    """`data` with a slice of its training images in the place of its validation images.
-
-    Each `every`-th training image of a class, in the order of names, is taken out of training and
-    read with the validation's transform: choices are made on these, and `val` is kept for the end.
-
-    Raises:
-        ValueError: `every` is below 2.
-        LayoutError: a class would keep nothing on one of the two sides.
-    """
-    if every < 2:
-        raise ValueError(f"every={every} must be at least 2")
-    labels = data.train.labels
-    place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within the class
-    held = place % every == every - 1
-    for label, name in enumerate(data.classes):
-        if not held[labels == label].any():
-            raise LayoutError(f"{data.train.folder / name}: fewer than {every} images to cut from")
-    val = copy.copy(data.train)
-    val.transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
-    val.names, val.labels = data.train.names[held], labels[held]
-    train = copy.copy(data.train)
-    train.names, train.labels = data.train.names[~held], labels[~held]
-    return Splits(train, val, data.classes)
+    return Splits(train, open_val(data_dir, classes, recipe), classes)
 
 
 def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles:
-    """The validation images of `data_dir`, whose classes must be `classes`.
+    """Opens the validation images of `data_dir`, whose classes must be `classes`.
 
     Raises:
         LayoutError: as `open_folders`, or other classes.
@@ -361,18 +309,42 @@ def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageF
 def validate_classes(data_dir: str | Path, found: list[str], classes: list[str]) -> None:
     """LayoutError if the classes found are not those of a checkpoint."""
     if found != classes:
-        odd = sorted(set(found) ^ set(classes))
+        differing = sorted(set(found) ^ set(classes))
         raise LayoutError(
-            f"{data_dir}: {len(found)} classes, not the {len(classes)} of the checkpoint; {odd[0]} "
-            "is in only one of the two"
+            f"{data_dir}: {len(found)} classes, the checkpoint has {len(classes)}; only one of the "
+            f"two has {summarize(differing)}"
         )
 
 
+def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
+    """Replaces the validation images by a slice of the training images.
+
+    Every `every`-th training image of a class, in the order of names, moves to the slice, which is
+    read with the validation transform. Choices are tuned on it; `val` is kept for the end.
+
+    Raises:
+        LayoutError: a class has too few images.
+    """
+    labels = data.train.labels
+    position = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within the class
+    held_out = position % every == every - 1
+    for label, name in enumerate(data.classes):
+        if not held_out[labels == label].any():
+            raise LayoutError(f"{data.train.folder / name}: fewer than {every} images to cut from")
+    splits = []
+    for chosen in (~held_out, held_out):
+        images = copy.copy(data.train)
+        images.names, images.labels = data.train.names[chosen], labels[chosen]
+        splits.append(images)
+    splits[1].transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    return Splits(*splits, data.classes)
+
+
 class Preprocess:
-    """uint8 images to the network's input, on the device they are on.
+    """Turns uint8 images into the network's input, on the device.
 
     Args:
-        cutmix_alpha, mixup_alpha: as in Recipe; each batch gets one of those that are on.
+        cutmix_alpha, mixup_alpha: as in Recipe; each batch gets one of those above 0.
     """
 
     def __init__(
@@ -394,20 +366,17 @@ class Preprocess:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Float images `[N, 3, H, W]` with zero mean and unit variance on ImageNet, and targets.
 
-        Targets are class numbers `[N]`, or `[N, num_classes]` shares where images were mixed. What
-        is random comes from PyTorch's CPU generator.
+        Targets are class numbers `[N]`, or probabilities `[N, num_classes]` where images are mixed.
+        Random numbers come from PyTorch's CPU generator.
         """
         images = batch.images.to(self.device, non_blocking=True)
-        images = self._normalise(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         labels = batch.labels.to(self.device, non_blocking=True)
+        width = images.shape[3]
+        # Rows [N, H, W * 3]: CPUs are slow at sums whose innermost axis has length 3.
+        rows = images.permute(0, 2, 3, 1).float(memory_format=torch.contiguous_format).flatten(2)
+        shift, scale = self.shift.repeat(width), self.scale.repeat(width)
+        rows = torch.addcmul(shift, rows, scale, out=rows)
+        images = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
         if self.mix:
             images, labels = self.mix(images, labels)
         return images.contiguous(memory_format=self.memory_format), labels
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 to float, `[N, H, W, 3]`."""
-        width = images.shape[2]
-        # Rows of all channels: CPUs are slow at a sum whose innermost axis has length 3.
-        rows = images.float(memory_format=torch.contiguous_format).flatten(2)
-        shift, scale = self.shift.repeat(width), self.scale.repeat(width)
-        return torch.addcmul(shift, rows, scale, out=rows).unflatten(2, (-1, 3))

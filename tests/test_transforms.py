@@ -1,0 +1,355 @@
+"""Decoding, crops and augmentation against Pillow's and torchvision's."""
+
+import collections
+import dataclasses
+import io
+import random
+import runpy
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as classic
+from torchvision.transforms import InterpolationMode, v2
+
+from utils.data import transforms
+from utils.data.transforms import CorruptImageError, erase, open_image, pixels, resized_crop
+from utils.recipe import Recipe
+
+BROKEN = b"Exif\0\0MM\0*\xff\xff\xff\xff\0\1"  # EXIF data, of which Pillow warns
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6  # by 90 degrees
+
+
+def picture(mode="RGB", size_px=(37, 29)):
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return coarse.resize(size_px, Image.Resampling.BICUBIC).convert(mode)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("L", {"format": "JPEG", "progressive": True}),
+        ("CMYK", {"format": "JPEG"}),
+        ("RGB", {"format": "JPEG", "exif": BROKEN}),
+        ("RGB", {"format": "JPEG", "exif": ROTATED}),
+        ("P", {"format": "PNG"}),
+        ("RGBA", {"format": "PNG"}),
+        ("1", {"format": "PNG"}),
+        ("RGB", {"format": "WEBP", "lossless": True}),
+    ],
+)
+def test_what_imagenet_contains_is_decoded_as_pillow_does(tmp_path, mode, options):
+    """Also broken EXIF data, an orientation, which is not applied, and any format named .JPEG."""
+    path = tmp_path / "image.JPEG"
+    picture(mode).save(path, **options)
+    opened = open_image(path)
+    assert (opened.size, opened.width, opened.height) == ((37, 29), 37, 29)
+    assert np.array_equal(pixels(opened), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_photographs_are_decoded_as_pillow_does(photographs):
+    for path in sorted(photographs.glob("*/*/*.JPEG"))[::4]:
+        expected = np.asarray(Image.open(path).convert("RGB"))
+        assert np.array_equal(np.asarray(transforms.decode(path)), expected)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path, format):
+    """Pillow's own conversion makes all above 255 white."""
+    path = tmp_path / "image.JPEG"
+    Image.fromarray(np.array([[0, 255, 256, 40_000, 65_535]], dtype=np.uint16)).save(path, format)
+    assert pixels(open_image(path))[0].tolist() == [[v] * 3 for v in (0, 0, 1, 156, 255)]
+
+
+def test_broken_files_are_named(tmp_path, monkeypatch):
+    """Truncated, empty, text, missing, and a header with too many pixels."""
+    path = tmp_path / "image.JPEG"
+    picture(size_px=(300, 200)).save(path)
+    content = path.read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"no image\n"):
+        path.write_bytes(broken)
+        with pytest.raises(CorruptImageError, match=r"image\.JPEG: not a readable image") as error:
+            transforms.decode(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(CorruptImageError, match=r"none\.JPEG: .*No such file"):
+        open_image(tmp_path / "none.JPEG")
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 59_999)
+    for mode in ("RGB", "CMYK"):  # the second is opened by Pillow
+        picture(mode, size_px=(300, 200)).save(path)
+        with pytest.raises(
+            CorruptImageError, match=r"image\.JPEG: .*300 x 200 pixels, limit of 59"
+        ):
+            open_image(path)
+
+
+def test_pillow_prints_no_warnings(tmp_path):
+    """In a new copy of the module, as pytest replaces Python's filters."""
+    picture("CMYK").save(tmp_path / "x.JPEG", exif=BROKEN)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        runpy.run_path(transforms.__file__)["decode"](tmp_path / "x.JPEG")
+    assert not seen
+
+
+# ---- crops ---------------------------------------------------------------------------------------
+
+# Two independent samples of so many draws differ by more, in the largest distance of their
+# cumulative distributions (Kolmogorov and Smirnov), once in ten thousand times.
+DRAWS = 2000
+MAX_DISTANCE = 2.23 * (2 / DRAWS) ** 0.5
+
+
+def assert_same_distribution(ours, theirs, size):
+    """Area, aspect ratio and position of boxes, also relative to the room that they have."""
+    (height, width), found = size, []
+    for boxes in (np.array(ours), np.array(theirs)):
+        top, left, h, w = boxes.T
+        assert ((top >= 0) & (left >= 0) & (top + h <= height) & (left + w <= width)).all()
+        room = [(top + 0.5) / (height - h + 1), (left + 0.5) / (width - w + 1)]
+        found.append([h * w, h / w, top, left, *room])
+    for one, other in zip(*found, strict=True):
+        grid = np.sort(np.concatenate([one, other]))
+        cumulative = [
+            np.searchsorted(np.sort(side), grid, "right") / DRAWS for side in (one, other)
+        ]
+        assert abs(cumulative[0] - cumulative[1]).max() < MAX_DISTANCE
+
+
+# In the second a part of the draws does not fit, as the image is long.
+@pytest.mark.parametrize(("size", "min_area"), [((375, 500), 0.08), ((100, 240), 0.35)])
+def test_crops_are_drawn_as_random_resized_crop_draws_them(size, min_area):
+    torch.manual_seed(0)
+    rng, blank = random.Random(0), torch.empty(1, *size)
+    draw = partial(classic.RandomResizedCrop.get_params, blank, [min_area, 1.0], [3 / 4, 4 / 3])
+    ours = [transforms.draw_crop(rng, *size, min_area) for _ in range(DRAWS)]
+    assert_same_distribution(ours, [draw() for _ in range(DRAWS)], size)
+
+
+@pytest.mark.parametrize("size", [(10, 300), (300, 10), (7, 400), (1, 9), (1, 1)])
+def test_crops_of_long_images_are_their_middle(size):
+    image = torch.empty(1, *size)
+    expected = classic.RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3])
+    assert transforms.draw_crop(random.Random(0), *size, 0.5) == expected
+
+
+def test_erasing_is_drawn_as_random_erasing_draws_it():
+    torch.manual_seed(0)
+    rng, blank = random.Random(0), torch.empty(3, 48, 40)
+    white = np.full((48, 40, 3), 255, np.uint8)
+    options = {"scale": (0.02, 0.33), "ratio": (0.3, 3.3), "value": [0.0]}
+    theirs = [classic.RandomErasing.get_params(blank, **options)[:4] for _ in range(DRAWS)]
+    ours = []
+    for _ in range(DRAWS):
+        erased = (erase(rng, white) == (124, 116, 104)).all(2)
+        rows, columns = (erased.any(axis).nonzero()[0] for axis in (1, 0))
+        ours.append((rows[0], columns[0], len(rows), len(columns)))
+        assert erased.sum() == len(rows) * len(columns)
+    assert_same_distribution(ours, theirs, (48, 40))
+    assert (white == 255).all()
+
+
+def test_erasing_leaves_something_of_every_row_and_column():
+    """As torchvision's, which draws again; of a single row or column it erases nothing."""
+    rng = random.Random(0)
+    for shape in ((12, 9, 3), (1, 1, 3), (1, 40, 3), (40, 1, 3)):
+        for _ in range(200):
+            kept = (erase(rng, np.full(shape, 255, np.uint8)) == 255).all(2)
+            assert kept.any(0).all()
+            assert kept.any(1).all()
+            assert min(shape[:2]) > 1 or kept.all()
+
+
+def photograph(photographs, size_px, index=0):
+    """One of the photographs enlarged, as a JPEG file of `size_px` in memory."""
+    path, buffer = sorted(photographs.glob("*/*/*.JPEG"))[index], io.BytesIO()
+    image = Image.open(path).convert("RGB").resize(size_px, Image.Resampling.BICUBIC)
+    image.save(buffer, "JPEG", quality=90)
+    return open_image(path, buffer.getvalue())
+
+
+def difference_to_pillow(image, box, crop_px):
+    """Of a resized crop, to Pillow's from beginning to end, as in RandomResizedCrop."""
+    top, left, height, width = box
+    complete = Image.open(io.BytesIO(image.content)).convert("RGB")
+    part = complete.crop((left, top, left + width, top + height))
+    expected = np.asarray(part.resize((crop_px, crop_px), Image.Resampling.BILINEAR), int)
+    found = resized_crop(image, box, crop_px)
+    assert found.flags.c_contiguous  # otherwise all that follows takes ten times as long
+    return abs(found - expected)
+
+
+# In the last one crops are up to four times as large as the result.
+@pytest.mark.parametrize("size_px", [(500, 375), (301, 417), (64, 50), (800, 700)])
+def test_crops_are_resized_as_pillow_does(photographs, size_px):
+    """Pillow and PyTorch round half a level differently at times."""
+    rng = random.Random(0)
+    for index in range(8):
+        image = photograph(photographs, size_px, index)
+        box = transforms.draw_crop(rng, *size_px[::-1], 0.08)
+        difference = difference_to_pillow(image, box, 176)
+        assert difference.max() <= 1
+        assert difference.mean() < 0.25
+
+
+@pytest.mark.parametrize(("crop_px", "scale"), [(64, 4), (64, 6), (48, 16)])
+def test_large_crops_are_decoded_small(photographs, crop_px, scale):
+    """As the docstring says: about two levels of 255 off on average, and few far off."""
+    means, side = [], crop_px * scale
+    for index in range(0, 40, 8):
+        image = photograph(photographs, (side + 40, side + 31), index)
+        enough_px = tuple(-(-s * 2 * crop_px // side) for s in image.size)
+        assert pixels(image, enough_px).shape[0] <= -(-image.height // 2)
+        difference = difference_to_pillow(image, (17, 23, side, side + 8), crop_px)
+        means.append(difference.mean())
+        assert means[-1] < 4
+        assert np.percentile(difference, 99) < 32
+    assert np.mean(means) < 2.5
+
+
+def test_large_crops_keep_twice_the_pixels_of_the_result(photographs, monkeypatch):
+    resized, fromarray = [], Image.fromarray
+
+    def note(rgb):
+        image = fromarray(rgb)
+        image.resize = lambda size_px, filter, box: resized.append((rgb.shape, size_px, box)) or rgb
+        return image
+
+    sizes = np.random.default_rng(0)
+    for seed in range(100):
+        size_px = tuple(int(side) for side in sizes.integers(20, 700, 2))
+        image = photograph(photographs, size_px)
+        box = transforms.draw_crop(random.Random(seed), *size_px[::-1], 0.08)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "fromarray", note)
+            resized_crop(image, box, int(sizes.integers(8, 100)))
+    assert len(resized) > 20
+    for (height, width, _), (crop_px, _), (left, top, right, bottom) in resized:
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        assert min(right - left, bottom - top) >= 2 * crop_px - 1
+
+
+@pytest.mark.parametrize("side", [769, 801, 808])
+def test_large_crops_do_not_drift(side):
+    """A ramp decoded at 1/8 and 1/4: libjpeg rounds an odd size up, which is no scale."""
+    ramp = np.tile(np.linspace(0, 255, side), (side, 1)).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).convert("RGB").save(buffer, "JPEG", quality=98)
+    left, width = 5, side - 9
+    found = resized_crop(open_image("ramp", buffer.getvalue()), (5, left, width, width), 48)
+    centres = left + (np.arange(48) + 0.5) * width / 48 - 0.5
+    shift = (found[24, :, 0] - 255 * centres / (side - 1)) / (255 * width / 48 / (side - 1))
+    assert abs(shift).max() < 0.2
+
+
+@pytest.mark.parametrize("size_px", [(3000, 2), (2, 3000), (40, 30), (640, 40)])
+def test_evaluation_of_lines_of_pixels_takes_their_middle(size_px):
+    """As if the complete image were resized, which might not fit in memory."""
+    image = picture(size_px=size_px)
+    expected = v2.Compose([v2.PILToTensor(), v2.Resize(16), v2.CenterCrop(14)])(image)
+    found = transforms.eval_transform(16, 14)(image)
+    assert found.shape == (3, 14, 14)
+    assert (found.int() - expected.int()).abs().float().mean() < 4
+
+
+# ---- augmentation --------------------------------------------------------------------------------
+
+# Largest mean difference to torchvision's, in Pillow, in levels of 255: OpenCV's warps round
+# coordinates to 1/32 of a pixel and blend with black at the border, where Pillow stops; its grey
+# and its sums are rounded differently at times.
+MEAN_DIFFERENCE = dict.fromkeys(transforms.OPERATIONS, 0) | {
+    **dict.fromkeys(("ShearX", "ShearY", "Rotate"), 1.25),
+    **dict.fromkeys(("Sharpness", "Color", "Contrast"), 0.02),
+}
+
+
+def magnitude_of(magnitudes, strength):
+    """In float64: torchvision's float32 makes 15.999999 pixels of half of 32."""
+    if magnitudes is None:
+        return 0.0
+    if magnitudes.is_floating_point():
+        first, last = magnitudes.double()[[0, -1]].tolist()
+        return first + strength * (round(last, 6) - first)
+    return int(magnitudes[round(strength * 30)])
+
+
+@pytest.mark.parametrize("name", transforms.OPERATIONS)
+def test_operations_are_torchvisions(photographs, name):
+    """At every strength, on photographs, with torchvision's own ranges."""
+    reference = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+    ranges, expected_sign = reference._AUGMENTATION_SPACE[name]
+    magnitudes = ranges(31, 176, 160)
+    signed, operation = transforms.OPERATIONS[name]
+    assert signed == expected_sign
+    for index in range(31):
+        rgb = pixels(photograph(photographs, (176, 160), 5 * index))
+        strength = (-1) ** (index * signed) * index / 30
+        magnitude = magnitude_of(magnitudes, abs(strength)) * (-1 if strength < 0 else 1)
+        expected = reference._apply_image_or_video_transform(
+            Image.fromarray(rgb), name, magnitude, InterpolationMode.BILINEAR, {}
+        )
+        difference = abs(operation(rgb, strength).astype(int) - np.asarray(expected, int))
+        assert difference.mean() <= MEAN_DIFFERENCE[name], strength
+        if name == "Sharpness":  # Pillow leaves the border as it is
+            assert difference[[0, -1]].max() == difference[:, [0, -1]].max() == 0
+
+
+def test_operations_and_strengths_are_drawn_evenly(monkeypatch):
+    """14 operations, 31 strengths, half of them negative where torchvision has a sign."""
+    drawn, count = collections.Counter(), 14 * 31 * 100
+    noted = {
+        name: (signed, lambda rgb, m, name=name: drawn.update([(name, m)]))
+        for name, (signed, _) in transforms.OPERATIONS.items()
+    }
+    monkeypatch.setattr(transforms, "OPERATIONS", noted)
+    rng = random.Random(0)
+    for _ in range(count):
+        transforms.trivial_augment(rng, None)
+    reference = v2.TrivialAugmentWide._AUGMENTATION_SPACE
+    assert {name for name, _ in drawn} == set(reference)
+    for name, (_, signed) in reference.items():
+        each = {strength: n for (other, strength), n in drawn.items() if other == name}
+        assert sum(each.values()) == pytest.approx(count / 14, rel=0.1)
+        assert len(each) == (61 if signed else 31)  # no strength has no sign
+        levels = collections.Counter()
+        for strength, n in each.items():
+            levels[round(abs(strength) * 30)] += n
+        assert all(n == pytest.approx(100, rel=0.5) for n in levels.values())
+        negative = sum(n for strength, n in each.items() if strength < 0)
+        assert not signed or negative == pytest.approx(count / 14 / 2 * 30 / 31, rel=0.1)
+
+
+def test_the_recipe_turns_steps_on_and_off():
+    """Half of the images are flipped and a share erased; PyTorch's generator is the default."""
+    plain = Recipe(trivial_augment=False, random_erasing=0.0, train_crop_px=32, min_crop_area=1.0)
+    erasing = dataclasses.replace(plain, random_erasing=0.25)
+    augmenting = dataclasses.replace(plain, trivial_augment=True)
+    image, seen = picture(size_px=(32, 32)), collections.Counter()
+    upright = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    for seed in range(400):
+        views = []
+        for recipe in (plain, erasing, augmenting):
+            torch.manual_seed(seed)
+            views.append(transforms.train_transform(recipe)(image))
+        flipped = torch.equal(views[0], upright.flip(2))
+        assert flipped or torch.equal(views[0], upright)
+        assert views[0].permute(1, 2, 0).is_contiguous()  # channels_last, as batches are stacked
+        erased, augmented = (not torch.equal(view, views[0]) for view in views[1:])
+        seen.update(flipped=flipped, erased=erased, augmented=augmented)
+    assert 160 < seen["flipped"] < 240
+    assert 65 < seen["erased"] < 135
+    assert seen["augmented"] > 320
+
+
+def test_pixels_are_restored_from_the_networks_input():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.equal(transforms.to_pixels(normalize(images / 255)), images)
