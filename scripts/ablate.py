@@ -1,12 +1,12 @@
-"""Runs a study: what is missing of it, in a folder per run, into one CSV.
+"""Runs a study: one factor varied over seeds, a folder per run, all results in one CSV.
 
     python scripts/ablate.py csp_split --data-dir data/imagenette2-224sq --processes 2
 
-Without `--output` the record is the repository's results/study_<name>.csv, which holds the runs of
-one machine: give another for your own.
+Without --output the record is the repository's results/study_<name>.csv, which holds the runs of
+one machine: choose another for your own.
 
-Interrupted, the same command goes on; finished runs are not repeated. A run that failed is a row
-that says so, and is tried again by the same command.
+Interrupted, the same command resumes. Finished runs, the rows of the record, are not repeated. A
+failed run is a row that says so, and is tried again by the same command.
 """
 
 import argparse
@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone befor
 from utils.cli import Parser, exit_code
 
 # isort: split
-from backbones import create_classifier
 from utils.studies import statistics
 from utils.studies.definitions import STUDIES
 from utils.studies.runner import run_study
@@ -33,34 +32,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
     add("--output", type=Path, help="the CSV (default: the repository's results/study_<study>.csv)")
     add("--processes", type=int, help="runs at a time (default: one, or one per device)")
-    add("--seeds", type=int, help="the first so many of the study's (default: all of them)")
-    add("--devices", default="", help="of the runs, taken in turn, such as cuda:0,cuda:1")
+    add("--seeds", type=int, help="the first seeds of the study, how many (default: all)")
+    add("--devices", default="", help="assigned to the runs in turn, such as cuda:0,cuda:1")
     return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return exit_code(lambda: ablate(args))
 
 
 def ablate(args: argparse.Namespace) -> int:
     study = STUDIES[args.study]
     if args.seeds is not None:
         if not 1 <= args.seeds <= len(study.seeds):
-            raise ValueError(f"--seeds {args.seeds}: 1 to {len(study.seeds)}")
+            raise ValueError(f"--seeds {args.seeds} must be 1 to {len(study.seeds)}")
         study = replace(study, seeds=study.seeds[: args.seeds])
     devices = [device for device in args.devices.split(",") if device]
-    processes = max(1, len(devices)) if args.processes is None else args.processes
+    count = max(1, len(devices)) if args.processes is None else args.processes
     output = args.output or statistics.RESULTS / f"study_{study.name}.csv"
-    table = run_study(
-        study,
-        create_classifier,
-        args.data_dir,
-        args.runs_dir,
-        output,
-        processes=processes,
-        devices=devices,
-    )
+    options = {"processes": count, "devices": devices}
+    table = run_study(study, args.data_dir, args.runs_dir, output, **options)
     failed = table[table.status != "done"]
     for row in failed.itertuples():
         print(f"{row.value}, seed {row.seed}: {row.status}", file=sys.stderr)
@@ -69,6 +56,11 @@ def ablate(args: argparse.Namespace) -> int:
         print(statistics.differences(study, table).round(2).to_string())
     print(f"table: {output}")
     return int(len(failed) > 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return exit_code(lambda: ablate(args))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     python scripts/detect.py --data-dir coco --checkpoint runs/NAME/last.pt --seeds 3
 
 Each seed trains one detector from random weights and one whose backbone was first trained to
-classify the embedded sample, as notebook 03 does it, or comes from --checkpoint. Without --data-dir
-the sample's objects are drawn as scenes with boxes.
+classify the embedded sample, as in notebook 03, or comes from --checkpoint. Without --data-dir the
+images are scenes of the sample's objects with boxes.
 
-Interrupted, the same command goes on; finished runs are not repeated.
+Interrupted, the same command resumes; finished runs, the rows of --output, are not repeated.
 """
 
 import argparse
@@ -19,17 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone befor
 from utils.cli import Parser, exit_code, int_at_least
 
 # isort: split
-from torch import nn
-
-import backbones
-from backbones import create_classifier
-from backbones.detection import retinanet
 from utils.data import imagenet, sample
 from utils.data.boxes import open_boxes
-from utils.distributed import pick_device
 from utils.recipe import RECIPES, DetectorRecipe
 from utils.studies import statistics
-from utils.studies.detection_study import SCRATCH, DetectionStudy, run_detection_study
+from utils.studies.detection import SCRATCH, DetectionStudy, run_detection_study
 from utils.training.checkpoint import load_trained
 
 SAMPLE, SCENES = Path("data/sample"), Path("data/scenes")
@@ -46,36 +40,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_detector(backbone: str, num_classes: int, recipe: DetectorRecipe, **options) -> nn.Module:
-    net = backbones.create(backbone, out_indices=(2, 3, 4), **options)
-    size_px = {"min_size": recipe.image_px, "max_size": recipe.image_px}
-    model = retinanet(net, num_classes, out_channels=recipe.out_channels, **size_px)
-    return model.to(pick_device())
-
-
 def detect(args: argparse.Namespace) -> None:
-    data_dir = args.data_dir or sample.draw_scenes(SCENES)
-    open_boxes(data_dir)  # tells what is wrong there before anything else is done
-    backbone, recipe, sample_dir = "cspdarknet19", RECIPES["quick"], None
+    boxes = args.data_dir or sample.draw_scenes(SCENES)
+    open_boxes(boxes)  # fails before anything is trained
+    backbone, recipe, classes = "cspdarknet19", RECIPES["quick"], None
     options = recipe.backbone_options
     if args.checkpoint:
         trained = load_trained(args.checkpoint)
         backbone, options, recipe = trained.backbone, trained.options, trained.recipe
     else:
-        sample_dir = sample.draw(SAMPLE)
-        imagenet.sort_val(SAMPLE / "LOC_val_solution.csv", sample_dir / "val")
-    study = DetectionStudy(
-        backbone,
-        options,
-        create_classifier,
-        make_detector,
-        DetectorRecipe(),
-        data_dir,
-        sample_dir,
-        recipe,
-        args.checkpoint,
-    )
-    table = run_detection_study(study, args.seeds, args.runs_dir, args.output)
+        classes = sample.draw(SAMPLE)
+        imagenet.sort_val(SAMPLE / "LOC_val_solution.csv", classes / "val")
+    shared = (backbone, options, DetectorRecipe(), boxes, classes, recipe, args.checkpoint)
+    table = run_detection_study(DetectionStudy(*shared), args.seeds, args.runs_dir, args.output)
     print(table.groupby("value", sort=False).map_pct.agg(["mean", "std", "count"]).round(2))
     print(statistics.compare(table, SCRATCH, "map_pct").round(2).to_string())
     print(f"table: {args.output}")

@@ -16,7 +16,6 @@ from PIL import Image
 from torchvision.models.detection.retinanet import _default_anchorgen
 
 import backbones
-from backbones import create_classifier
 from backbones.detection import Pyramid, faster_rcnn, retinanet
 from utils import notebook
 from utils.cli import DataError
@@ -27,10 +26,16 @@ from utils.data.transforms import CorruptImageError
 from utils.recipe import DetectorRecipe
 from utils.records import lock
 from utils.studies import detection
-from utils.studies.detection import clearest, detect, mean_average_precision, train_detector
-from utils.studies.detection_study import DetectionStudy, run_detection_study
+from utils.studies.detection import (
+    DetectionStudy,
+    clearest,
+    detect,
+    mean_average_precision,
+    run_detection_study,
+    train_detector,
+)
+from utils.training.checkpoint import load_trained
 from utils.training.loop import DivergedError
-from utils.training.trained import load_trained
 
 SMALL = {"min_size": 64, "max_size": 64, "out_channels": 32}
 FAMILIES = ("darknet19", "cspdarknet19", "vovnet19_slim", "resnet18", "mobilenet_v3_small")
@@ -407,12 +412,6 @@ def test_folders_without_boxes_are_told(folders, tmp_path):
 QUICK = DetectorRecipe(epochs=2, batch_size=8, image_px=64, out_channels=32)
 
 
-def make_detector(backbone, num_classes, recipe, **options):
-    net = backbones.create(backbone, out_indices=(2, 3, 4), **options)
-    size_px = {"min_size": recipe.image_px, "max_size": recipe.image_px}
-    return retinanet(net, num_classes, out_channels=recipe.out_channels, **size_px)
-
-
 @pytest.mark.parametrize("make", [retinanet, faster_rcnn])
 def test_the_same_seed_trains_to_the_same_bits(scenes, make):
     states, losses = [], []
@@ -515,73 +514,62 @@ def test_a_bad_recipe_is_refused(bad):
 # ---- the study ---------------------------------------------------------------------------------
 
 
-def study_of(scenes, folders):
-    small = dataclasses.replace(TINY, epochs=1, warmup_epochs=0.0)
-    options = small.backbone_options
-    make = (create_classifier, make_detector)
-    return DetectionStudy("cspdarknet19", options, *make, QUICK, scenes, folders, small)
+@pytest.fixture
+def study(scenes, folders):
+    """One epoch of a classifier and of a detector, of three classes of colours and of scenes."""
+    recipe = dataclasses.replace(TINY, epochs=1, warmup_epochs=0.0)
+    quick = DetectorRecipe(epochs=1, warmup_epochs=0.0, image_px=64, out_channels=32)
+    options = recipe.backbone_options
+    return DetectionStudy("cspdarknet19", options, quick, scenes, folders, recipe)
 
 
-def test_the_study_goes_on_where_it_stopped(scenes, folders, tmp_path, monkeypatch):
-    study, output = study_of(scenes, folders), tmp_path / "new" / "table.csv"
-    whole = run_detection_study(study, 2, tmp_path / "whole", tmp_path / "whole.csv")
-    assert whole[["value", "seed"]].values.tolist() == [
-        ["from scratch", 0],
-        ["pretrained", 0],
-        ["from scratch", 1],
-        ["pretrained", 1],
-    ]
-    assert not whole.isna().any(axis=None)
-    train = detection.train_detector
+def test_the_study_resumes_and_keeps_its_record(study, tmp_path, monkeypatch):
+    output, seeds, train = tmp_path / "new" / "table.csv", [], detection.train_detector
 
     def interrupted(*args, seed, **options):
-        if seed == 1:
+        seeds.append(seed)
+        if len(seeds) == 3:
             raise KeyboardInterrupt
         return train(*args, seed=seed, **options)
 
     monkeypatch.setattr(detection, "train_detector", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_detection_study(study, 2, tmp_path / "runs", output)
-    assert pd.read_csv(output).seed.tolist() == [0, 0]
-    calls = []
-    monkeypatch.setattr(
-        detection,
-        "train_detector",
-        lambda *args, **options: calls.append(options["seed"]) or train(*args, **options),
-    )
     table = run_detection_study(study, 2, tmp_path / "runs", output)
-    assert calls == [1, 1]
-    results = ["value", "seed", "map_pct", "map50_pct", "final_loss", "epochs"]
-    assert pd.read_csv(output)[results].equals(whole[results])
-    assert table[results].equals(whole[results])
+    assert seeds == [0, 0, 1, 1, 1]
+    order = [["from scratch", 0], ["pretrained", 0], ["from scratch", 1], ["pretrained", 1]]
+    assert table[["value", "seed"]].values.tolist() == order
+    assert not table.isna().any(axis=None)
+    assert pd.read_csv(output).map_pct.equals(table.map_pct)
+    once = run_detection_study(study, 1, tmp_path / "others", output)  # of a record alone
+    assert len(seeds) == 5
+    assert once.equals(table)
 
-    other = dataclasses.replace(study, recipe=dataclasses.replace(QUICK, epochs=3))
-    with pytest.raises(DataError, match="from-scratch-seed0: holds a run with epochs=2, not 3"):
-        run_detection_study(other, 2, tmp_path / "runs", output)
-    path = tmp_path / "runs" / "pretrained-seed0" / "result.json"
-    path.write_text("{")
-    with pytest.raises(DataError, match=r"pretrained-seed0/result\.json: damaged; remove it"):
-        run_detection_study(study, 2, tmp_path / "runs", output)
-    with pytest.raises(ValueError, match="holds 4 finished runs that would be lost"):
-        run_detection_study(study, 2, tmp_path / "others", output)
+    other = dataclasses.replace(study, checkpoint=tmp_path / "a.pt")
+    longer = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, epochs=3))
+    for wrong, words in (
+        (longer, "table.csv: 'from scratch' with seed 0 was recorded with epochs=1, not 3"),
+        (other, "recorded with classifier='trained for each seed', not .*a.pt"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_detection_study(wrong, 2, tmp_path / "runs", output)
 
 
-def test_pretrained_weights_reach_the_detector(scenes, folders, tmp_path):
-    """The averaged ones of the seed's own classifier, and all of them."""
-    seen = {}
+def test_pretrained_weights_reach_the_detector(study, tmp_path, monkeypatch):
+    """The EMA weights of the seed's own classifier, and all of them."""
+    seen = []
 
-    def make(backbone, num_classes, recipe, **options):
-        model = make_detector(backbone, num_classes, recipe, **options)
-        seen[options["weights"]] = model.backbone.backbone.state_dict()
-        seen[options["weights"]] = {k: v.clone() for k, v in seen[options["weights"]].items()}
-        return model
+    def train(model, *args, **options):
+        state = model.backbone.backbone.state_dict()
+        seen.append({key: value.clone() for key, value in state.items()})
+        return [{"train_loss": 0.0}]
 
-    study = dataclasses.replace(study_of(scenes, folders), make_detector=make)
+    monkeypatch.setattr(detection, "train_detector", train)
     run_detection_study(study, 1, tmp_path, tmp_path / "table.csv")
-    checkpoint = tmp_path / "classifier-seed0" / "last.pt"
-    assert set(seen) == {None, checkpoint}
-    average = load_trained(checkpoint, create_classifier).average
-    assert_same_bits(seen[checkpoint], average.backbone.state_dict())
+    trained = load_trained(tmp_path / "classifier-seed0" / "last.pt")
+    first = next(iter(seen[0]))
+    assert not torch.equal(seen[0][first], seen[1][first])
+    assert_same_bits(seen[1], trained.ema.backbone.state_dict())
 
 
 def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch):

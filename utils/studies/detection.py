@@ -1,22 +1,43 @@
-"""Detectors: training, what they find, mean average precision.
+"""Detectors: training, detection, mean average precision, and a study of pretrained backbones.
 
-Nothing here knows a backbone: a detector is any of torchvision's, lists of images `[3, H, W]` and
-targets in, losses or detections out.
+A detector is any of torchvision's: lists of images `[3, H, W]` and targets in, losses or detections
+out. The study trains each seed's detector from random weights and from a trained classifier's; its
+CSV has a row per run, as those of `utils.studies.runner`.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import nms
 
+import backbones
+from backbones.detection import retinanet
 from utils.cli import progress_bar
-from utils.data.boxes import BoxedBatch, BoxedImages, Target
-from utils.data.folders import STEP_STREAM, EvalBatches, TrainBatches, make_loader, seeded
-from utils.recipe import DetectorRecipe
-from utils.training.loop import PROGRESS_STEPS, DivergedError, lr_factor, param_groups
+from utils.data.boxes import BoxedBatch, BoxedImages, Target, open_boxes
+from utils.data.folders import (
+    STEP_STREAM,
+    EvalBatches,
+    TrainBatches,
+    make_loader,
+    open_folders,
+    seeded,
+)
+from utils.distributed import pick_device
+from utils.recipe import DetectorRecipe, Recipe
+from utils.records import command_line, describe_machine, lock, provenance, write_table
+from utils.studies.runner import Row, read_record, validate_recorded
+from utils.training.loop import PROGRESS_STEPS, DivergedError, fit, lr_factor, param_groups
+
+SCRATCH, PRETRAINED = "from scratch", "pretrained"
 
 
 def train_detector(
@@ -31,7 +52,7 @@ def train_detector(
     """Trains a detector on its device; on a CPU the same seed and threads give the same bits.
 
     Returns:
-        A row per epoch: `epoch`, `train_loss`, the mean over its steps of the sum of all losses.
+        A row per epoch: `epoch` and `train_loss`, the mean over its steps of the sum of all losses.
 
     Raises:
         ValueError: a batch larger than the data.
@@ -46,14 +67,13 @@ def train_detector(
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
     model.train()
     rows, step = [], 0
-    count = total * recipe.batch_size
-    with progress_bar(total=count, unit=" images", disable=quiet) as bar:
+    with progress_bar(total=total * recipe.batch_size, unit=" images", disable=quiet) as bar:
         for epoch in range(recipe.epochs):
             batches.begin(epoch)
             losses = []
             for batch in loader:
-                with seeded(STEP_STREAM, seed, step):  # Faster R-CNN draws its regions
-                    loss = sum(model(*_on_device(batch, device)).values())
+                with seeded(STEP_STREAM, seed, step):  # Faster R-CNN samples its proposals
+                    loss = sum(model(*_to_device(batch, device)).values())
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -62,26 +82,26 @@ def train_detector(
                 step += 1
                 bar.update(len(batch.images))
                 if step % PROGRESS_STEPS == 0 or len(losses) == len(batches):
-                    _check(losses, step)
+                    _validate_losses(losses, step)
             rows.append({"epoch": epoch + 1, "train_loss": torch.stack(losses).mean().item()})
             bar.set_postfix_str(f"loss {rows[-1]['train_loss']:.3f}", refresh=False)
     return rows
 
 
-def _on_device(batch: BoxedBatch, device: torch.device) -> tuple[list[Tensor], list[Target]]:
+def _to_device(batch: BoxedBatch, device: torch.device) -> tuple[list[Tensor], list[Target]]:
     """Images as the detectors take them, 0 to 1, and targets."""
     images = [image.to(device).float() / 255 for image in batch.images]
     return images, [{key: value.to(device) for key, value in t.items()} for t in batch.targets]
 
 
-def _check(losses: Sequence[Tensor], step: int) -> None:
-    if not torch.stack(list(losses)).isfinite().all():
+def _validate_losses(losses: list[Tensor], step: int) -> None:
+    if not torch.stack(losses).isfinite().all():
         raise DivergedError(f"the loss is not finite before step {step}; try a lower lr", step)
 
 
 @torch.inference_mode()
 def detect(model: nn.Module, images: BoxedImages, batch_size: int = 16) -> list[Target]:
-    """What a detector sees in each image: `boxes`, `labels` and `scores`, best first, on the CPU.
+    """Detections in each image: `boxes`, `labels` and `scores`, best first, on the CPU.
 
     Raises:
         CorruptImageError: an image is unreadable.
@@ -90,20 +110,20 @@ def detect(model: nn.Module, images: BoxedImages, batch_size: int = 16) -> list[
     model.eval()
     found = []
     for batch in make_loader(images, EvalBatches(len(images), batch_size), 0):
-        of_batch = model(_on_device(batch, device)[0])
-        found += [{key: value.cpu() for key, value in each.items()} for each in of_batch]
+        detections = model(_to_device(batch, device)[0])
+        found += [{key: value.cpu() for key, value in each.items()} for each in detections]
     return found
 
 
-def clearest(found: Target, least_score: float) -> Target:
-    """Of what a detector found in an image, what it is sure of: at each place the best class alone.
+def clearest(found: Target, min_score: float) -> Target:
+    """The confident detections in an image, at each place the best class alone.
 
     Args:
-        least_score: below it a detection is left out; of two boxes that overlap by half (IoU) so is
-            the one with the lower score.
+        min_score: leaves out detections below it. Of two boxes that overlap by half (IoU) the one
+            with the lower score is left out, too.
     """
     kept = nms(found["boxes"], found["scores"], 0.5)
-    kept = kept[found["scores"][kept] >= least_score]
+    kept = kept[found["scores"][kept] >= min_score]
     return {key: value[kept] for key, value in found.items()}
 
 
@@ -112,10 +132,115 @@ def mean_average_precision(found: Iterable[Target], targets: Iterable[Target]) -
 
     Returns:
         `map_pct`, the mean over overlaps (IoU) of 0.50 to 0.95, and `map50_pct`, at 0.50; means
-        over the classes that the targets have, in percent.
+        over the classes of the targets, in percent.
     """
     metric = MeanAveragePrecision(backend="faster_coco_eval")
     metric.warn_on_many_detections = False  # COCO counts the best hundred of an image
     metric.update(list(found), list(targets))
     result = metric.compute()
     return {"map_pct": 100 * result["map"].item(), "map50_pct": 100 * result["map_50"].item()}
+
+
+# ---- the study -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DetectionStudy:
+    """The settings that both variants share.
+
+    Args:
+        options: the backbone's options.
+        data_dir: folder with boxes, see `utils.data.boxes.open_boxes`.
+        classifier_recipe: trains each seed's classifier on `sample_dir`, a folder of classes.
+        checkpoint: a trained classifier to take for every seed instead.
+    """
+
+    backbone: str
+    options: dict[str, Any]
+    recipe: DetectorRecipe
+    data_dir: Path
+    sample_dir: Path | None
+    classifier_recipe: Recipe
+    checkpoint: Path | None = None
+
+
+def run_detection_study(
+    study: DetectionStudy, seeds: int, runs_dir: str | Path, output: str | Path
+) -> pd.DataFrame:
+    """Trains the missing runs of seeds 0, 1, ... and writes the table after every run.
+
+    A run whose row is in `output` is finished. An interrupted detector starts again, an interrupted
+    classifier resumes from its last complete epoch. `runs_dir` gets the classifiers.
+
+    Returns:
+        The table: a row per seed and variant, in percent, seconds and counts.
+
+    Raises:
+        DataError: the data or a checkpoint is damaged, or the folder of a run holds another run.
+        ValueError: `output` is not a record of this study, or its runs have other settings.
+        DivergedError: a loss is not finite.
+    """
+    runs_dir, data = Path(runs_dir), open_boxes(study.data_dir)
+    settings = {
+        "network": " ".join([study.backbone, *(f"{k}={v}" for k, v in study.options.items())]),
+        "epochs": study.recipe.epochs,
+        "train_images": len(data.train),
+        "val_images": len(data.val),
+        "autocast": "float32",
+        "classifier": str(study.checkpoint or "trained for each seed"),
+    }
+    jobs = [(variant, seed) for seed in range(seeds) for variant in (SCRATCH, PRETRAINED)]
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with lock(runs_dir, wait=False):
+        rows = {job: [] for job in jobs} | read_record(output, "detection")
+        for row in itertools.chain(*rows.values()):
+            validate_recorded(output, row, settings)
+        missing = [job for job in jobs if not rows[job]]
+        for job in progress_bar(missing, unit=" runs", smoothing=0):
+            rows[job] = [_run(study, *job, runs_dir) | settings]
+            write_table(output, list(itertools.chain(*rows.values())))
+    return pd.DataFrame(itertools.chain(*rows.values()))
+
+
+def _run(study: DetectionStudy, variant: str, seed: int, runs_dir: Path) -> Row:
+    """Trains one detector, after its classifier if it needs one, and returns its row."""
+    data = open_boxes(study.data_dir, seed)
+    weights = None
+    if variant == PRETRAINED:
+        weights = study.checkpoint or _train_classifier(study, seed, runs_dir)
+    torch.manual_seed(seed)
+    net = backbones.create(study.backbone, out_indices=(2, 3, 4), weights=weights, **study.options)
+    size_px = {"min_size": study.recipe.image_px, "max_size": study.recipe.image_px}
+    model = retinanet(net, len(data.classes), out_channels=study.recipe.out_channels, **size_px)
+    model.to(pick_device())
+    start_s = time.perf_counter()
+    losses = train_detector(model, data.train, study.recipe, seed=seed, quiet=True)
+    precision = mean_average_precision(detect(model, data.val), data.val.targets)
+    return {
+        "study": "detection",
+        "status": "done",
+        "value": variant,
+        "seed": seed,
+        **{name: round(value, 3) for name, value in precision.items()},
+        "final_loss": round(losses[-1]["train_loss"], 4),
+        "time_s": round(time.perf_counter() - start_s),
+        **provenance({**describe_machine(), "command": command_line()}),
+    }
+
+
+def _train_classifier(study: DetectionStudy, seed: int, runs_dir: Path) -> Path:
+    """The checkpoint of a seed's classifier, trained as in notebook 03."""
+    folder, recipe = runs_dir / f"classifier-seed{seed}", study.classifier_recipe
+    data = open_folders(study.sample_dir, recipe, seed)
+    torch.manual_seed(seed)
+    fit(
+        backbones.create_classifier(study.backbone, len(data.classes), **study.options),
+        data,
+        recipe,
+        folder,
+        config={"backbone": study.backbone, "options": study.options},
+        seed=seed,
+        quiet=True,
+        catch_signals=False,  # it resumes from its last complete epoch
+    )
+    return folder / "last.pt"

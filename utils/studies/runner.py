@@ -1,52 +1,43 @@
-"""Studies: one factor varied over seeds, each run in a folder of its own, one row per run.
+"""Studies: one factor varied over seeds, one folder per run, one row per run and test size.
 
-A study is declared in a table (`utils.studies.definitions`). `run_study` trains what is missing and writes two
-tidy CSV files, results and curves; `utils.studies.statistics` says what came out.
+A study is declared in `utils.studies.definitions`. `run_study` trains the missing runs and writes
+two tidy CSV files, results and learning curves, which `utils.studies.statistics` evaluates.
 
-No run looks at the validation set while it trains: its curves are those of a slice cut from the
-training images, the same slice for every run. The validation images are read once, at its end; by
-a study that tunes, not at all.
+No run reads the validation set while it trains: its curves are measured on a slice cut from the
+training images, the same slice for every run. The validation images are read once, after the last
+epoch; a study that tunes does not read them at all.
 """
 
 import json
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import nn
 
+from backbones import create_classifier
 from utils.cli import progress_bar
-from utils.data.folders import (
-    EvalBatches,
-    ImageFiles,
-    hold_out,
-    make_loader,
-    open_folders,
-    open_val,
-    readable,
-)
+from utils.data.folders import EvalBatches, hold_out, make_loader, open_folders
 from utils.distributed import pick_device
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
-from utils.records import command_line, provenance, write_json, write_table
-from utils.training import loop
+from utils.records import command_line, provenance, write_table
 from utils.training.checkpoint import validate_same_run
-from utils.training.evaluation import evaluate
+from utils.training.evaluation import autocast_dtype, dtype_name
+from utils.training.loop import Trainer, fit
 
-# From (name of a backbone, number of classes, **options of the backbone) to a classifier.
-MakeModel = Callable[..., nn.Module]
-
-HOLD_OUT_EVERY = 10  # each tenth training image of a class, in the order of names
+HOLD_OUT_EVERY = 10  # every tenth training image of a class, in the order of names
+INTEGERS = ("epochs", "train_crop_px", "test_crop_px", "val_images", "parameters", "threads")
+TEXT = {"commit": str, "value": str}  # columns that pandas could take for numbers
 Row = dict[str, Any]
+RunKey = tuple[str, int]  # value of the factor, seed
 
 
 @dataclass(frozen=True)
@@ -54,9 +45,9 @@ class Variant:
     """One value of a study's factor.
 
     Args:
-        options: what it changes in the backbone.
-        recipe: what it changes in the study's recipe.
-        test_sizes_px: sides of the test crop besides the recipe's; each gives a row.
+        options: the backbone's options for this value.
+        recipe: what the value changes in the study's recipe.
+        test_sizes_px: sides of the test crop in addition to the recipe's; a row each.
     """
 
     value: str
@@ -73,17 +64,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """A factor, its values and seeds, and the recipe that they share.
+    """A factor, its variants and seeds, and the recipe that they share.
 
     Args:
-        name: of its CSV and of its folder of runs.
+        name: names the study's CSV and its folder of runs.
         factor: what the variants differ in.
-        baseline: the value that others are compared with.
-        recipe: of every run, but for what an variant changes.
-        weights: whose accuracy is compared, the averaged ones ("ema") or the last ("raw").
-        extra_evaluations: comparisons of the baseline's runs with themselves, tested otherwise: a name to
-            the weights and the side of the test crop in pixels.
-        tuning: test on the held-out slice; the validation images are not read.
+        baseline: the value that the others are compared with.
+        recipe: the recipe of every run, except for what a variant changes.
+        weights: the weights whose accuracy is compared, EMA ("ema") or last ("raw").
+        extra_evaluations: other evaluations of the baseline's runs, compared with the baseline:
+            a name to the weights and the side of the test crop in pixels.
+        tuning: evaluate on the held-out slice; the validation images are not read.
     """
 
     name: str
@@ -98,19 +89,15 @@ class Study:
 
     def __post_init__(self) -> None:
         values = [variant.value for variant in self.variants]
-        if len(set(values)) < len(values):
-            raise ValueError(f"study {self.name}: a value stands there twice: {values}")
-        if len({_slug(value) for value in values}) < len(values):
-            raise ValueError(
-                f"study {self.name}: two values would share a folder of runs: {values}"
-            )
         if self.baseline not in values:
-            raise ValueError(f"study {self.name}: baseline={self.baseline!r} is none of {values}")
-        for variant in self.variants:  # a wrong recipe shows before anything is trained
-            replace(self.recipe, **variant.recipe)
+            raise ValueError(
+                f"study {self.name}: baseline={self.baseline!r} is not one of {values}"
+            )
+        if len(set(map(_slug, values))) < len(values):
+            raise ValueError(f"study {self.name}: two values share a folder of runs: {values}")
 
     def runs(self) -> list[tuple[Variant, int]]:
-        """Every value with every seed, seeds outermost: a study cut short is still balanced."""
+        """Every variant with every seed, seeds outermost: an unfinished study is balanced."""
         return [(variant, seed) for seed in self.seeds for variant in self.variants]
 
     @property
@@ -119,13 +106,12 @@ class Study:
         return f"top1_{self.weights}_pct"
 
     def recipe_of(self, variant: Variant) -> Recipe:
-        """What an variant's runs are trained with."""
+        """The recipe of a variant's runs."""
         return replace(self.recipe, **variant.recipe)
 
 
 def run_study(
     study: Study,
-    make_model: MakeModel,
     data_dir: str | Path,
     runs_dir: str | Path,
     output: str | Path,
@@ -133,111 +119,126 @@ def run_study(
     processes: int = 1,
     devices: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Trains what is missing of a study and writes its tables after every run.
+    """Trains the missing runs of a study and writes its tables after every run.
 
-    A finished run is a folder with a `result.json`; it is not trained again. An unfinished one goes
-    on from its last whole epoch. A run that fails is a row that says so, and is tried again when
-    the study is run again. Interrupted, it stops at once and leaves all of that to go on with.
+    A run whose rows are in `output` is finished, even if its folder is gone; a trained run without
+    rows is only evaluated. An unfinished run resumes from its last complete epoch. A failed run is
+    a row that says so, and is tried again the next time.
 
     Args:
-        make_model: makes an variant's classifier; with several processes a function of a module.
         data_dir: folder with train/ and val/.
         runs_dir: gets a folder per run, `<study>/<value>-seed<seed>`.
-        output: the CSV, one row per run and test size; `curves_path(output)` gets a row per run
-            and epoch.
-        processes: runs at a time; they share the CPU's threads evenly.
-        devices: such as ("cuda:0", "cuda:1"), dealt out to the processes in turn.
+        output: the CSV, one row per run and test size. `curves_path(output)` gets one row per run
+            and epoch. Runs of other seeds or values of the study that are there are kept.
+        processes: runs that train at the same time; they share the CPU's threads evenly.
+        devices: such as ("cuda:0", "cuda:1"), assigned to the processes in turn.
 
     Returns:
         The table of results.
 
     Raises:
-        ValueError: wrong arguments; a folder of a run holds another one; `output` is no record, or
-            holds finished runs that are not asked for, or whose folders are not in `runs_dir` (a
-            run deleted there is made again, as long as any other is left).
+        ValueError: wrong arguments; the folder of a run holds another run; `output` is not a record
+            of this study, or its runs have other settings or another autocast type.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
-    for device in devices:
-        pick_device(device)
-    data = hold_out(open_folders(data_dir, study.recipe), study.recipe, HOLD_OUT_EVERY)
-    facts = {"classes": data.classes, "train_images": len(data.train)}
-    jobs = [
-        _Job(study, variant, seed, make_model, data_dir, Path(runs_dir) / study.name)
-        for variant, seed in study.runs()
-    ]
-    rows = {job.key: _read_result(job, facts) for job in jobs}
-    keep_record(output, set(rows) if any(rows.values()) else set())
-    missing = [job for job in jobs if not rows[job.key]]
+    targets = [pick_device(name) for name in devices or (None,)]
+    jobs = [_Job(study, *run, data_dir, Path(runs_dir)) for run in study.runs()]
+    rows = read_record(output, study.name)
+    order = dict.fromkeys([*(job.key for job in jobs), *rows])
+    missing = _missing(jobs, rows, output, targets[0])
+    path = curves_path(output)
+    curves = _by_run(pd.read_csv(path, dtype=TEXT)) if path.exists() else {}
 
     def write() -> list[Row]:
-        """Both tables, in the order of the study's runs."""
-        table = [row for job in jobs for row in rows[job.key]]
+        """Writes both tables, in the order of the study's runs."""
+        table = [row for key in order for row in rows.get(key, [])]
         write_table(output, table)
-        done = [job for job in jobs if rows[job.key] and rows[job.key][0]["status"] == "done"]
-        write_table(curves_path(output), [row for job in done for row in _read_curve(job)])
+        if any(curves.values()):
+            write_table(path, [row for key in order for row in curves.get(key, [])])
         return table
 
-    done = len(jobs) - len(missing)
-    ending = closing(_each(missing, processes, devices))  # its processes, whatever happens
-    options = {"unit": " runs", "desc": study.name, "smoothing": 0}
-    with ending as ended, progress_bar(total=len(jobs), initial=done, **options) as bar:
-        for job, found in ended:
-            rows[job.key] = found
+    each = _in_processes(missing, processes, targets)
+    if processes == 1:
+        each = ((job, *_run(job, targets[0])) for job in missing)
+    options = {"total": len(missing), "unit": " runs", "desc": study.name, "smoothing": 0}
+    with closing(each):
+        for job, found, curve in progress_bar(each, **options):
+            rows[job.key], curves[job.key] = found, curve
             write()
-            bar.update()
     return pd.DataFrame(write())
 
 
-def keep_record(output: str | Path, kept: set[tuple[str, int]]) -> None:
-    """ValueError if `output` holds finished runs besides those that are kept or made again."""
-    try:
-        table = pd.read_csv(output, dtype={"commit": str})  # some are all digits
-    except FileNotFoundError:
-        return
-    except ValueError:  # of pandas' parser and of bytes that are no text
-        table = pd.DataFrame()
-    if not {"status", "value", "seed"} <= set(table):
-        raise ValueError(f"{output}: is no record of a study; give another output")
-    there = table[table.status == "done"]
-    lost = sorted(set(zip(there.value, there.seed, strict=True)) - kept)
-    if lost:
-        value, seed = lost[0]
-        raise ValueError(
-            f"{output}: holds {len(lost)} finished runs that would be lost, such as {value!r} with "
-            f"seed {seed}: not asked for, or without a folder; give another output or remove it"
-        )
+def finished(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of runs that did not fail, with the integers that failed rows turn to floats."""
+    done = table[table.status == "done"]
+    return done.astype(dict.fromkeys(done.columns.intersection(INTEGERS), int))
 
 
 def curves_path(output: str | Path) -> Path:
-    """Where the learning curves of the study stand whose results are in `output`."""
+    """The path of the learning curves that belong to the results in `output`."""
     output = Path(output)
     return output.with_name(f"{output.stem}_curves{output.suffix}")
 
 
+def read_record(output: str | Path, study: str) -> dict[RunKey, list[Row]]:
+    """The rows of every finished run in a study's CSV; none if there is no such file.
+
+    Raises:
+        ValueError: the file is not a record of this study.
+    """
+    try:
+        table = pd.read_csv(output, dtype=TEXT)
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # pandas' parser errors, and bytes that are not text
+        table = pd.DataFrame()
+    if not {"study", "status", "value", "seed"} <= set(table) or set(table.study) != {study}:
+        raise ValueError(f"{output}: not a record of the study {study}; choose another output")
+    return _by_run(finished(table))
+
+
+def validate_recorded(output: str | Path, row: Row, expected: Row) -> None:
+    """Raises ValueError if a recorded run has other settings, as far as it names them."""
+    for name, value in expected.items():
+        if row.get(name, value) != value:
+            raise ValueError(
+                f"{output}: {row['value']!r} with seed {row['seed']} was recorded with "
+                f"{name}={row[name]!r}, not {value!r}; choose another output"
+            )
+
+
+def _by_run(table: pd.DataFrame) -> dict[RunKey, list[Row]]:
+    runs = table.groupby(["value", "seed"], sort=False)
+    return {key: rows.to_dict("records") for key, rows in runs}
+
+
+def _slug(value: str) -> str:
+    """A value as part of a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
+
+
 @dataclass(frozen=True)
 class _Job:
-    """One run of a study, with all that a process needs to train it."""
+    """One run of a study, with everything that a process needs to train it."""
 
     study: Study
     variant: Variant
     seed: int
-    make_model: MakeModel
     data_dir: str | Path
-    parent: Path
+    runs_dir: Path
+
+    @property
+    def key(self) -> RunKey:
+        return self.variant.value, self.seed
 
     @property
     def run_dir(self) -> Path:
-        return self.parent / f"{_slug(self.variant.value)}-seed{self.seed}"
+        return self.runs_dir / self.study.name / f"{_slug(self.variant.value)}-seed{self.seed}"
 
     @property
     def recipe(self) -> Recipe:
         return self.study.recipe_of(self.variant)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the backbone."""
-        return {**self.variant.options, **self.recipe.backbone_options}
 
     @property
     def sizes_px(self) -> list[int]:
@@ -245,12 +246,15 @@ class _Job:
         return [self.recipe.eval_crop_px, *self.variant.test_sizes_px]
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.variant.value, self.seed
+    def config(self) -> Row:
+        """What identifies the run in its folder, beside the recipe and the seed."""
+        options = {**self.variant.options, **self.recipe.backbone_options}
+        of_study = {"study": self.study.name, "value": self.variant.value}
+        return {**of_study, "backbone": self.variant.backbone, "options": options}
 
     @property
     def facts(self) -> Row:
-        """The columns that tell the runs of all studies apart."""
+        """The columns that identify the run among the runs of all studies."""
         return {
             "study": self.study.name,
             "factor": self.study.factor,
@@ -260,140 +264,135 @@ class _Job:
         }
 
 
-def _each(
-    jobs: list[_Job], processes: int, devices: Sequence[str]
-) -> Iterator[tuple[_Job, list[Row]]]:
-    """Each job with its rows as it ends; in this process if there is to be one alone.
+def _missing(
+    jobs: list[_Job], rows: dict[RunKey, list[Row]], output: str | Path, device: torch.device
+) -> list[_Job]:
+    """The jobs without a recorded row for each of their test sizes.
 
-    Where a process is killed, all that its pool had not finished is begun again in a new one, until
-    nothing is finished any more.
+    Raises:
+        ValueError: the folder of a run holds another run, or recorded rows have other settings.
     """
-    if processes == 1:
-        _ready(torch.get_num_threads(), _device_of(0, devices))
-        yield from ((job, _run(job)) for job in jobs)
-        return
-    while jobs:
-        unfinished = yield from _each_of_pool(jobs, processes, devices)
-        if len(unfinished) == len(jobs):
-            reason = "a process was killed, perhaps for want of memory; not finished"
-            yield from ((job, _failed(job, reason)) for job in jobs)
-            return
-        jobs = unfinished
+    study, data_dir = jobs[0].study, jobs[0].data_dir
+    data = open_folders(data_dir, study.recipe)
+    held_out = hold_out(data, study.recipe, HOLD_OUT_EVERY)
+    val_images = len((held_out if study.tuning else data).val)
+    tested = {key: [row["test_crop_px"] for row in found] for key, found in rows.items()}
+    missing = [job for job in jobs if tested.get(job.key) != job.sizes_px]
+    for job in jobs:
+        config = {**job.config, "recipe": asdict(job.recipe), "seed": job.seed}
+        config |= {"classes": data.classes, "train_images": len(held_out.train)}
+        path = job.run_dir / "config.json"
+        there = json.loads(path.read_text()) if path.exists() else config
+        validate_same_run(job.run_dir, {key: there.get(key) for key in config}, config)
+        settings = {"network": job.variant.network, "val_images": val_images}
+        settings |= {name: getattr(job.recipe, name) for name in ("epochs", "train_crop_px")}
+        if missing:  # one study has one type
+            settings["autocast"] = dtype_name(autocast_dtype(device, job.recipe.precision))
+        for row in rows.get(job.key, []):
+            validate_recorded(output, row, settings)
+    return missing
 
 
-def _each_of_pool(
-    jobs: list[_Job], processes: int, devices: Sequence[str]
-) -> Generator[tuple[_Job, list[Row]], None, list[_Job]]:
-    """As `_each`, in processes of their own; returns what was not finished when one was killed."""
-    context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not live
-    shared = context.SimpleQueue()
-    for k in range(processes):
-        shared.put(_device_of(k, devices))
-    ready = (max(1, torch.get_num_threads() // processes), shared)
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, context, _ready_worker, ready)
-    broken = set()
+def _in_processes(
+    jobs: list[_Job], processes: int, devices: Sequence[torch.device]
+) -> Iterator[tuple[_Job, list[Row], list[Row]]]:
+    """Runs each job in a process of its own; yields it with its rows and curve when it ends.
+
+    A job whose process is killed, such as by the system when memory runs out, has failed. When the
+    generator is closed it ends the processes; their runs resume from the last complete epoch.
+    """
+    # Neither CUDA nor OpenMP survives a fork of this process; a fork server has started neither.
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    context.set_forkserver_preload([__name__])
+    threads = max(1, torch.get_num_threads() // processes)
+    waiting, free = list(jobs), [devices[k % len(devices)] for k in range(processes)]
+    running = {}
     try:
-        futures = {pool.submit(_run, job): job for job in jobs}
-        for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                broken.add(future)
-            else:
-                yield futures[future], future.result()
-        pool.shutdown()
-    except BaseException:  # Ctrl-C above all
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()  # its run goes on from its last whole epoch next time
-        raise
-    return [job for future, job in futures.items() if future in broken]
+        while waiting or running:
+            while waiting and free:
+                job, device = waiting.pop(0), free.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                arguments = (job, device, threads, sender)
+                process = context.Process(target=_run_and_send, args=arguments, daemon=True)
+                process.start()
+                sender.close()  # now the pipe ends when the process does
+                running[receiver] = job, device, process
+            for receiver in wait(list(running)):
+                job, device, process = running.pop(receiver)
+                try:
+                    rows, curve = receiver.recv()
+                except EOFError:
+                    process.join()
+                    reason = f"its process was killed (exit code {process.exitcode})"
+                    rows, curve = _failed(job, f"{reason}, perhaps because memory ran out"), []
+                free.append(device)
+                yield job, rows, curve
+    finally:
+        for _, _, process in running.values():
+            process.terminate()
+            process.join()
 
 
-_DEVICE: str | None = None  # of the runs of this process
-
-
-def _device_of(process: int, devices: Sequence[str]) -> str | None:
-    return devices[process % len(devices)] if devices else None
-
-
-def _ready(threads: int, device: str | None) -> None:
-    global _DEVICE
+def _run_and_send(job: _Job, device: torch.device, threads: int, sender: Connection) -> None:
+    """The work of one process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the study ends its processes
     torch.set_num_threads(threads)
-    _DEVICE = device
+    sender.send(_run(job, device))
 
 
-def _ready_worker(threads: int, shared: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which ends its workers
-    _ready(threads, shared.get())
-
-
-def _run(job: _Job) -> list[Row]:
-    """Trains one run, or goes on with it, and returns its rows: a failure is a row as well."""
+def _run(job: _Job, device: torch.device) -> tuple[list[Row], list[Row]]:
+    """Trains or resumes one run; returns its rows and its curve. A failure is a row as well."""
     try:
-        rows = list(_train(job))
-    except Exception as error:  # whatever it is, the other runs of the study go on
-        clear = isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError))
-        return _failed(job, (clear and str(error).strip()) or repr(error))
-    write_json(job.run_dir / "result.json", rows)
-    return [{**job.facts, **row} for row in rows]
+        trainer = _train(job, device)
+        rows = [_evaluate(job, trainer, crop_px) for crop_px in job.sizes_px]
+    except Exception as error:  # the other runs of the study continue
+        expected = isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError))
+        return _failed(job, str(error) if expected and str(error) else repr(error)), []
+    curve = pd.DataFrame(trainer.metrics).round(4).drop(columns=["step", "first_lr"])
+    curve.columns = curve.columns.str.replace("val_", "held_out_")
+    return rows, [{**job.facts, **row} for row in curve.to_dict("records")]
 
 
 def _failed(job: _Job, reason: str) -> list[Row]:
-    return [{**job.facts, "status": f"failed: {reason.splitlines()[0]}"}]
+    return [{**job.facts, "status": f"failed: {reason.strip().splitlines()[0]}"}]
 
 
-def _train(job: _Job) -> Iterator[Row]:
-    """One row per test size of a run that is trained to its end."""
-    recipe = job.recipe
-    data = open_folders(job.data_dir, recipe, job.seed)
-    held_out = hold_out(data, recipe, HOLD_OUT_EVERY)
+def _train(job: _Job, device: torch.device) -> Trainer:
+    """Trains a run to its end, on all training images but the held-out slice."""
+    data = hold_out(open_folders(job.data_dir, job.recipe, job.seed), job.recipe, HOLD_OUT_EVERY)
     torch.manual_seed(job.seed)
-    model = job.make_model(job.variant.backbone, len(data.classes), **job.options)
-    trainer = loop.fit(
+    model = create_classifier(job.variant.backbone, len(data.classes), **job.config["options"])
+    return fit(
         model,
-        held_out,
-        recipe,
+        data,
+        job.recipe,
         job.run_dir,
-        config={
-            "study": job.study.name,
-            "value": job.variant.value,
-            "backbone": job.variant.backbone,
-            "options": job.options,
-            "command": command_line(),
-            "data_dir": str(job.data_dir),
-        },
+        config={**job.config, "command": command_line(), "data_dir": str(job.data_dir)},
         seed=job.seed,
-        device=pick_device(_DEVICE),
+        device=device,
         quiet=True,
-        catch_signals=False,  # the study ends its processes, and runs go on from whole epochs
+        catch_signals=False,  # the study ends its processes, and runs resume from complete epochs
     )
-    config = json.loads((job.run_dir / "config.json").read_text())
-    for crop_px in job.sizes_px:
-        images = held_out.val
-        if not job.study.tuning:
-            images = open_val(job.data_dir, data.classes, recipe.tested_at(crop_px))
-        yield _row(trainer, images, crop_px, config)
 
 
-def _row(trainer: loop.Trainer, images: ImageFiles, crop_px: int, config: Row) -> Row:
-    """What a trained run is worth at one test size, what it costs, and how it was made."""
-    recipe, speed = trainer.recipe, pd.DataFrame(trainer.speed)
+def _evaluate(job: _Job, trainer: Trainer, crop_px: int) -> Row:
+    """Accuracy of a trained run at one test size, its costs, and how it was made."""
+    data = open_folders(job.data_dir, job.recipe.tested_at(crop_px))
+    images = (hold_out(data, job.recipe, HOLD_OUT_EVERY) if job.study.tuning else data).val
     loader = make_loader(images, EvalBatches(len(images), 64), 0, trainer.device.type == "cuda")
-    result = evaluate(
-        {"raw": trainer.model, "ema": trainer.ema.module},
-        readable(loader, False, {}),
-        trainer.eval_preprocess,
-        trainer.dtype,
-    )
+    result, speed = trainer.evaluate(loader), pd.DataFrame(trainer.speed)
+    config = json.loads((job.run_dir / "config.json").read_text())
     return {
+        **job.facts,
         "status": "done",
-        "epochs": recipe.epochs,
-        "train_crop_px": recipe.train_crop_px,
+        "epochs": job.recipe.epochs,
+        "train_crop_px": job.recipe.train_crop_px,
         "test_crop_px": crop_px,
-        "top1_raw_pct": round(result["raw"]["top1_pct"], 3),
-        "top1_ema_pct": round(result["ema"]["top1_pct"], 3),
+        "top1_raw_pct": round(result[""]["top1_pct"], 3),
+        "top1_ema_pct": round(result["ema_"]["top1_pct"], 3),
         "final_loss": round(trainer.metrics[-1]["train_loss"], 4),
-        "val_images": result["raw"]["images"],
+        "val_images": result[""]["images"],
         "parameters": count_parameters(trainer.model),
         "gmacs": round(count_macs(trainer.model, crop_px, crop_px) / 1e9, 4),
         "images_per_s": round(speed.train_images_per_s.median(), 1),
@@ -401,38 +400,3 @@ def _row(trainer: loop.Trainer, images: ImageFiles, crop_px: int, config: Row) -
         "autocast": config["autocast"],
         **provenance(config),
     }
-
-
-def _slug(value: str) -> str:
-    """A value as part of a folder's name."""
-    return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
-
-
-def _read_result(job: _Job, facts: Mapping[str, Any]) -> list[Row]:
-    """The rows of a finished run; none of any other.
-
-    Args:
-        facts: further entries that the run's config.json must hold.
-
-    Raises:
-        RunError: the folder holds another run.
-    """
-    try:
-        rows = json.loads((job.run_dir / "result.json").read_text())
-        config = json.loads((job.run_dir / "config.json").read_text())
-    except (OSError, ValueError):
-        return []
-    asked = {"backbone": job.variant.backbone, "options": job.options, "seed": job.seed, **facts}
-    asked["recipe"] = asdict(job.recipe)
-    validate_same_run(job.run_dir, {key: config.get(key) for key in asked}, asked)
-    on_slice = rows[0]["val_images"] == config["val_images"]
-    if [row["test_crop_px"] for row in rows] != job.sizes_px or on_slice != job.study.tuning:
-        return []  # its checkpoint is tested anew
-    return [{**job.facts, **row} for row in rows]
-
-
-def _read_curve(job: _Job) -> list[Row]:
-    """A row per epoch of a run; what it calls val is the slice cut from the training images."""
-    table = pd.read_csv(job.run_dir / "metrics.csv").round(4).drop(columns=["step", "first_lr"])
-    table.columns = table.columns.str.replace("val_", "held_out_")
-    return [{**job.facts, **row} for row in table.to_dict("records")]

@@ -1,0 +1,287 @@
+"""Studies: missing runs are trained, and nothing else; finished runs are never lost or mixed up."""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from scripts import ablate
+from utils.data.folders import hold_out, open_folders
+from utils.recipe import RECIPES
+from utils.records import write_table
+from utils.studies import runner, statistics
+from utils.studies.runner import Study, Variant, curves_path, run_study
+
+RECIPE = dataclasses.replace(
+    RECIPES["quick"],
+    epochs=2,
+    batch_size=12,
+    train_crop_px=32,
+    eval_resize_px=32,
+    eval_crop_px=32,
+    width=0.125,
+)
+RELU = Variant("relu", "cspdarknet19", test_sizes_px=(64,))
+MISH = Variant("Mish, ours", "cspdarknet19", {"act": "mish"})
+TINY = Study("tiny", "act", "relu", RECIPE, (RELU, MISH), (0, 1))
+HOT = Variant("Hot", "cspdarknet19", recipe={"lr_per_1024": 1e30})
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    """The tiny study, run once: the folder with runs/ and tiny.csv, and the table."""
+    root = tmp_path_factory.mktemp("study")
+    torch.set_num_threads(1)
+    return root, run_study(TINY, folders, root / "runs", root / "tiny.csv")
+
+
+def assert_same_results(table, other):
+    """Equal in everything that the seed determines."""
+    columns = ["images_per_s", "time_s", "commit", "command"]
+    tables = (each.drop(columns=columns) for each in (table, other))
+    pd.testing.assert_frame_equal(*tables, check_dtype=False)
+
+
+def spy_on_fit(monkeypatch, interrupt_at=None):
+    """A list that gets the name of every run's folder when `fit` begins with it."""
+    started, fit = [], runner.fit
+
+    def spy(model, data, recipe, run_dir, **options):
+        started.append(run_dir.name)
+        if len(started) == interrupt_at:
+            raise KeyboardInterrupt
+        return fit(model, data, recipe, run_dir, **options)
+
+    monkeypatch.setattr(runner, "fit", spy)
+    return started
+
+
+def test_a_row_per_run_and_test_size_and_a_curve_per_run(finished):
+    root, table = finished
+    assert set(table.status) == {"done"}
+    keys = list(table[["value", "seed", "test_crop_px"]].itertuples(index=False, name=None))
+    assert keys == [
+        (value, seed, px)
+        for seed in (0, 1)
+        for value, px in (("relu", 32), ("relu", 64), ("Mish, ours", 32))
+    ]
+    assert (table.val_images == 18).all()  # the validation set's, not the slice's 3
+    written = pd.read_csv(root / "tiny.csv", dtype={"commit": str})
+    pd.testing.assert_frame_equal(written, table, check_dtype=False)
+    curves = pd.read_csv(curves_path(root / "tiny.csv"))
+    assert len(curves) == 4 * RECIPE.epochs
+    for (value, seed), curve in curves.groupby(["value", "seed"]):
+        folder = {"relu": "relu", "Mish, ours": "mish-ours"}[value]
+        metrics = pd.read_csv(root / "runs" / "tiny" / f"{folder}-seed{seed}" / "metrics.csv")
+        for ours, theirs in (
+            ("train_loss", "train_loss"),
+            ("held_out_top1_pct", "val_top1_pct"),
+            ("ema_held_out_loss", "ema_val_loss"),
+        ):
+            assert curve[ours].tolist() == pytest.approx(metrics[theirs].tolist(), abs=1e-4)
+
+
+def test_rows_of_a_record_are_finished_runs_without_their_folders(finished, folders, tmp_path):
+    """Also those of other seeds and values than are asked for: they stay where they are."""
+    root, table = finished
+    for path in root.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
+    for study in (TINY, dataclasses.replace(TINY, variants=(RELU,), seeds=(0,))):
+        again = run_study(study, folders, tmp_path / "runs", tmp_path / "tiny.csv")
+        pd.testing.assert_frame_equal(again, table, check_dtype=False)
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trained_run_without_a_row_is_evaluated_and_not_trained_again(
+    finished, folders, tmp_path, monkeypatch
+):
+    """Here for another record, for a further test size, and for the held-out slice."""
+    root, table = finished
+    monkeypatch.setattr("utils.training.loop.Trainer.train_step", lambda *_: pytest.fail("trains"))
+    larger = dataclasses.replace(MISH, test_sizes_px=(64,))
+    study = dataclasses.replace(TINY, variants=(RELU, larger))
+    again = run_study(study, folders, root / "runs", tmp_path / "new.csv")
+    assert again.test_crop_px.tolist() == [32, 64, 32, 64] * 2
+    assert_same_results(again.drop(index=[3, 7]).reset_index(drop=True), table)
+    tuning = dataclasses.replace(TINY, variants=(MISH,), baseline=MISH.value, tuning=True)
+    tuned = run_study(tuning, folders, root / "runs", tmp_path / "tuned.csv")
+    assert tuned.val_images.tolist() == [3, 3]
+
+
+def test_an_interrupted_study_resumes(finished, folders, tmp_path, monkeypatch):
+    started = spy_on_fit(monkeypatch, interrupt_at=3)
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(TINY, *places)
+    assert len(pd.read_csv(places[2])) == 3
+    assert_same_results(run_study(TINY, *places), finished[1])
+    assert started == ["relu-seed0", "mish-ours-seed0", *["relu-seed1"] * 2, "mish-ours-seed1"]
+
+
+def test_a_failed_run_is_a_row_that_says_so_and_is_tried_again(
+    finished, folders, tmp_path, monkeypatch
+):
+    root, _ = finished
+    study = dataclasses.replace(TINY, variants=(MISH, HOT), baseline="Hot", seeds=(0,))
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    started = spy_on_fit(monkeypatch)
+    for _ in range(2):
+        table = run_study(study, *places)
+    assert started == ["mish-ours-seed0", "hot-seed0", "hot-seed0"]
+    assert table.status[0] == "done"
+    assert table.status[1].startswith("failed: the loss is not finite")
+    assert set(pd.read_csv(curves_path(places[2])).value) == {MISH.value}
+    assert list(statistics.summarize(table, study.top1_column).index) == [MISH.value]
+    assert list(statistics.differences(study, table).verdict) == ["too few seeds"]
+
+
+def test_a_killed_process_is_a_failed_run_and_the_others_give_the_same(finished, folders, tmp_path):
+    """Of two processes at a time the first one is killed; the study is repeated afterwards."""
+    torch.set_num_threads(2)  # one for each process
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    before = set(multiprocessing.active_children())
+
+    def kill():
+        while not (started := set(multiprocessing.active_children()) - before):
+            time.sleep(0.01)
+        os.kill(started.pop().pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    table = run_study(TINY, *places, processes=2, devices=["cpu", "cpu"])
+    killer.join()
+    assert table.status[table.status != "done"].tolist() == [
+        "failed: its process was killed (exit code -9), perhaps because memory ran out"
+    ]
+    torch.set_num_threads(1)
+    assert_same_results(run_study(TINY, *places), finished[1])  # three of four are kept
+
+
+def test_an_interrupt_ends_the_processes_of_a_study(folders, tmp_path, monkeypatch):
+    """Ctrl-C after the first run: no further run is recorded, and no process is left."""
+    before = set(multiprocessing.active_children())
+
+    def interrupt(*args):
+        write_table(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "write_table", interrupt)
+    study = dataclasses.replace(TINY, seeds=tuple(range(50)))
+    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, *places, processes=2)
+    assert set(multiprocessing.active_children()) == before
+    assert pd.read_csv(places[2]).groupby(["value", "seed"]).ngroups == 1
+
+
+def test_another_run_in_a_folder_is_an_error(finished, folders, tmp_path):
+    root, _ = finished
+    longer = dataclasses.replace(TINY, recipe=dataclasses.replace(RECIPE, epochs=9))
+    with pytest.raises(ValueError, match=r"relu-seed0: holds a run with epochs=2, not 9"):
+        run_study(longer, folders, root / "runs", tmp_path / "new.csv")
+    shutil.copytree(folders, tmp_path / "data")
+    next((tmp_path / "data" / "train").rglob("*.JPEG")).unlink()
+    with pytest.raises(ValueError, match="train_images"):
+        run_study(TINY, tmp_path / "data", root / "runs", tmp_path / "new.csv")
+    with pytest.raises(NotADirectoryError, match="nowhere"):
+        run_study(TINY, tmp_path / "nowhere", root / "runs", tmp_path / "new.csv")
+    assert not (tmp_path / "new.csv").exists()
+
+
+def test_a_record_of_other_runs_is_an_error_and_stays(finished, folders, tmp_path):
+    """Other settings, another autocast type where runs are missing, another study, another file."""
+    _, table = finished
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[table.autocast[0]]
+    longer = dataclasses.replace(TINY, recipe=dataclasses.replace(RECIPE, epochs=9))
+    record = tmp_path / "tiny.csv"
+    for study, content, words in (
+        (longer, table, "'relu' with seed 0 was recorded with epochs=2, not 9"),
+        (TINY, table.assign(val_images=9), "was recorded with val_images=9, not 18"),
+        (TINY, table[3:].assign(autocast=other), f"autocast='{other}', not '{table.autocast[0]}'"),
+        (TINY, table.assign(study="act"), "not a record of the study tiny"),
+        (TINY, pd.DataFrame({"a": [1]}), "not a record of the study tiny"),
+        (TINY, b"", "not a record of the study tiny"),
+        (TINY, b"\xff\xfe\x00", "not a record of the study tiny"),
+        (TINY, b"# Title\n\na, b, c\n", "not a record of the study tiny"),
+    ):
+        record.write_bytes(content if isinstance(content, bytes) else content.to_csv().encode())
+        before = record.read_bytes()
+        with pytest.raises(ValueError, match=words) as caught:
+            run_study(study, folders, tmp_path / "runs", record)
+        assert str(caught.value).startswith(str(record))
+        assert "\n" not in str(caught.value)
+        assert record.read_bytes() == before
+    table.assign(autocast=other).to_csv(record, index=False)
+    again = run_study(TINY, folders, tmp_path / "runs", record)  # nothing to train, nothing mixed
+    assert set(again.autocast) == {other}
+
+
+def test_tuning_does_not_read_the_validation_images(folders, tmp_path):
+    study = dataclasses.replace(TINY, variants=(MISH,), baseline=MISH.value, seeds=(0,))
+    data = shutil.copytree(folders, tmp_path / "data")
+    for path in (data / "val").rglob("*.JPEG"):
+        path.write_bytes(b"no image")
+    places = data, tmp_path / "runs", tmp_path / "tiny.csv"
+    (row,) = run_study(dataclasses.replace(study, tuning=True), *places).itertuples()
+    last = pd.read_csv(curves_path(places[2])).iloc[-1]
+    assert row.val_images == 3  # the slice's
+    assert row.top1_raw_pct == pytest.approx(last.held_out_top1_pct, abs=1e-3)
+
+
+def test_the_script(finished, folders, tmp_path, monkeypatch, capsys):
+    root, _ = finished
+    shutil.copy(root / "tiny.csv", tmp_path)
+    studies = {"tiny": TINY, "hot": dataclasses.replace(TINY, name="hot", variants=(RELU, HOT))}
+    monkeypatch.setattr(ablate, "STUDIES", studies)
+    options = ["--data-dir", str(folders), "--runs-dir", str(tmp_path / "runs")]
+    command = ["tiny", *options, "--output", str(tmp_path / "tiny.csv")]
+    assert ablate.main(command) == 0
+    assert "no difference seen" in capsys.readouterr().out
+    for wrong in (["--seeds", "3"], ["--processes", "0"], ["--devices", "abacus"]):
+        assert ablate.main([*command, *wrong]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert wrong[1] in line
+    assert (
+        ablate.main(["hot", *options, "--output", str(tmp_path / "hot.csv"), "--seeds", "1"]) == 1
+    )
+    assert "Hot, seed 0: failed: the loss is not finite" in capsys.readouterr().err
+
+
+def test_the_slice_is_cut_from_training_alone(folders):
+    data = open_folders(folders, RECIPE)
+    cut = hold_out(data, RECIPE, every=5)
+    both = [set(map(bytes, part.names)) for part in (cut.train, cut.val)]
+    assert not both[0] & both[1]
+    assert both[0] | both[1] == set(map(bytes, data.train.names))
+    assert np.bincount(cut.val.labels).tolist() == [3, 3, 3]  # of 16 each
+    assert cut.val.folder == data.train.folder
+    for part in (cut.train, cut.val):
+        names = [data.classes[label] for label in part.labels]
+        assert [part.path(i).parent.name for i in range(len(part))] == names
+    with pytest.raises(ValueError, match="fewer than 17 images"):
+        hold_out(data, RECIPE, every=17)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"baseline": "none"}, "baseline='none' is not one of"),
+        ({"variants": (RELU, RELU)}, "share a folder"),
+        ({"variants": (RELU, Variant("Relu!", "darknet19"))}, "share a folder"),
+    ],
+)
+def test_a_wrong_study_is_an_error(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **change)

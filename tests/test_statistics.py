@@ -1,0 +1,186 @@
+"""Statistics against paired tests by SciPy and sums by hand, on records made up here."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from utils.recipe import RECIPES
+from utils.studies import statistics
+from utils.studies.runner import Study, Variant
+
+TOP1 = {"bare": [50.0, 52.0, 51.0], "with x": [55.0, 56.0, 57.0], "with y": [50.5, 51.0, 51.2]}
+VARIANTS = tuple(Variant(value, f"net {value}") for value in TOP1)
+STUDY = Study("made_up", "recipe", "bare", RECIPES["quick"], VARIANTS, (0, 1, 2), weights="raw")
+
+
+def record(top1=TOP1, **columns):
+    """A row per value and seed, as a study writes it; EMA weights are 2, 2, 5, 0, 0 ahead."""
+    rows = [
+        {
+            "status": "done", "value": value, "seed": seed, "network": f"net {value}",
+            "test_crop_px": 64, "top1_raw_pct": top1_pct,
+            "top1_ema_pct": top1_pct + (2, 2, 5, 0, 0)[seed],
+            "parameters": 10, "gmacs": 1.0,
+        }
+        for value, values in top1.items()
+        for seed, top1_pct in enumerate(values)
+    ]  # fmt: skip
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def costs():
+    """Two rounds in which the networks take turns."""
+    values = {"net bare": (10.0, 20.0), "net with x": (5.0, 30.0), "net with y": (10.0, 12.0)}
+    rows = [
+        {"network": name, "quantity": quantity, "unit": "ms/image", "round": k, "value": value}
+        for quantity in ("latency", "inference", "training", "inference peak", "training peak")
+        for name, both in values.items()
+        for k, value in enumerate(both)
+    ]
+    return pd.DataFrame(rows)
+
+
+def first_words(column):
+    return column.str.split().str[0].tolist()
+
+
+def test_intervals_are_those_of_the_paired_t_test():
+    values = {"a": [60.0, 62.0, 61.0, 59.5, 60.5], "b": [61.0, 63.5, 61.5, 61.0, 61.2]}
+    values["c"] = [60.5, 61.0, 61.5, 59.0, 60.4]
+    found = statistics.compare(record(values), "a", "top1_raw_pct")
+    for value in "bc":
+        test = stats.ttest_rel(values[value], values["a"])
+        expected = test.confidence_interval(0.95)
+        row = found.loc[value]
+        assert (row.low, row.high) == pytest.approx((expected.low, expected.high))
+        assert row.n == 5
+        assert (row.verdict == "higher") == (test.pvalue < 0.05)
+    assert found.verdict.to_dict() == {"b": "higher", "c": "no difference seen"}
+
+
+def test_seeds_without_a_partner_and_failed_runs_are_left_out():
+    table = record({"a": [1.0, 2.0, 3.0], "b": [1.0, 0.0, 1.0], "c": [5.0]})
+    failed = table[:1].assign(status="failed: no memory", seed=4, parameters=None)
+    table = pd.concat([table, failed])
+    found = statistics.compare(table, "a", "top1_raw_pct")
+    assert found.n.to_dict() == {"b": 3, "c": 1}
+    assert found.verdict["c"] == "too few seeds"
+    same = record({"a": [1.0, 2.0], "b": [1.0, 2.0]})
+    assert statistics.compare(same, "a", "top1_raw_pct").verdict["b"] == "no difference seen"
+    summary = statistics.summarize(table, "top1_raw_pct")
+    assert list(summary.index) == ["a", "b", "c"]
+    assert summary.loc["a", ["mean", "std", "n", "parameters"]].tolist() == [2, 1, 3, 10]
+
+
+def test_differences_are_those_of_the_studys_weights_and_test_size():
+    """Extra evaluations are of the baseline's own runs: EMA, 2, 2 and 5 ahead, and 96 px, 1."""
+    larger = record({value: [top1 + 1 for top1 in TOP1[value]] for value in TOP1}, test_crop_px=96)
+    table = pd.concat([record(), larger])
+    assert list(statistics.differences(STUDY, table).index) == ["with x", "with y"]
+    extra = {"with EMA": ("ema", 64), "with 96": ("raw", 96)}
+    study = dataclasses.replace(STUDY, extra_evaluations=extra)
+    found = statistics.differences(study, table)
+    expected = stats.ttest_rel(TOP1["with x"], TOP1["bare"]).confidence_interval(0.95)
+    row = found.loc["with x"]
+    assert (row.difference, row.low, row.high) == pytest.approx((5, *expected))
+    assert found.verdict.to_dict() == {
+        "with x": "higher",
+        "with y": "no difference seen",
+        "with EMA": "no difference seen",
+        "with 96": "higher",
+    }
+    expected = stats.ttest_1samp([2, 2, 5], 0).confidence_interval(0.95)
+    row = found.loc["with EMA"]
+    assert (row.difference, row.low, row.high) == pytest.approx((3, *expected))
+    assert found.loc["with 96", ["difference", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
+    ema = dataclasses.replace(STUDY, weights="ema", extra_evaluations={"raw": ("raw", 64)})
+    assert statistics.differences(ema, table).difference["raw"] == pytest.approx(-3)
+
+
+def test_costs_are_compared_within_rounds_and_stand_beside_the_accuracy():
+    ratios = statistics.ratio_table(STUDY, costs()).loc["with x", "training"]
+    assert ratios.to_dict() == {"median": 1.0, "min": 0.5, "max": 1.5}
+    both = statistics.with_costs(STUDY, record(), costs())
+    assert both["training (ms/image)"].tolist() == [15.0, 17.5, 11.0]
+    table = statistics.study_table(STUDY, record(), costs()).set_index("recipe")
+    assert table["top-1 (%)"]["with x"] == "56.0 ± 1.0"
+    assert table["difference [95 % interval]"]["with x"] == "+5.0 [+2.5, +7.5]"
+    assert table["training time over the baseline's"]["with x"] == "1.00 (0.50 to 1.50)"
+    assert table.loc["bare", ["difference [95 % interval]", "verdict"]].tolist() == ["baseline", ""]
+    sentence = statistics.sentences(statistics.differences(STUDY, record()), "bare")[0]
+    assert sentence == "with x against bare: +5.0 [+2.5, +7.5] points, n = 3: higher"
+
+
+def test_the_table_of_the_recipe(tmp_path):
+    """Both studies of the recipe, signs turned so that above zero means that the trick helps."""
+    add = record({"bare": [50, 52, 51], "with CutMix": [45, 46, 46]})
+    add = pd.concat([add, record({"bare": [52, 54, 53.5]}, test_crop_px=96)])
+    leave = record({"full": [60, 61, 63], "without CutMix": [70.0, 72, 73]}, test_crop_px=96)
+    leave = pd.concat([leave, record({"full": [60, 60, 60]}, test_crop_px=64)])
+    add.to_csv(tmp_path / "study_recipe_add_one.csv")
+    leave.to_csv(tmp_path / "study_recipe_leave_one_out.csv")
+    effects = statistics.trick_effects(tmp_path)["in full"].loc["CutMix"]
+    expected = stats.ttest_rel([62, 63, 68], [72, 74, 78]).confidence_interval(0.95)
+    assert (effects.low, effects.high) == pytest.approx(tuple(expected))
+    table = statistics.recipe_table(tmp_path).set_index("trick")
+    assert list(table.index) == ["CutMix", "EMA", "FixRes"]
+    assert first_words(table["added to the bare recipe [95 % interval]"]) == [
+        "-5.3",
+        "+3.0",
+        "+2.2",
+    ]
+    assert first_words(table["in the full recipe [95 % interval]"]) == ["-10.3", "+3.0", "+1.3"]
+    assert table.filter(like="verdict").loc["CutMix"].tolist() == ["lower", "lower"]
+    assert table.filter(like="n, ").eq(3).all(axis=None)
+
+
+def test_the_tables_of_lengths_and_of_test_sizes(tmp_path):
+    parts = [
+        record({f"small, {epochs} epochs": small, f"full, {epochs} epochs": full}, epochs=epochs)
+        for epochs, small, full in ((4, [30, 31, 32], [20, 21, 24.5]), (8, [40, 41, 42], [41] * 3))
+    ]
+    pd.concat(parts).to_csv(tmp_path / "study_length.csv")
+    table = statistics.length_table(tmp_path).set_index("epochs")
+    assert table["small, top-1 (%)"][4] == "34.0 ± 2.6"  # 32, 33 and 37 with EMA
+    assert first_words(table["difference [95 % interval]"]) == ["-9.2", "+0.0"]
+    length = statistics.by_length(pd.concat(parts))
+    found = statistics.differences_within(length, "epochs", "small", "top1_raw_pct")
+    assert list(found.index) == [(4, "full"), (8, "full")]
+    assert statistics.sentences(found, "small")[1].startswith("8, full against small: +0.0 [")
+
+    parts = [
+        record({"trained at 96 px": [60, 61, 62], "trained at 64 px": below}, test_crop_px=px)
+        for px, below in ((96, [59, 58, 60]), (64, [64, 66, 65]))
+    ]
+    pd.concat(parts).to_csv(tmp_path / "study_fixres.csv")
+    table = statistics.fixres_table(tmp_path).set_index("test crop (px)")
+    assert table["trained at 64 px, top-1 (%)"][96] == "62.0 ± 2.6"  # 61, 60 and 65 with EMA
+    assert first_words(table["difference [95 % interval]"]) == ["+4.0", "-2.0"]
+
+
+def test_gains_show_whether_a_difference_grows():
+    low = record({"small": [1, 2, 3], "full": [0, 1, 2.1]}, epochs=4)
+    high = record({"small": [1, 2, 3], "full": [5, 6, 7.5]}, epochs=8)
+    gains = statistics.gains(pd.concat([low, high]), "epochs", "small", "full", "top1_raw_pct")
+    found = statistics.compare(gains, 4, "gain").loc[8]
+    test = stats.ttest_rel([4, 4, 4.5], [-1, -1, -0.9]).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((test.low, test.high))
+    assert found.verdict == "higher"
+
+
+def test_the_table_of_detectors_pairs_seeds():
+    """Differences of 10 and 14 points: 12, with Student's interval of two pairs."""
+    rows = [("from scratch", 0, 20.0), ("trained", 0, 30.0), ("from scratch", 1, 22.0)]
+    table = pd.DataFrame([*rows, ("trained", 1, 36.0)], columns=["value", "seed", "map_pct"])
+    table = table.assign(status="done", map50_pct=2 * table.map_pct)
+    first, second = statistics.detection_table(table).to_dict("records")
+    assert first["backbone"] == "from scratch"
+    assert first["mAP (%)"] == "21.0 ± 1.4"
+    assert first["mAP at IoU 0.5 (%)"] == "42.0 ± 2.8"
+    assert first["difference in mAP [95 % interval]"] == "baseline"
+    half = 12.706 * 2  # Student's t for one degree of freedom, times the standard error
+    expected = f"+12.0 [{12 - half:+.1f}, {12 + half:+.1f}]"
+    assert second["difference in mAP [95 % interval]"] == expected
+    assert (second["verdict"], second["n"]) == ("no difference seen", 2)
