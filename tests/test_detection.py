@@ -583,7 +583,7 @@ def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch)
         (("--data-dir", damaged), 1, "annotations[0]: image_id=None is no image's id"),
         ((*boxed, "--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
         ((*boxed, "--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
-        (("--seeds", "0"), 2, "'0' must be a whole number, at least 1"),
+        (("--seeds", "0"), 2, "'0' must be an integer of at least 1"),
         (("--epochs", "3"), 2, "unrecognized arguments"),
     ):
         assert run("detect.py", *options) == code
