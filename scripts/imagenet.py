@@ -1,6 +1,5 @@
 """Sorts the flat validation folder of ImageNet: the command line of `utils.data.imagenet`."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,22 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         "--val_solution_path", required=True, metavar="CSV", help="LOC_val_solution.csv"
     )
     parser.add_argument("--val_image_dir", required=True, metavar="DIR", help="the val folder")
-    parser.add_argument("--dry-run", action="store_true", help="check and tell, move nothing")
-    parser.add_argument("--undo", action="store_true", help="move the images back, flat")
+    parser.add_argument("--dry-run", action="store_true", help="check and print, move nothing")
+    parser.add_argument("--undo", action="store_true", help="move the images back")
     args = parser.parse_args(argv)
-    return exit_code(lambda: sort(args))
-
-
-def sort(args: argparse.Namespace) -> None:
-    print(
-        sort_val(
-            args.val_solution_path,
-            args.val_image_dir,
-            undo=args.undo,
-            dry_run=args.dry_run,
-            progress=True,
-        )
-    )
+    options = {"undo": args.undo, "dry_run": args.dry_run, "progress": True}
+    return exit_code(lambda: print(sort_val(args.val_solution_path, args.val_image_dir, **options)))
 
 
 if __name__ == "__main__":

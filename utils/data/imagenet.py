@@ -6,14 +6,15 @@ The layout is that of the Kaggle download, "ImageNet Object Localization Challen
     LOC_synset_mapping.txt                    lines of "<wnid> <names>"
     LOC_val_solution.csv                      ImageId,PredictionString; its first token is the wnid
     ILSVRC/Data/CLS-LOC/train/<wnid>/*.JPEG
-    ILSVRC/Data/CLS-LOC/val/*.JPEG            flat: the class of an image stands only in the CSV
+    ILSVRC/Data/CLS-LOC/val/*.JPEG            flat: only the CSV has the class of an image
 
-Sorting plans first, checks everything, and then only renames. Every image has at all times one
-name, its old or its new one, so a run may be killed at any moment and started again.
+Sorting plans first, checks everything, and then only renames. At any moment every image has either
+its old or its new name, so a run may be killed and started again.
 """
 
 import csv
 import errno
+import filecmp
 import io
 import os
 import re
@@ -28,7 +29,7 @@ WNID = re.compile(r"n[0-9]{8}")
 IMAGE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a plain file name: no separator, no dot
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
-# Imagenette's folders come without the synset file: its ten lines of it.
+# Lines of the synset file for Imagenette, which comes without it.
 IMAGENETTE = {
     "n01440764": "tench, Tinca tinca",
     "n02102040": "English springer, English springer spaniel",
@@ -46,7 +47,7 @@ Moves = list[tuple[str, str]]  # (source, target), relative to the validation fo
 
 
 class LayoutError(DataError):
-    """The files are not as ImageNet's layout asks; the text is one line for the user."""
+    """The files do not have ImageNet's layout."""
 
 
 def sort_val(
@@ -59,15 +60,15 @@ def sort_val(
 ) -> str:
     """Moves the images of the CSV into their class folders, or back, and returns a summary.
 
-    Undoing also removes those class folders of the CSV that are empty afterwards.
+    Undoing also removes class folders of the CSV that are empty afterwards.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: a path given is not a file, not a folder.
+        FileNotFoundError, NotADirectoryError: a path is not a file, or not a folder.
         LayoutError: from `read_solution` or `plan` (nothing has moved), or from `apply`.
     """
     val_dir = Path(val_dir)
     if not val_dir.is_dir():
-        raise NotADirectoryError(f"{val_dir} is not a folder: give the one that holds val's images")
+        raise NotADirectoryError(f"{val_dir} is not a folder: give the one with the images of val")
     labels = read_solution(solution_path)
     with lock(val_dir):
         moves, left_alone = plan(labels, val_dir, undo=undo)
@@ -86,15 +87,16 @@ def sort_val(
 def plan(
     labels: dict[str, str], val_dir: str | Path, *, undo: bool = False
 ) -> tuple[Moves, list[str]]:
-    """Looks at a folder, half sorted or not, and returns the moves and lines to tell.
+    """Plans the moves in a folder that may be half sorted.
 
-    The lines are about images left alone: those that the CSV does not name, and second copies,
-    with the same bytes, of an image that is already in place.
+    Returns:
+        The moves, and lines about images that are left alone: those that the CSV does not name,
+        and second copies, with the same bytes, of an image that is already in place.
 
     Raises:
-        LayoutError: an image is missing, its target holds other bytes, or a name that is needed
-            belongs to something else. Links count as that: a relative one breaks when it is
-            moved, and a linked folder may be on another volume.
+        LayoutError: an image is missing, its target has other bytes, or something else has a name
+            that is needed. So do links: a relative one would break, a folder may be on another
+            volume.
     """
     val_dir = Path(val_dir)
     found = _scan(val_dir)
@@ -103,53 +105,55 @@ def plan(
         pairs = [(nested, flat) for flat, nested in pairs]
     named = {wnid: "folder" for wnid in labels.values()}
     named |= {path: "file" for pair in pairs for path in pair}
-    if wrong := [path for path, kind in named.items() if found.get(path, kind) != kind]:
-        raise LayoutError(
-            f"{val_dir}: names in the way: {summarize(wrong)}: an image must be a plain file and a "
-            "class folder a real folder, no links"
-        )
-    if missing := [a for a, b in pairs if a not in found and b not in found]:
-        raise LayoutError(
-            f"{val_dir}: images of the CSV missing: {summarize(missing)}: each must be directly in this "
-            "folder or in its class folder"
-        )
-    twice = [(a, b) for a, b in pairs if a in found and b in found]
-    if differing := [
-        f"{a} and {b}" for a, b in twice if (val_dir / a).read_bytes() != (val_dir / b).read_bytes()
-    ]:
-        raise LayoutError(
-            f"{val_dir}: same image with different bytes: {summarize(differing)}: nothing is "
-            "overwritten; take the wrong ones away"
-        )
+    twice = [(a, b) for a, b in pairs if found.get(a) == found.get(b) == "file"]
+    for problem, paths, advice in (
+        (
+            "names in the way",
+            [path for path, kind in named.items() if found.get(path, kind) != kind],
+            "an image must be a plain file and a class folder a real folder, no links",
+        ),
+        (
+            "images of the CSV missing",
+            [a for a, b in pairs if not found.keys() & {a, b}],
+            "each must be directly in this folder or in its class folder",
+        ),
+        (
+            "same image with different bytes",
+            [f"{a} and {b}" for a, b in twice if not filecmp.cmp(val_dir / a, val_dir / b, False)],
+            "nothing is overwritten; take the wrong ones away",
+        ),
+    ):
+        if paths:
+            raise LayoutError(f"{val_dir}: {problem}: {summarize(paths)}: {advice}")
     unnamed = [p for p in found.keys() - named if found[p] != "folder" and _is_image(p)]
-    lines = {
-        "left alone, not named in the CSV": sorted(unnamed),
-        "left alone, same bytes already in place": [source for source, _ in twice],
+    left_alone = {
+        "not named in the CSV": sorted(unnamed),
+        "same bytes already in place": [source for source, _ in twice],
     }
     moves = [(source, target) for source, target in pairs if target not in found]
-    return moves, [f"{text}: {summarize(paths)}" for text, paths in lines.items() if paths]
+    return moves, [f"left alone, {why}: {summarize(p)}" for why, p in left_alone.items() if p]
 
 
 def apply(moves: Moves, val_dir: str | Path, *, progress: bool = False) -> None:
-    """Renames each source to its target, never over a file, under a progress bar if asked.
+    """Renames each source to its target, never over an existing file.
 
     Raises:
-        LayoutError: a target has appeared or a source has gone since the plan, or the system
-            refuses. Some images may have moved, none is lost, and a second run goes on.
+        LayoutError: a target has appeared or a source has disappeared since the plan, or the
+            system refuses. No image is lost, and a second run resumes.
     """
     val_dir = Path(val_dir)
     for folder in sorted({(val_dir / target).parent for _, target in moves}):
         folder.mkdir(exist_ok=True)
     for source, target in progress_bar(moves, unit=" images", disable=not (progress and moves)):
         try:
-            # os.rename overwrites silently. The lock keeps other runs out, this other programs.
+            # os.rename overwrites silently. The lock excludes other runs, this other programs.
             if os.path.lexists(val_dir / target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             os.rename(val_dir / source, val_dir / target)
         except OSError as error:
             raise LayoutError(
-                f"{val_dir}: cannot move {source} to {target}: {error.strerror}: put this right "
-                "and run again; no image is lost"
+                f"{val_dir}: cannot move {source} to {target}: {error.strerror}: no image is lost; "
+                "fix this and run the command again"
             ) from error
 
 
@@ -161,31 +165,23 @@ def read_solution(path: str | Path) -> dict[str, str]:
         LayoutError: not a CSV in UTF-8, a column missing, no images, bad or repeated lines.
     """
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    labels, problems = {}, []
+    labels, bad_lines = {}, []
     try:
         header = [cell.strip() for cell in next(reader, [])]
         if not {"ImageId", "PredictionString"} <= set(header):
             raise LayoutError(f"{path}: columns {header}: expected ImageId,PredictionString")
-        for raw in reader:
-            row = [cell.strip() for cell in raw]
-            if row in ([], [""]):  # a blank line
-                continue
-            cells = dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
-            image = cells.get("ImageId", "")
-            wnid = cells.get("PredictionString", "").partition(" ")[0]
-            if image in labels:
-                problems.append(f"line {reader.line_num} {image} again, {labels[image]} and {wnid}")
-            elif IMAGE_ID.fullmatch(image) and WNID.fullmatch(wnid):
+        for row in reader:
+            cells = dict(zip(header, map(str.strip, row), strict=False))
+            image, objects = (cells.get(name, "") for name in ("ImageId", "PredictionString"))
+            wnid = objects.partition(" ")[0]
+            is_valid = IMAGE_ID.fullmatch(image) and WNID.fullmatch(wnid) and image not in labels
+            if is_valid and len(row) == len(header):
                 labels[image] = wnid
-            else:
-                problems.append(f"line {reader.line_num} {','.join(row)[:80]!r}")
+            elif any(cells.values()):
+                bad_lines.append(f"line {reader.line_num} {','.join(row)[:80]!r}")
     except csv.Error as error:
         raise LayoutError(f"{path}: line {reader.line_num} is not CSV: {error}") from error
-    if problems or not labels:
-        raise LayoutError(
-            f"{path}: bad lines: {summarize(problems or ['no images'])}: expected each image once, as "
-            "in ILSVRC2012_val_00000001,n01440764 1 2 3 4"
-        )
+    _validate_lines(path, labels, bad_lines, "ILSVRC2012_val_00000001,n01440764 1 2 3 4")
     return labels
 
 
@@ -196,29 +192,28 @@ def read_synsets(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         LayoutError: not UTF-8, no lines, bad or repeated lines.
     """
-    names, problems = {}, []
+    names, bad_lines = {}, []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         wnid, _, text = line.strip().partition(" ")
-        if wnid and (not WNID.fullmatch(wnid) or not text or wnid in names):
-            problems.append(f"line {number} {line.strip()!r}")
-        elif wnid:
+        if wnid and WNID.fullmatch(wnid) and text and wnid not in names:
             names[wnid] = text.strip()
-    if problems or not names:
-        raise LayoutError(
-            f"{path}: bad lines: {summarize(problems or ['no classes'])}: expected each class once, as "
-            "in n01440764 tench, Tinca tinca"
-        )
+        elif wnid:
+            bad_lines.append(f"line {number} {line.strip()!r}")
+    _validate_lines(path, names, bad_lines, "n01440764 tench, Tinca tinca")
     return names
 
 
+def _validate_lines(path: str | Path, found: dict, bad_lines: list[str], example: str) -> None:
+    if bad_lines or not found:
+        lines = summarize(bad_lines or ["no entries"])
+        raise LayoutError(f"{path}: bad lines: {lines}: expected each name once, as in {example}")
+
+
 def class_names(data_dir: str | Path, classes: Sequence[str]) -> list[str]:
-    """A readable name of each class folder, such as "tench" for n01440764.
+    """Readable names of class folders, such as "tench" for n01440764.
 
-    From the download's `LOC_synset_mapping.txt`, three folders above `train/`'s, where it is there;
-    else of Imagenette's ten classes. Any other folder's name is left as it is.
-
-    Raises:
-        LayoutError: the file has bad lines.
+    From the download's `LOC_synset_mapping.txt`, three folders above `train/`, if it exists, or for
+    Imagenette's ten classes. Other names are returned unchanged.
     """
     synsets = Path(data_dir, "..", "..", "..", "LOC_synset_mapping.txt")
     words = read_synsets(synsets) if synsets.is_file() else IMAGENETTE
@@ -226,7 +221,7 @@ def class_names(data_dir: str | Path, classes: Sequence[str]) -> list[str]:
 
 
 def check_layout(data_dir: str | Path) -> list[str]:
-    """Returns the sorted class names of a folder whose train/ and val/ hold the same classes.
+    """Returns the sorted class names of a folder whose train/ and val/ have the same classes.
 
     Raises:
         NotADirectoryError: there is no such folder.
@@ -243,15 +238,15 @@ def check_layout(data_dir: str | Path) -> list[str]:
             raise LayoutError(f"{folder} is missing: {data_dir} must hold train/ and val/{hint}")
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes[split] = {entry.name for entry in entries if entry.is_dir()}
-        flat = sorted(e.name for e in entries if e.name not in classes[split] and _is_image(e.name))
-        if split == "val" and flat:
-            state = "half sorted" if classes[split] else "not sorted into class folders"
-            raise LayoutError(
-                f"{folder} is {state}: images directly in it: {summarize(flat)}: run python "
-                "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
-                f"--val_image_dir {shlex.quote(str(folder))}"
-                + (" and take away what the CSV does not name" if classes[split] else "")
-            )
+    images = sorted(e.name for e in entries if e.name not in classes["val"] and _is_image(e.name))
+    if images:
+        state = "half sorted" if classes["val"] else "not sorted into class folders"
+        more = " and take away what the CSV does not name" if classes["val"] else ""
+        raise LayoutError(
+            f"{folder} is {state}: images directly in it: {summarize(images)}: run python "
+            "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
+            f"--val_image_dir {shlex.quote(str(folder))}{more}"
+        )
     for one, other in (("train", "val"), ("val", "train")):
         if only := sorted(classes[one] - classes[other]):
             raise LayoutError(
@@ -263,7 +258,7 @@ def check_layout(data_dir: str | Path) -> list[str]:
 
 
 def _scan(folder: str | Path, prefix: str = "") -> dict[str, str]:
-    """Returns relative path -> "file", "folder" or "other", two levels deep, following no links."""
+    """Relative path -> "file", "folder" or "other" (links), two levels deep."""
     found = {}
     for entry in os.scandir(folder):
         path = prefix + entry.name
