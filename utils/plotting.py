@@ -15,8 +15,8 @@ from torch import Tensor
 
 from utils.records import write_atomic
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
-RAW, EMA, TRAIN = "#0072B2", "#D55E00", "#009E73"
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+RAW, EMA, TRAIN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 FAMILIES = {"#0072B2": "o", "#E69F00": "s", "#56B4E9": "^", "#CC79A7": "D", "#000000": "v"}
 LINES = [
     {"color": colour, "marker": marker, "ls": style}
@@ -28,28 +28,30 @@ LINES = [
         ("#CC79A7", "v", (0, (5, 1))),
         ("#56B4E9", "P", (0, (3, 1, 1, 1))),
         ("#E69F00", "X", (0, (1, 1))),
-        ("#7F7F7F", "*", (0, (4, 2, 1, 2))),
+        (GREY, "*", (0, (4, 2, 1, 2))),
         ("#0072B2", "<", (0, (2, 2))),
         ("#D55E00", ">", (0, (6, 1, 1, 1))),
     )
 ]
-EFFECTS = {"higher": "#0072B2", "lower": "#D55E00"}  # any other verdict is grey
-SIDES = {  # where a point's name stands: offset in points, alignment
+EFFECTS = {"higher": "#0072B2", "lower": "#D55E00"}  # other verdicts are grey
+LABEL_SIDES = {  # where the name of a point is: offset in points, alignment
     "left": ((-7, 0), {"ha": "right", "va": "center"}),
     "right": ((7, 0), {"ha": "left", "va": "center"}),
     "above": ((0, 6), {"ha": "center", "va": "bottom"}),
 }
 
 
+# ---- runs and studies ----------------------------------------------------------------------------
+
+
 def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
-    """Loss and top-1 accuracy over epochs, of raw and averaged weights.
+    """Loss and top-1 accuracy over epochs, with raw and EMA weights.
 
     Args:
         rows: those of a run's metrics.csv.
     """
     table = pd.DataFrame(rows)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    loss, top1 = figure.subplots(1, 2)
+    figure, (loss, top1) = _panels(2, height=3.4)
     loss.plot(table.epoch, table.train_loss, ".-", color=TRAIN, label="training (augmented)")
     for prefix, colour, label in (("", RAW, "raw"), ("ema_", EMA, "EMA")):
         loss.plot(table.epoch, table[f"{prefix}val_loss"], ".-", color=colour, label=label)
@@ -66,17 +68,15 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
 def plot_bands(
     table: pd.DataFrame, x: str, panels: Mapping[str, str], x_label: str, by: str = "value"
 ) -> Figure:
-    """A panel per quantity: a line through the means over seeds, in a band from least to most.
+    """A panel per quantity: a line through the means over seeds, and a band from min to max.
 
     Args:
         table: a row per `by`, seed and `x`.
         panels: column to the label of its axis.
-        by: what the lines tell apart; at most ten values, in the order of the table.
+        by: the column whose values are lines, at most ten, in the order of the table.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (column, label) in zip(
-        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
+    figure, all_axes = _panels(len(panels), height=3.6)
+    for axes, (column, label) in zip(all_axes, panels.items(), strict=True):
         for (value, rows), style in _styled(table.groupby(by, sort=False)):
             over_seeds = rows.groupby(x)[column]
             mean = over_seeds.mean()
@@ -86,65 +86,58 @@ def plot_bands(
         axes.set(xlabel=x_label, ylabel=label)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    look = {"frameon": False, "title": "mean, least to most of the seeds"}
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(labels) > 5:  # would hide the lines
+    look = {"frameon": False, "title": "mean, min to max over seeds"}
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    if len(labels) > 5:  # inside the panel it would hide the lines
         figure.legend(handles, labels, loc="outside right upper", **look)
     else:
-        figure.axes[0].legend(**look)
+        all_axes[0].legend(**look)
     return figure
 
 
 def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
-    """Differences with their intervals, a panel per table: what lies off zero is filled.
+    """Differences with their intervals, a panel per table; intervals without zero are filled.
 
     Args:
-        found: a title to a result of `utils.studies.statistics.compare`; the panels share rows and axis.
+        found: a title to a result of `utils.studies.statistics.compare`; panels share their rows.
     """
     names = list(next(iter(found.values())).index)
-    figure = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
-    for axes, (title, table) in zip(panels, found.items(), strict=True):
+    height = 0.9 + 0.36 * len(names)
+    figure, all_axes = _panels(len(found), height, sharex=True, sharey=True)
+    for axes, (title, table) in zip(all_axes, found.items(), strict=True):
         axes.axvline(0, color="black", lw=0.8)
         for y, row in enumerate(table.loc[names].itertuples()):
-            colour = EFFECTS.get(row.verdict, "#7F7F7F")
+            colour, fill = EFFECTS.get(row.verdict, GREY), EFFECTS.get(row.verdict, "white")
             axes.plot([row.low, row.high], [y, y], color=colour, lw=2)
-            fill = EFFECTS.get(row.verdict, "white")
             axes.plot(row.difference, y, "o", color=colour, mfc=fill)
-        axes.set_yticks(range(len(names)), names)
         axes.set(xlabel=x_label, title=title)
         axes.grid(alpha=0.3, axis="x")
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
+        _name_rows(axes, names)
     return figure
 
 
 def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
-    """Ratios with their ranges over rounds on a log axis, a marker per side of ours.
+    """Ratios with their ranges over rounds on a log axis, a marker per value of `ours`.
 
     Args:
-        rows: of `utils.speed.read_benchmark`.
-        by: the column whose values share a line.
+        rows: columns `ours`, `ratio_median`, `ratio_min` and `ratio_max`.
+        by: the column whose values are the figure's rows.
     """
-    names = list(dict.fromkeys(rows[by]))
-    sides = list(dict.fromkeys(rows["ours"]))
-    figure = Figure(figsize=(8, 0.9 + 0.36 * len(names)), layout="constrained")
-    axes = figure.subplots()
+    names, series = list(dict.fromkeys(rows[by])), list(dict.fromkeys(rows["ours"]))
+    figure, (axes,) = _panels(1, height=0.9 + 0.36 * len(names), width=8)
     axes.axvline(1, color="black", lw=0.8)
-    for k, side in enumerate(sides):
-        of_side = rows[rows["ours"] == side]
-        y = of_side[by].map(names.index) + 0.25 * (k - (len(sides) - 1) / 2)
-        reach = [
-            of_side.ratio_median - of_side.ratio_min,
-            of_side.ratio_max - of_side.ratio_median,
-        ]
-        axes.errorbar(of_side.ratio_median, y, xerr=reach, fmt="osD^v"[k % 5], ms=5, label=side)
+    for k, label in enumerate(series):
+        points = rows[rows["ours"] == label]
+        y = points[by].map(names.index) + 0.25 * (k - (len(series) - 1) / 2)
+        x = points.ratio_median
+        reach = [x - points.ratio_min, points.ratio_max - x]
+        axes.errorbar(x, y, xerr=reach, fmt="osD^v"[k % 5], ms=5, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(x_label)
     axes.grid(alpha=0.3, axis="x", which="both")
     axes.legend()
+    _name_rows(axes, names)
     return figure
 
 
@@ -155,36 +148,32 @@ def plot_trade_offs(
     by: str | None = None,
     scale: Literal["linear", "log"] = "linear",
 ) -> Figure:
-    """Accuracy against costs, a panel per cost, a point per row.
+    """Accuracy over costs, a panel per cost, a point per row.
 
     Args:
-        table: columns `mean` of the accuracy, `std` where its standard deviation is known, and
-            those of `panels`.
+        table: columns `mean` of the accuracy, `std` if its standard deviation is known, and those
+            of `panels`.
         panels: column of a cost to the label of its axis.
-        by: column that groups points under one colour and name, at most ten of them; without it
-            the index names each point.
+        by: column that groups points under one colour and name, at most ten; by default the index
+            names each point.
         scale: of the costs; a linear one begins at zero.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (column, label) in zip(
-        figure.subplots(1, len(panels), squeeze=False, sharey=True).flat,
-        panels.items(),
-        strict=True,
-    ):
+    figure, all_axes = _panels(len(panels), height=3.6, sharey=True)
+    for axes, (column, label) in zip(all_axes, panels.items(), strict=True):
         for (name, points), style in _styled(table.groupby(by or table.index, sort=False)):
             look = {**style, "ls": "", "ms": 6, "capsize": 3 if "std" in points else 0}
             axes.errorbar(points[column], points["mean"], points.get("std"), label=name, **look)
         axes.set(xlabel=label, xscale=scale)
+        axes.grid(alpha=0.3)
         if scale == "linear":
             axes.set_xlim(0, 1.1 * table[column].max())
             axes.xaxis.get_major_locator().set_params(nbins=5)
         else:
             axes.xaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(y_label)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    all_axes[0].set_ylabel(y_label)
+    handles, labels = all_axes[0].get_legend_handles_labels()
     look = {"loc": "outside right upper"}
-    if max(map(len, labels)) > 20:  # would take the width of a panel
+    if max(map(len, labels)) > 20:  # at the side it would take the width of a panel
         look = {"loc": "outside lower center", "ncols": 3}
         figure.set_figheight(4.6)
     title = "± standard deviation" if "std" in table else None
@@ -192,11 +181,54 @@ def plot_trade_offs(
     return figure
 
 
+def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figure:
+    """Parameters over multiply-accumulates, a point per model, a colour and marker per family.
+
+    Args:
+        table: columns `family` (at most five), `parameters` and `gmacs_224`; names are the index.
+        labels: "left", "right" or "above" to the names that are written there.
+    """
+    figure, (axes,) = _panels(1, height=5.6)
+    axes.set(xscale="log", yscale="log")
+    axes.margins(0.08)
+    points = table.assign(millions=table.parameters / 1e6)
+    families = zip(points.groupby("family"), FAMILIES.items(), strict=False)
+    for (family, rows), (colour, marker) in families:
+        axes.plot(rows.gmacs_224, rows.millions, marker, color=colour, label=family)
+    for side, names in labels.items():
+        shift, align = LABEL_SIDES[side]
+        for row in points.loc[list(names)].itertuples():
+            point = row.gmacs_224, row.millions
+            axes.annotate(row.Index, point, shift, textcoords="offset points", size=9, **align)
+    axes.set(xlabel="multiply-accumulates at 224 px (GMACs)", ylabel="parameters (millions)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _panels(
+    count: int, height: float, width: float = 9, **share: bool
+) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of that size in inches, with `count` panels beside each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False, **share)[0]
+
+
 def _styled(groups: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each group with a colour, a marker and a line of its own."""
+    """Each group with its own colour, marker and line style."""
     if len(groups) > len(LINES):
         raise ValueError(f"{len(groups)} groups to draw; at most {len(LINES)} can be told apart")
     return zip(groups, LINES, strict=False)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+# ---- images --------------------------------------------------------------------------------------
 
 
 def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Figure:
@@ -209,10 +241,9 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
     figure = Figure(figsize=(9, 9 / columns * rows * 1.18), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-        axes.set_anchor("N")  # titles of a row on one line
+        axes.set_anchor("N")  # aligns the titles of a row
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
-        pixels = image.permute(1, 2, 0) if isinstance(image, Tensor) else image
-        axes.imshow(pixels)
+        axes.imshow(image.permute(1, 2, 0) if isinstance(image, Tensor) else image)
         lines = [textwrap.fill(line, 150 // columns) for line in title.splitlines()]
         axes.set_title("\n".join(lines), fontsize=8)  # as wide as its column
     return figure
@@ -225,24 +256,23 @@ def plot_boxes(
     found: Sequence[Mapping[str, Tensor]] | None = None,
     columns: int = 4,
 ) -> Figure:
-    """A grid of images with the objects in them dashed, named only where nothing is `found`.
+    """A grid of images with the true boxes dashed; they are named if nothing is `found`.
 
     Args:
         images: uint8 `[3, H, W]`.
         truth: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
         names: of the classes; labels count them from 1.
-        found: what a detector found in each image, with `scores`; None to name the objects.
+        found: the detections in each image, with `scores`; None to name the true objects.
     """
     figure = plot_images(images, [""] * len(images), columns)
-    for k, there in enumerate(truth):
-        axes = figure.axes[k]
-        for box in there["boxes"].tolist():
+    for k, (axes, objects) in enumerate(zip(figure.axes, truth, strict=False)):
+        for box in objects["boxes"].tolist():
             _draw_box(axes, box, color="white", ls="--")
-        seen = there if found is None else found[k]
-        texts = [names[label - 1] for label in seen["labels"].tolist()]
+        named = objects if found is None else found[k]
+        texts = [names[label - 1] for label in named["labels"].tolist()]
         if found is not None:
-            texts = [f"{t} {s:.2f}" for t, s in zip(texts, seen["scores"].tolist(), strict=True)]
-        for box, text in zip(seen["boxes"].tolist(), texts, strict=True):
+            texts = [f"{t} {s:.2f}" for t, s in zip(texts, named["scores"].tolist(), strict=True)]
+        for box, text in zip(named["boxes"].tolist(), texts, strict=True):
             if found is not None:
                 _draw_box(axes, box, color=EMA)
             _write_in_box(axes, box, text, color="black" if found is None else EMA)
@@ -251,13 +281,12 @@ def plot_boxes(
 
 def _draw_box(axes: Axes, box: list[float], **look: Any) -> None:
     x1, y1, x2, y2 = box
-    # Pixel (0, 0) has its centre, not its corner, at the origin.
-    corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
-    axes.add_patch(Rectangle(corner, *size, fill=False, lw=1.2, **look))
+    corner = (x1 - 0.5, y1 - 0.5)  # the centre of pixel (0, 0), not its corner, is the origin
+    axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, lw=1.2, **look))
 
 
 def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
-    """Text within the box's top, towards the middle of the image, so that none of it is cut off."""
+    """Text inside the box's top, on the side of the image's middle, so that it is not cut off."""
     x1, y1, x2, _ = box
     on_right = x1 + x2 > sum(axes.get_xlim())
     axes.annotate(
@@ -273,47 +302,20 @@ def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
     )
 
 
-def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figure:
-    """Parameters against multiply-accumulates, a point per model, a colour and marker per family.
-
-    Args:
-        table: columns `family` (at most five), `parameters` and `gmacs_224`; names are the index.
-        labels: names to be written "left", "right" or "above" their points; others stay unnamed.
-    """
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xscale="log", yscale="log")
-    axes.margins(0.08)
-    points = table.assign(millions=table.parameters / 1e6)
-    families = zip(points.groupby("family"), FAMILIES.items(), strict=False)
-    for (family, rows), (colour, marker) in families:
-        axes.plot(rows.gmacs_224, rows.millions, marker, color=colour, label=family)
-    for side, names in labels.items():
-        shift, align = SIDES[side]
-        for row in points.loc[list(names)].itertuples():
-            point = row.gmacs_224, row.millions
-            axes.annotate(row.Index, point, shift, textcoords="offset points", size=9, **align)
-    axes.set(xlabel="multiply-accumulates at 224 px (GMACs)", ylabel="parameters (millions)")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return figure
-
-
 def plot_maps(
     image: Image.Image, maps: Sequence[Tensor], strides: Sequence[int], columns: int = 6
 ) -> Figure:
     """An image and the first channels of its feature maps, a row per map.
 
-    Each channel has its own scale, dark at its smallest value, bright from its 99th percentile on.
+    Each channel has its own colour scale, from its minimum to its 99th percentile.
 
     Args:
         maps: `[1, C, H, W]` each, fine to coarse.
         strides: of the maps.
     """
-    tall = image.height / image.width
-    figure = Figure(figsize=(9, 1.02 * len(maps) * tall + 0.3), layout="constrained")
+    figure = Figure(
+        figsize=(9, 1.02 * len(maps) * image.height / image.width + 0.3), layout="constrained"
+    )
     left, right = figure.subfigures(1, 2, width_ratios=(1, 3.2))
     whole = left.subplots()
     whole.imshow(image)
@@ -324,7 +326,7 @@ def plot_maps(
         text = f"stride {stride}\n{channels} ch.\n{height} x {width}"
         axes[0].set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
         for panel, channel in zip(axes, found[0], strict=False):
-            bright = channel.quantile(0.99).item()  # a single peak would darken all the rest
+            bright = channel.quantile(0.99).item()  # a single peak would darken the rest
             panel.imshow(channel.numpy(), cmap="viridis", interpolation="nearest", vmax=bright)
     for axes in (whole, *rows.flat):
         axes.set(xticks=[], yticks=[])
@@ -336,19 +338,17 @@ def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequenc
     """An image and its feature maps in a row, each map in colours.
 
     A map's red, green and blue are its three principal components over the channels, each from its
-    2nd to its 98th percentile: like features have like colours, which mean nothing between maps.
+    2nd to its 98th percentile: similar features have similar colours within a map.
 
     Args:
         maps: `[1, C, H, W]` each, at least three channels and pixels, fine to coarse.
         strides: of the maps.
     """
-    panels = 1 + len(maps)
-    tall = image.height / image.width
-    figure = Figure(figsize=(2 * panels, 2 * tall + 0.6), layout="constrained")
-    axes = figure.subplots(1, panels)
-    axes[0].imshow(image)
-    axes[0].set_title(f"image\n{image.height} x {image.width}")
-    for panel, found, stride in zip(axes[1:], maps, strides, strict=True):
+    height, width = 2 * image.height / image.width + 0.6, 2 * (1 + len(maps))
+    figure, (first, *others) = _panels(1 + len(maps), height, width)
+    first.imshow(image)
+    first.set_title(f"image\n{image.height} x {image.width}")
+    for panel, found, stride in zip(others, maps, strides, strict=True):
         _, channels, height, width = found.shape
         features = found[0].flatten(1).T
         features = features - features.mean(0)
@@ -357,11 +357,11 @@ def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequenc
         rgb = ((shown - low) / (high - low)).clamp(0, 1).view(height, width, 3)
         panel.imshow(rgb.numpy(), interpolation="nearest")
         panel.set_title(f"stride {stride}\n{channels} x {height} x {width}")
-    for each in axes:
-        each.axis("off")
+    for axes in (first, *others):
+        axes.axis("off")
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as an image file; it appears whole or not at all."""
-    write_atomic(path, lambda aside: figure.savefig(aside, dpi=120, format=path.suffix[1:]))
+    """Writes a figure as an image file, atomically."""
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format=path.suffix[1:]))

@@ -1,0 +1,156 @@
+"""The parameters of notebooks: a wrong value ends in one line, and papermill sets right ones."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import pytest
+from helpers import ROOT, run_check
+from IPython.core.interactiveshell import InteractiveShell
+
+from utils import notebook
+from utils.data import sample
+from utils.data.imagenet import check_layout
+from utils.recipe import DetectorRecipe
+
+# A call, its arguments, and words of the line.
+WRONG = [
+    (notebook.validate_choice, (["a", "b"],), {"x": "c"}, "x='c' must be one of a, b"),
+    (notebook.validate_choice, (["a"], ": why"), {"x": ["a"]}, "x=['a'] must be one of a: why"),
+    (notebook.validate_choices, (["a", "b"],), {"x": "a"}, "x='a' must be a list of some of a, b"),
+    (notebook.validate_choices, (["a"],), {"x": []}, "x=[] must be a list"),
+    (notebook.validate_choices, (["a"],), {"x": ["a", "c"]}, "x[1]='c' must be one of a"),
+    (notebook.validate_choices, (["a"],), {"x": ["a", "a"]}, "x=['a', 'a'] has 'a' twice"),
+    (notebook.validate_int, (2, 9), {"x": 1}, "x=1 must be an integer from 2 to 9"),
+    (notebook.validate_int, (2, 9), {"x": 2.0}, "x=2.0 must be an integer"),
+    (notebook.validate_int, (2, 9), {"x": "2"}, "x='2' must be an integer"),
+    (notebook.validate_int, (0, 9), {"x": True}, "x=True must be an integer"),
+    (notebook.make_recipe, ("quick", 0), {}, "epochs=0 must be an integer from 1"),
+    (notebook.make_recipe, ("quick",), {"batch_size": "16"}, "batch_size='16' must be of type int"),
+    (notebook.make_detector_recipe, ("3",), {}, "epochs='3' must be an integer"),
+    (notebook.data_folder, (0,), {}, "data_dir=0 must be the path of a folder"),
+    (notebook.data_folder, ("a\0b",), {}, "is not a folder"),
+    (notebook.boxes_folder, ("nowhere",), {}, "data_dir='nowhere': nowhere: no such folder"),
+    (notebook.checkpoint_file, (None,), {}, "checkpoint=None must be the path of a run's"),
+    (notebook.checkpoint_file, ("none.pt",), {}, "'none.pt': none.pt: no such checkpoint"),
+    (notebook.run_folder, (3, "03", "a"), {}, "output_dir=3 must be the path of a new folder"),
+]
+
+
+@pytest.mark.parametrize(("validate", "args", "values", "line"), WRONG)
+def test_a_wrong_value_ends_in_one_line(validate, args, values, line):
+    with pytest.raises(notebook.ParameterError, match=re.escape(line)) as caught:
+        validate(*args, **values)
+    assert "\n" not in str(caught.value)
+
+
+def test_jupyter_shows_the_line_alone(capsys):
+    names = [f"vovnet{k}" for k in range(20)]
+    code = f"from utils import notebook; notebook.validate_choice({names}, backbone='vovnet')"
+    InteractiveShell.instance().run_cell(code)
+    (shown,) = capsys.readouterr().out.strip().splitlines()
+    assert shown == "ParameterError: backbone='vovnet' must be one of vovnet9, vovnet8, vovnet7"
+
+
+@pytest.mark.parametrize(
+    ("number", "values", "line"),
+    [
+        ("03", {"backbone": "vovnet3"}, "backbone='vovnet3' must be one of vovnet39"),
+        ("03", {"backbone": "resnet18"}, "resnet18 takes no 'width'"),
+        ("03", {"seed": 2**63}, "seed=9223372036854775808 must be an integer"),
+        ("03", {"workers": "2"}, "workers='2' must be an integer"),
+        ("04", {"backbone": "vovnet39"}, "one of cspdarknet19, cspdarknet53: no other has a split"),
+        ("04", {"processes": 0}, "processes=0 must be an integer"),
+        ("05", {"backbone": "cspdarknet19"}, "must be one of vovnet19_slim, vovnet39, vovnet57"),
+        ("05", {"seeds": 1}, "seeds=1 must be an integer from 2"),
+        ("06", {"tricks": ["CutMx"]}, "tricks[0]='CutMx' must be one of"),
+        ("06", {"epochs": 1}, "epochs=1 must be an integer from 2"),
+        ("08", {"backbone": "resnet18"}, "resnet18 takes no 'width'"),
+        ("08", {"classifier_epochs": 0}, "classifier_epochs=0 must be an integer"),
+    ],
+)
+def test_notebooks_validate_their_parameters(number, values, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        run_check(number, **values)
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05", "06"])
+def test_right_values_pass(folders, number, monkeypatch):
+    """Of every training notebook: its defaults and each recipe; nothing is written."""
+    monkeypatch.setenv("HOME", str(folders.parent))
+    names = run_check(number, data_dir=f"~/{folders.name}")
+    assert names["data_dir"] == folders
+    assert names["run_dir"].name.startswith(f"{number}-")
+    assert not names["run_dir"].exists()
+    for recipe in ("imagenet", "small", "large"):
+        values = {"recipe": recipe, "batch_size": 8, "epochs": 2}
+        chosen = run_check(number, data_dir=str(folders), **values)["chosen"]
+        assert (chosen.batch_size, chosen.epochs) == (8, 2)
+        assert chosen.warmup_epochs <= 1
+
+
+def test_the_warm_up_takes_half_of_the_epochs_at_most():
+    assert notebook.make_detector_recipe(1) == DetectorRecipe(epochs=1, warmup_epochs=0.5)
+    assert notebook.make_recipe("quick", 4, width=None).warmup_epochs == 1
+
+
+def test_a_folder_that_is_not_the_layout(tmp_path):
+    for make, line in (
+        (lambda root: (root / "train").mkdir(parents=True), "val is missing"),
+        (lambda root: (root / "val" / "a").mkdir(parents=True), "classes in val/ and not in train"),
+        (lambda root: (root / "train" / "a").mkdir(), "holds one class, a; needs at least two"),
+    ):
+        make(tmp_path)
+        with pytest.raises(notebook.ParameterError, match=line):
+            notebook.data_folder(str(tmp_path))
+    with pytest.raises(notebook.ParameterError, match="a detector needs boxes in COCO's format"):
+        notebook.boxes_folder(tmp_path)
+
+
+def test_a_folder_of_other_files_is_no_output(tmp_path):
+    assert notebook.run_folder(str(tmp_path), "03", "config.json") == tmp_path  # empty
+    (tmp_path / "thesis.txt").write_text("mine")
+    for path, line in (
+        (tmp_path, "holds other files and no run"),
+        ("thesis.txt", "Not a directory"),
+    ):
+        with pytest.raises(notebook.ParameterError, match=line):
+            notebook.run_folder(tmp_path / path, "03", "config.json")
+    (tmp_path / "config.json").touch()
+    assert notebook.run_folder(str(tmp_path), "03", "config.json") == tmp_path
+
+
+def test_two_at_once_share_one_sample(tmp_path, monkeypatch):
+    """Both find it complete and sorted."""
+    draw = functools.partial(sample.draw, train_per_class=8, val_per_class=4)
+    monkeypatch.setattr(sample, "draw", draw)
+    monkeypatch.setattr(notebook, "SAMPLE", tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(notebook.data_folder, ["", ""])
+    assert one == other
+    assert len(check_layout(one)) == len(sample.CLASSES)
+    assert len(list(one.glob("*/*/*.JPEG"))) == 12 * len(sample.CLASSES)
+
+
+def test_papermill_trains_on_a_folder(folders, tmp_path):
+    """Three classes of colour, one epoch of a VoVNet: each cell runs, and the run is as asked."""
+    values = {"data_dir": folders, "output_dir": tmp_path / "run", "backbone": "vovnet19_slim"}
+    values |= {"epochs": 1, "batch_size": 8, "width": 0.125}
+    given = [word for key, value in values.items() for word in ("-p", key, str(value))]
+    path, output = ROOT / "notebooks" / "03_train_cspdarknet.ipynb", tmp_path / "out.ipynb"
+    subprocess.run(
+        [sys.executable, "-m", "papermill", str(path), str(output), "--no-progress-bar", *given],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    cells = nbformat.read(output, as_version=4).cells
+    assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["backbone"], config["recipe"]["epochs"]) == ("vovnet19_slim", 1)
+    assert len(config["classes"]) == 3
