@@ -22,6 +22,7 @@ from backbones.classifier import Classifier
 from backbones.weights import load_weights
 
 __all__ = ["create", "create_classifier", "list_models"]
+__version__ = "0.2.0"
 
 # name -> (network class, its configuration)
 _MODELS = {

@@ -1,12 +1,11 @@
-"""Writes README.md's tables from the records that they stand for, and draws its picture.
+"""Generates the tables of README.md and docs/ from their records, or draws the README's picture.
 
     python scripts/update_readme.py
     python scripts/update_readme.py --check
     python scripts/update_readme.py --picture runs/NAME/last.pt
 
-With --check nothing is written, and the exit status is 1 if a table is not its record's. With
---picture the maps of a trained run (`make train`) of an image of the sample become
-docs/feature_maps.png, and no table is written.
+--check writes nothing and exits with 1 if a table differs from its record. --picture writes
+docs/feature_maps.png instead: an image of the sample and its feature maps by a run of `make train`.
 """
 
 import sys
@@ -23,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-from utils import plotting, speed, tables
+from utils import plotting, tables
 from utils.data import sample
 from utils.data.transforms import MEAN_RGB, STD_RGB
 from utils.records import write_atomic
@@ -32,12 +31,11 @@ from utils.studies.definitions import STUDIES
 from utils.training.checkpoint import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
-# README's tables of the benchmark, and the machine of each as records name it.
-SPEED = {"speed": "AMD EPYC, AVX512, 2 cores", "speed_avx2": "AMD EPYC, AVX2, 2 cores"}
+DOCUMENTS = ("README.md", "docs/results.md", "docs/comparison.md")
 
 
-def updated(readme: str) -> str:
-    """README.md's text with all tables made anew."""
+def tables_by_name() -> dict[str, str]:
+    """Every generated table in Markdown, by the name of its block."""
     facts = pd.read_csv(ROOT / "tests" / "backbone_facts.csv")
     compared = pd.read_csv(ROOT / "results" / "feature_maps_compared.csv")
     full_size = statistics.read_costs(224)
@@ -51,14 +49,10 @@ def updated(readme: str) -> str:
         "length": tables.markdown(statistics.length_table()),
         "detection": tables.markdown(statistics.detection_table(statistics.read_detection())),
     }
-    for name, hardware in SPEED.items():
-        blocks[name] = tables.markdown(speed.aims_on(hardware, speed.read_benchmark()))
     for name in ("csp_split", "vovnet"):
         found = statistics.study_table(STUDIES[name], statistics.read_study(name), full_size)
         blocks[name] = tables.markdown(found)
-    for name, content in blocks.items():
-        readme = tables.replace_block(readme, name, content)
-    return readme
+    return blocks
 
 
 @torch.no_grad()
@@ -75,8 +69,12 @@ def draw_picture(checkpoint: Path, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="only tell whether tables are old")
-    parser.add_argument("--picture", type=Path, metavar="CHECKPOINT", help="draw README's picture")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare the tables with the records"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="CHECKPOINT", help="draw the README's picture"
+    )
     args = parser.parse_args(argv)
     if args.picture:
         return exit_code(lambda: draw_picture(args.picture, ROOT / "docs" / "feature_maps.png"))
@@ -84,15 +82,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def update(check: bool) -> int:
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = updated(old)
-    if check:
-        if new != old:
-            print("README.md: tables are not those of the records; run scripts/update_readme.py")
-        return int(new != old)
-    write_atomic(path, lambda aside: aside.write_text(new))
-    return 0
+    blocks, status = tables_by_name(), 0
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old = new = path.read_text()
+        for block, content in blocks.items():
+            if f"<!-- {block} -->" in new:
+                new = tables.replace_block(new, block, content)
+        if check and new != old:
+            print(f"{name}: tables differ from the records; run scripts/update_readme.py")
+            status = 1
+        elif new != old:
+            write_atomic(path, lambda temporary, text=new: temporary.write_text(text))
+    return status
 
 
 if __name__ == "__main__":

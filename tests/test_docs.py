@@ -1,20 +1,15 @@
-"""The documents: what they tell a reader to do is done here, in small."""
+"""The documents: every command and Python block is run here with small data."""
 
-import io
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
-import tomllib
-import zipfile
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 
-import pandas as pd
 import pytest
 import timm
 import torch
@@ -25,455 +20,272 @@ from torch.distributed.run import get_args_parser
 from torchvision import models
 from torchvision.models import Weights, WeightsEnum
 
-from backbones import create_classifier
+import backbones
 from utils.data import sample
-from utils.recipe import DetectorRecipe
 from utils.studies import definitions
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS += [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/*.md"))]
+TEXTS = {path: (ROOT / path).read_text() for path in DOCUMENTS}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-URL = yaml.safe_load((ROOT / "CITATION.cff").read_text())["url"]
+INLINE_CODE = re.compile(r"`([^`]+)`")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+SCRIPTS = [path.name for path in sorted(ROOT.glob("scripts/*.py"))]
 
 
 def blocks(path, language):
     """The fenced blocks of a document in one language."""
-    return [code for kind, code in FENCED.findall((ROOT / path).read_text()) if kind == language]
+    return [code for kind, code in FENCED.findall(TEXTS[path]) if kind == language]
 
 
-def paragraphs(path):
-    """A document's text without its fenced blocks, a line per paragraph."""
-    return [" ".join(p.split()) for p in FENCED.sub("", (ROOT / path).read_text()).split("\n\n")]
+def inline_code(path):
+    """Code within the text, on one line each."""
+    return [" ".join(code.split()) for code in INLINE_CODE.findall(FENCED.sub("", TEXTS[path]))]
 
 
 # ---- commands ----------------------------------------------------------------------------------
-#
-# A document's commands go through bash with nothing on its path but stubs, each of which notes how
-# it was called; make is real. What was noted is then done in this process, by a rule per program.
-# A command without a stub or a rule fails.
 
-REAL = ("head", "make", "mktemp", "touch")
-STUB = r"""#!/bin/sh
-printf '%s\037' "${0##*/}" "$@" >> "$NOTES"; echo >> "$NOTES"
+# Bash expands the commands and writes down their arguments instead of running them.
+RECORDER = r"""
+command_not_found_handle() {
+  printf '%s\037' "$@" >&3; echo >&3
+  case $1 in scontrol) echo first-host; echo second-host;; srun) return "${SRUN_STATUS:-0}";; esac
+}
+cd() { :; }
+head() { read -r line; echo "$line"; }
+mktemp() { : > begun; echo begun; }
+exec 3> calls
 """
-STUBS = {
-    **dict.fromkeys(
-        ("conda", "git", "jupyter", "kaggle", "pip", "pytest", "python", "python3"), ""
-    ),
-    **dict.fromkeys(("ruff", "tar", "torchrun", "unzip"), ""),
-    "apt-get": "",
-    "id": "echo 0\n",  # root, where make asks
-    "scontrol": "echo first-host; echo second-host\n",
-    "srun": 'exit "${SRUN_STATUS:-0}"\n',
-}
-SLURM = {
-    "SLURM_JOB_NODELIST": "host[1-2]",
-    "SLURM_CPUS_PER_TASK": "64",
-    "SLURM_NNODES": "4",
-    "SLURM_JOB_ID": "17",
-}
-INLINE = ("make ", "python ", "scripts/", ".venv/bin/", "conda ", "git ", "pip ", "torchrun ")
+SLURM = {"SLURM_JOB_NODELIST": "hosts", "SLURM_CPUS_PER_TASK": "64", "SLURM_NNODES": "4"}
+COMMANDS = ("make ", "python ", "scripts/", ".venv/bin/", "conda ", "pip ")
 
 
-def scripts_of(path):
-    """The shell's part of a document: its blocks, and commands within its text."""
-    found = blocks(path, "sh")
-    for paragraph in paragraphs(path):
-        for code in re.findall(r"`([^`]+)`", paragraph):
-            if code.startswith(INLINE) and " " in code:
-                found.append(f"python {code}" if code.startswith("scripts/") else code)
-    return list(dict.fromkeys(found))
+def commands(path):
+    """The shell code of a document: its blocks, and commands within the text."""
+    found = [code for code in inline_code(path) if code.startswith(COMMANDS) and " " in code]
+    return [*blocks(path, "sh"), *(re.sub("^scripts/", "python scripts/", code) for code in found)]
 
 
-def noted(place, script, code=0, **environment):
-    """Every call that a script makes, as lists of arguments; `code` is how it must end."""
-    notes = place / "notes"
-    notes.write_text("")
-    stubs = place / ".venv" / "bin"
-    env = {"PATH": str(stubs), "NOTES": str(notes), "TMPDIR": str(place), **SLURM, **environment}
-    bash = shutil.which("bash")
+def expand(place, script, exit_code=0, **environment):
+    """The argument lists of all commands that a shell script would run."""
+    (place / "activate").touch()
+    script = RECORDER + script.replace(".venv/bin/", "")
+    env = {"PATH": "/nowhere", "SLURM_JOB_ID": "17", **SLURM, **environment}
     done = subprocess.run(
-        [bash, "-euc", script], cwd=place, env=env, capture_output=True, text=True
+        [shutil.which("bash"), "-euc", script], cwd=place, env=env, capture_output=True, text=True
     )
-    assert done.returncode == code, f"{script}\n{done.stderr}"
-    assert "not found" not in done.stderr, done.stderr
-    return [line.split("\037")[:-1] for line in notes.read_text().splitlines()]
+    assert done.returncode == exit_code, done.stderr
+    return [line.split("\037")[:-1] for line in (place / "calls").read_text().splitlines()]
+
+
+def execute(place, name, *args):
+    """Runs a command in small, by the rule of its program."""
+    if name in ("conda", "git", "pip", "pytest", "ruff", "scontrol"):  # its files must exist
+        assert all((ROOT / arg).exists() for arg in args if re.search(r"^\w+/|\.(yml|lock)$", arg))
+    elif name == "make":
+        done = subprocess.run(["make", "-n", *args], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for line in re.findall(r"^\.venv/bin/(python (?:scripts/|-m utils).*)", done.stdout, re.M):
+            execute(place, *shlex.split(line))
+    elif name == "srun":
+        execute(place, *args[1:])
+    elif name == "torchrun":  # tests/test_scripts.py starts several processes
+        parsed = get_args_parser().parse_args(args)
+        execute(place, "python", parsed.training_script, *parsed.training_script_args)
+    elif name == "kaggle":
+        pack_download(place, args[-1])
+    elif name in ("unzip", "tar"):
+        archive, folder = [arg for arg in args if not arg.startswith("-")]
+        shutil.unpack_archive(place / archive, place / folder)
+    elif args[:2] == ("-m", "utils.data.sample"):
+        assert sample.main(args[2:]) in (0, None)
+    else:
+        assert name == "python", f"no rule for {name}"
+        run_script(place, args[0].removeprefix("scripts/"), list(args[1:]))
+
+
+def pack_download(place, name):
+    """Makes the archive of the challenge from the sample."""
+    folder = sample.draw(place / "drawn").parents[2]
+    inner = place / "drawn" / "imagenet_object_localization_patched2019"
+    shutil.make_archive(inner, "gztar", folder, "ILSVRC")
+    shutil.rmtree(folder / "ILSVRC")
+    shutil.make_archive(place / name, "zip", folder)
+
+
+def run_script(place, script, args):
+    """Runs a script with small options; of some only the arguments are parsed."""
+    if script in ("benchmark.py", "detect.py"):
+        runpy.run_path(str(ROOT / "scripts" / script))["parse"](args)
+    elif script == "run_notebooks.py":
+        assert all((ROOT / arg).exists() for arg in args)
+    elif script == "update_readme.py":
+        main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
+        if args:
+            main.__globals__["ROOT"] = place
+            (place / "docs").mkdir()
+            shutil.copytree(place / "runs" / "cspdarknet53", place / "runs" / "NAME")
+        assert main(args or ["--check"]) == 0
+    else:
+        if script == "train.py":  # the small data fill one shard per split
+            args = [re.sub(r"000000\.\.0\d+", "000000..000000", arg) for arg in args]
+            args += [*SMALL[2:], "--epochs", "1", "--warmup-epochs", "0"]
+        small = {"evaluate.py": ["--workers", "0"], "ablate.py": ["--processes", "1"]}
+        assert run(script, *args, *small.get(script, [])) == 0
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, folders):
-    """A folder as a clone with an environment of stubs, and all that the documents name."""
-    stubs = tmp_path / ".venv" / "bin"
-    stubs.mkdir(parents=True)
-    for name, more in STUBS.items():
-        (stubs / name).write_text(STUB + more)
-        (stubs / name).chmod(0o755)
-    for name in REAL:
-        (stubs / name).symlink_to(shutil.which(name))
-    (stubs / "activate").touch()
-    for name in ("Makefile", "requirements.lock", "pyproject.toml", "environment.yml"):
-        shutil.copy(ROOT / name, tmp_path)
+    """A working directory with everything that the documents' commands name, in small."""
     for name in ("DATA", "data/imagenette2-224sq"):
         shutil.copytree(folders, tmp_path / name)
     shutil.copy(folders / "val" / "n00000000" / "0.JPEG", tmp_path / "photo.jpg")
-    cloud = tmp_path / "cloud"
-    cloud.mkdir()
-    (cloud / "aws").write_text('#!/bin/sh\ntest "$1 $2 $4" = "s3 cp -" && cat "SHARDS/${3##*/}"\n')
-    (cloud / "aws").chmod(0o755)
-    monkeypatch.setenv("PATH", str(cloud), prepend=os.pathsep)
+    aws = tmp_path / "cloud" / "aws"
+    aws.parent.mkdir()
+    aws.write_text('#!/bin/sh\ntest "$1 $2 $4" = "s3 cp -" && cat "SHARDS/${3##*/}"\n')
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", str(aws.parent), prepend=os.pathsep)
     monkeypatch.setattr(sample, "draw", partial(sample.draw, train_per_class=4, val_per_class=2))
-    few = partial(sample.draw_scenes, train_images=16, val_images=4)
-    monkeypatch.setattr(sample, "draw_scenes", few)
+    monkeypatch.setitem(backbones._MODELS, "cspdarknet53", backbones._MODELS["cspdarknet19"])
+    monkeypatch.setitem(backbones._MODELS, "resnet50", backbones._MODELS["resnet18"])
+    # A published file's name contains its hash, which random weights cannot match.
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "checkpoints" / "resnet50.pth"
+    cached.parent.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict(), cached)
+    named = Weights(url=f"https://host/{cached.name}", transforms=None, meta={})
+    known = WeightsEnum("Published", {"IMAGENET1K_V2": named})
+    monkeypatch.setattr("backbones.weights.get_model_weights", lambda name: known)
+    names = dict(vars(definitions))
+    exec(blocks("CONTRIBUTING.md", "python")[1], names)
+    recipe = replace(TINY, epochs=1, warmup_epochs=0.0)
+    for study in (definitions.STUDIES["csp_split"], names["_activation"]()):
+        variants = tuple(replace(variant, recipe={}) for variant in study.variants[:2])
+        small = replace(study, recipe=recipe, variants=variants)
+        monkeypatch.setitem(definitions.STUDIES, study.name, small)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def kaggle(place, args):
-    """The challenge's archive, made of the sample: another archive and four files."""
-    name = "imagenet-object-localization-challenge"
-    assert args == ["competitions", "download", "-c", name]
-    drawn = place / "drawn"
-    sample.draw(drawn)
-    inner = place / "imagenet_object_localization_patched2019.tar.gz"
-    with tarfile.open(inner, "w:gz") as tar:
-        tar.add(drawn / "ILSVRC", "ILSVRC")
-    with zipfile.ZipFile(place / f"{name}.zip", "w") as archive:
-        for path in (inner, *drawn.glob("LOC_*")):
-            archive.write(path, path.name)
-    inner.unlink()
-
-
-def unzip(place, args):
-    if shutil.which("unzip"):
-        subprocess.run(["unzip", "-q", *args], cwd=place, check=True)
-    else:
-        archive, option, target = args
-        assert option == "-d"
-        shutil.unpack_archive(archive, target)
-
-
-def pip(place, args):
-    """Known packages alone: nothing is installed."""
-    known = {"install", "-r", "requirements.lock", "--editable", ".", "--no-deps", "kaggle"}
-    assert set(args) <= known | {"--disable-pip-version-check", "--progress-bar", "off"}
-
-
-def pytest_itself(place, args):
-    """Its paths and markers exist; that the tests pass is shown by running them."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
-    markers = {line.partition(":")[0] for line in settings["ini_options"]["markers"]}
-    left = iter(args)
-    for arg in left:
-        if arg == "-m":
-            assert set(re.findall(r"\w+", next(left))) <= markers | {"and", "not"}
-        elif arg in ("-n", "--dist", "-k"):
-            next(left)
-        else:
-            assert arg == "--nbval" or (ROOT / arg).exists(), arg
-
-
-def jupyter(place, args):
-    assert args[0] == "lab"
-    assert all(arg == "--allow-root" or (ROOT / arg).exists() for arg in args[1:])
-
-
-def ruff(place, args):
-    """On one file, which is well-formed."""
-    folder = place / "style"
-    folder.mkdir(exist_ok=True)
-    (folder / "one.py").write_text("x = 1\n")
-    subprocess.run([sys.executable, "-m", "ruff", *args, "--no-cache"], cwd=folder, check=True)
-
-
-def conda(place, args):
-    name = yaml.safe_load((ROOT / "environment.yml").read_text())["name"]
-    assert args in (["env", "create", "-f", "environment.yml"], ["activate", name])
-
-
-def git(place, args):
-    assert args == ["clone", URL]
-
-
-def apt_get(place, args):
-    browser = ["install", "--yes", "--no-install-recommends", "chromium", "chromium-driver"]
-    assert args in (["update"], browser)
-
-
-def user(place, args):
-    assert args == ["-u"]
-
-
-def scontrol(place, args):
-    assert args in (["show", "hostnames", "host[1-2]"], ["requeue", "17"])
-
-
-def srun(place, args):
-    assert args[0] == "--cpus-per-task=64"
-    do(place, args[1:])
-
-
-def torchrun(place, args):
-    """Its options by its own parser; the script as one process (two: tests/test_scripts.py)."""
-    parsed = get_args_parser().parse_args(args)
-    do(place, ["python", parsed.training_script, *parsed.training_script_args])
-
-
-def python(place, args):
-    if args[0] == "-m":
-        assert MODULES[args[1]](place, args[2:]) in (0, None)
-    elif args[0] == "-c":
-        with pytest.raises(SystemExit) as ended:
-            exec(args[1], {})
-        assert not ended.value.code
-    else:
-        name = args[0].removeprefix("scripts/")
-        SCRIPTS[name](place, name, args[1:])
-
-
-def venv(place, args):
-    assert args == [".venv"]
-
-
-MODULES = {"pip": pip, "venv": venv, "utils.data.sample": lambda place, args: sample.main(args)}
-
-
-def as_it_is(place, script, args, *more):
-    assert run(script, *args, *({} if "--help" in args else more)) == 0
-
-
-def train(place, script, args):
-    """The three classes of the fixture fill one shard, where ImageNet fills 1,282 and 50."""
-    args = [re.sub(r"000000\.\.0\d+", "000000..000000", arg) for arg in args]
-    small = [*SMALL[2:], "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"]
-    as_it_is(place, script, args, *small)
-
-
-def ablate(place, script, args):
-    """Two values of the study, a few steps each; CONTRIBUTING's is not in the table yet."""
-    namespace = dict(vars(definitions))
-    exec(blocks("CONTRIBUTING.md", "python")[1], namespace)
-    known = {**definitions.STUDIES, "activation": namespace["_activation"]()}
-    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
-    main.__globals__["STUDIES"] = known
-    if "--help" in args:
-        with pytest.raises(SystemExit, match="0"):
-            main(args)
-        return
-    study = known[args[0]]
-    variants = tuple(replace(variant, recipe={}) for variant in study.variants[:2])
-    recipe = replace(TINY, epochs=1, warmup_epochs=0.0)
-    known[study.name] = replace(study, recipe=recipe, variants=variants)
-    assert main([*args, "--processes", "1", "--devices", "cpu"]) == 0
-    assert (place / args[args.index("--output") + 1]).exists()
-
-
-def detect(place, script, args):
-    """One seed, a few steps on a few scenes."""
-    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
-    small = {"epochs": 1, "warmup_epochs": 0.0}
-    main.__globals__["RECIPES"] = {"quick": replace(TINY, **small)}
-    sizes = {"image_px": 64, "out_channels": 32}
-    main.__globals__["DetectorRecipe"] = partial(DetectorRecipe, **small, **sizes)
-    assert main([*args, "--seeds", "1"]) == 0
-    assert len(pd.read_csv(place / "runs" / "detection.csv")) == 2
-
-
-def benchmark(place, script, args):
-    """Its arguments alone: what it measures is in tests/test_benchmark.py."""
-    runpy.run_path(str(ROOT / "scripts" / script))["parse"](args)
-
-
-def run_notebooks(place, script, args):
-    """Without running them, which `make test` does."""
-    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
-    executed = []
-    main.__globals__["execute"] = lambda path: executed.append(path) or []
-    assert main(args) == 0
-    assert executed
-
-
-def update_readme(place, script, args):
-    """On a copy, which stays as it is but for the picture."""
-    for name in ("README.md", "tests/backbone_facts.csv", "results/feature_maps_compared.csv"):
-        (place / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, place / name)
-    (place / "docs").mkdir(exist_ok=True)
-    if args and not (place / args[1]).exists():  # of a run called NAME
-        data = ["--data-dir", place / "DATA", "--output-dir", (place / args[1]).parent]
-        assert run("train.py", *data, *SMALL) == 0
-    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
-    main.__globals__["ROOT"] = place
-    assert main(args) == 0
-    assert (place / "README.md").read_text() == (ROOT / "README.md").read_text()
-    assert bool(args) == (place / "docs" / "feature_maps.png").exists()
-    (place / "docs" / "feature_maps.png").unlink(missing_ok=True)
-
-
-SCRIPTS = {
-    "ablate.py": ablate,
-    "benchmark.py": benchmark,
-    "detect.py": detect,
-    "evaluate.py": lambda *call: as_it_is(*call, "--workers", 0, "--device", "cpu"),
-    "export.py": as_it_is,
-    "imagenet.py": as_it_is,
-    "make_shards.py": as_it_is,
-    "predict.py": lambda *call: as_it_is(*call, "--device", "cpu"),
-    "run_notebooks.py": run_notebooks,
-    "train.py": train,
-    "update_readme.py": update_readme,
-}
-RULES = {
-    **{rule.__name__: rule for rule in (conda, git, jupyter, kaggle, pip, python, ruff, scontrol)},
-    **{rule.__name__: rule for rule in (srun, torchrun, unzip)},
-    "apt-get": apt_get,
-    "id": user,
-    "pytest": pytest_itself,
-    "python3": python,
-    "tar": lambda place, args: subprocess.run(["tar", *args], cwd=place, check=True),
-}
-
-
-def do(place, command):
-    name, *args = command
-    assert name in RULES, f"no rule for {command}"
-    RULES[name](place, args)
-
-
-def follow(place, scripts):
-    """Does what the scripts call, in their order, the same call once."""
-    for call in dict.fromkeys(tuple(call) for script in scripts for call in noted(place, script)):
-        do(place, call)
-
-
-@pytest.mark.parametrize("path", DOCUMENTS)
-def test_every_command_does_what_it_should(path, place):
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if commands(path)])
+def test_commands_run(path, place, folders):
     """All commands of a document in their order, each once."""
-    assert scripts_of(path)
-    follow(place, scripts_of(path))
-
-
-def test_the_study_of_detectors_runs(place):
-    """As README's command does, whose record takes long."""
-    follow(place, ["python scripts/detect.py"])
-
-
-@pytest.mark.parametrize("command", ["frobnicate x", "python scripts/nothing.py", "make nothing"])
-def test_a_command_without_a_rule_fails(command, place):
-    with pytest.raises((AssertionError, KeyError)):
-        follow(place, [command])
+    if "--output-dir runs/cspdarknet53" not in TEXTS[path]:
+        data = ["--data-dir", folders, "--backbone", "cspdarknet53", *SMALL]
+        assert run("train.py", *data, "--output-dir", "runs/cspdarknet53") == 0
+    calls = [tuple(call) for script in commands(path) for call in expand(place, script)]
+    for call in dict.fromkeys(calls):
+        execute(place, *call)
 
 
 @pytest.mark.parametrize(
     ("failed", "saved", "code", "requeued"), [(0, 1, 0, 0), (1, 1, 0, 1), (1, 0, 1, 0)]
 )
-def test_a_job_is_requeued_where_it_saved_something(place, failed, saved, code, requeued):
-    """The SLURM script of docs/scale.md, whose srun fails or not, after a checkpoint or not."""
+def test_a_slurm_job_is_requeued_if_it_saved(place, failed, saved, code, requeued):
+    """srun fails or not, after writing a checkpoint or not."""
     (script,) = (each for each in blocks("docs/scale.md", "sh") if "#SBATCH" in each)
     checkpoint = place / "runs" / "cspdarknet53" / "last.pt"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     os.utime(checkpoint, (0, 2**33 if saved else 0))  # after the job began, or long before
-    calls = noted(place, script, code, SRUN_STATUS=str(failed))
+    calls = expand(place, script, code, SRUN_STATUS=str(failed))
     assert calls.count(["scontrol", "requeue", "17"]) == requeued
 
 
-def test_fences_are_of_kinds_that_are_looked_at():
-    """Or a command in a fence of another name would be run by nobody."""
+# ---- text --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_links_and_fences(path):
+    """Relative links lead to files and headings; no fence of another kind hides commands."""
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[path]):
+        if not re.match(r"https://[\w.-]+/", target):
+            name, _, anchor = target.partition("#")
+            file = (ROOT / path).parent / name if name else ROOT / path
+            assert file.exists(), target
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+            assert not anchor or anchor in slugs, target
+    for kind, code in FENCED.findall(TEXTS[path]):
+        assert kind in ("sh", "python", "diff", "csv") or "backbones/" in code
+
+
+def test_flags_in_the_text_exist(capsys):
+    for script in SCRIPTS:
+        assert run(script, "--help") == 0
+    known = set(FLAG.findall(capsys.readouterr().out)) | {"--nbval"}
+    known |= set(get_args_parser()._option_string_actions)
     for path in DOCUMENTS:
-        for kind, code in FENCED.findall((ROOT / path).read_text()):
-            assert kind in ("sh", "python", "diff", "csv") or "conftest.py" in code, path
+        assert set(FLAG.findall(" ".join(inline_code(path)))) <= known, path
 
 
-def flags_of(script):
-    """All that its help names."""
-    if script not in HELP:
-        out = io.StringIO()
-        with redirect_stdout(out):
-            assert run(script, "--help") == 0
-        HELP[script] = set(FLAG.findall(out.getvalue()))
-    return HELP[script]
+def test_tests_named_in_the_text_exist():
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    for path in DOCUMENTS:
+        named = re.findall(r"`(test_\w+)`", TEXTS[path])
+        assert [name for name in named if f"def {name}(" not in tests] == [], path
 
 
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-HELP = {"torchrun": set(get_args_parser()._option_string_actions)}
+def test_the_layout_of_the_readme_exists():
+    """Every path of the block; indented ones are below the folder before them."""
+    (layout,) = blocks("README.md", "")
+    folder = ""
+    for line in layout.splitlines():
+        words = re.findall(r"(?:^|\s)([\w.]+/|\w+\.(?:py|md))(?=\s|$)", line)
+        if not line.startswith(" "):
+            folder = words.pop(0)
+            assert (ROOT / folder).is_dir()
+        for word in words:
+            assert (ROOT / folder / word).exists(), word
 
 
-@pytest.mark.parametrize("path", DOCUMENTS)
-def test_every_flag_in_the_text_is_one(path):
-    """Of the scripts that its paragraph names, or of any; torchrun's are known everywhere."""
-    for paragraph in paragraphs(path):
-        named = FLAG.findall(" ".join(re.findall(r"`([^`]+)`", paragraph)))
-        scripts = {f"{stem}.py" for stem in re.findall(r"\b(\w+)\.py\b", paragraph)} & set(SCRIPTS)
-        known = set().union(*map(flags_of, [*(scripts or SCRIPTS), "torchrun"] if named else []))
-        assert set(named) <= known, paragraph
+def test_findings_in_the_readme_are_in_the_results():
+    """Differences with their intervals and ratios with their ranges, as the tables print them."""
+    findings = TEXTS["README.md"].partition("## Findings")[2].partition("\n## ")[0]
+    numbers = re.findall(r"[+-]?\d+\.\d+ [\[(][^\])]+[\])]", findings)
+    assert len(numbers) >= 5
+    assert [number for number in numbers if number not in TEXTS["docs/results.md"]] == []
 
 
-@pytest.mark.parametrize("path", DOCUMENTS)
-def test_every_link_leads_somewhere(path):
-    """Files that are tracked or here, and headings."""
-    text = (ROOT / path).read_text()
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if re.match(r"https://[\w.-]+/", target):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (ROOT / path).parent / name if name else ROOT / path
-        assert file.exists(), target
-        headings = (
-            re.findall(r"^#+ (.+)$", FENCED.sub("", file.read_text()), re.M) if anchor else []
-        )
-        slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
-        assert not anchor or anchor in slugs, target
+def test_the_citation_is_of_this_version():
+    """The fields that the format (cff-version 1.2.0) asks for."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"message", "title", "authors", "url", "license"} <= set(citation)
+    assert (citation["cff-version"], citation["version"]) == ("1.2.0", backbones.__version__)
+    assert f"## {backbones.__version__}" in TEXTS["CHANGELOG.md"]
 
 
 # ---- Python ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def weights(tmp_path, monkeypatch):
-    """Files of the names that README's Python loads, with random weights."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    cached = tmp_path / "hub" / "checkpoints" / "resnet50.pth"
-    cached.parent.mkdir(parents=True)
-    torch.save(models.resnet50().state_dict(), cached)
-    # A published file's name has its hash, which random weights have not.
-    named = Weights(url=f"https://host/{cached.name}", transforms=None, meta={})
-    known = WeightsEnum("Published", {"IMAGENET1K_V2": named})
-    monkeypatch.setattr("backbones.weights.get_model_weights", lambda name: known)
+def weights(place):
+    """Files with random weights that the documents' Python loads."""
     save_file(timm.create_model("ese_vovnet39b").state_dict(), "ese_vovnet39b.safetensors")
-    run_folder = tmp_path / "runs" / "cspdarknet53"
-    run_folder.mkdir(parents=True)
-    torch.save(create_classifier("cspdarknet53", 10).state_dict(), run_folder / "last.pt")
+    checkpoint = place / "runs" / "cspdarknet53" / "last.pt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save(backbones.create_classifier("cspdarknet53", 10).state_dict(), checkpoint)
+    options = ["--options", '{"width": 0.125}', "--output", "cspdarknet53.onnx"]
+    assert run("export.py", "--backbone", "cspdarknet53", *options) == 0
 
 
 @torch.no_grad()
-def test_readmes_python_runs(weights):
-    """From the first block to the last, as a reader would type it; what comments promise holds."""
-    code = blocks("README.md", "python")
-    assert len(code) >= 3
-    namespace = {}
-    promised = 0
-    for block in code:
-        exec(block, namespace)
-        for line in re.findall(r"^(\S.*?)  # (\(.*\))$", block, re.MULTILINE):
-            assert eval(line[0], namespace) == eval(line[1])
-            promised += 1
-    assert promised == 1
-    assert [tuple(each.shape) for each in namespace["maps"]] == [
-        (8, c, 224 // s, 224 // s)
-        for c, s in zip((64, 128, 256, 512, 1024), (2, 4, 8, 16, 32), strict=True)
+def test_python_blocks_run(weights):
+    """In the order of the documents; the values in comments are compared."""
+    names = {}
+    for code in [*blocks("README.md", "python"), *blocks("docs/deploy.md", "python")]:
+        exec(code, names)
+        for expression, value in re.findall(r"^(\S.*?)  # (\(.*\))$", code, re.MULTILINE):
+            assert eval(expression, names) == eval(value)
+    assert [each.shape[2:] for each in names["maps"]] == [
+        (224 // s,) * 2 for s in (2, 4, 8, 16, 32)
     ]
-    assert namespace["maps"][0].dtype is torch.bfloat16
-
-
-def test_the_picture_is_small_enough_for_a_page():
-    assert (ROOT / "docs" / "feature_maps.png").stat().st_size < 150_000
-
-
-# ---- the worked examples -----------------------------------------------------------------------
+    assert names["maps"][0].dtype is torch.bfloat16
+    assert names["coarse"].shape[2:] == (1, 2)  # of the photograph of 40 x 32 pixels
 
 
 def patched(text, diff):
-    """`text` after a diff without headers, whose hunks stand once each in it."""
+    """`text` after a diff without headers, of which each hunk is found once."""
     for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
         old, new = (
             "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in signs)
@@ -484,52 +296,35 @@ def patched(text, diff):
     return text
 
 
-@pytest.fixture(scope="module")
-def contributed(tmp_path_factory):
-    """A copy of the repository with the backbone of CONTRIBUTING.md in it."""
-    copy = tmp_path_factory.mktemp("contributed")
+def test_the_contributed_backbone_keeps_the_contract(tmp_path):
+    """The worked example in a copy of the repository, by the contract test as it is."""
     for name in ("backbones", "utils", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("conftest.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, copy)
+        shutil.copy(ROOT / name, tmp_path)
     (source, _), (diff,), (facts,) = (
         blocks("CONTRIBUTING.md", language) for language in ("python", "diff", "csv")
     )
-    (copy / "backbones" / "vgg.py").write_text(source)
-    package = copy / "backbones" / "__init__.py"
+    (tmp_path / "backbones" / "vgg.py").write_text(source)
+    package = tmp_path / "backbones" / "__init__.py"
     package.write_text(patched(package.read_text(), diff))
-    with (copy / "tests" / "backbone_facts.csv").open("a") as file:
+    with (tmp_path / "tests" / "backbone_facts.csv").open("a") as file:
         file.write(facts)
-    return copy
-
-
-def test_the_contributed_backbone_keeps_the_contract(contributed):
-    """By the contract test as it is, over the names of the example alone."""
-    source = (contributed / "backbones" / "vgg.py").read_text()
-    assert len(source.splitlines()) < 60
-    style = [sys.executable, "-m", "ruff", "check", "--no-cache", "backbones"]
-    command = [sys.executable, "-m", "pytest", "-v", "tests/test_contract.py"]
-    command += ["-p", "no:cacheprovider", "-k", "vgg or facts or kinds"]
-    env = {**os.environ, "PYTHONPATH": str(contributed), "OMP_NUM_THREADS": "1"}
-    for each in (style, command):
-        done = subprocess.run(each, cwd=contributed, env=env, capture_output=True, text=True)
+    lint = ["ruff", "check", "--no-cache", "backbones"]
+    test = [
+        "pytest",
+        "-v",
+        "tests/test_contract.py",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "vgg or facts",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for command in (lint, test):
+        command = [sys.executable, "-m", *command]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     for name in ("vgg13", "vgg16"):
-        assert done.stdout.count(f"[{name}] PASSED") >= 10, done.stdout
-    assert "SKIPPED" not in done.stdout
-
-
-# ---- how to cite -------------------------------------------------------------------------------
-
-
-def test_the_citation_is_of_this_version():
-    """The fields that the format (cff-version 1.2.0) asks for, and no second truth."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {"cff-version", "message", "title", "authors", "url", "license"} <= set(citation)
-    assert citation["cff-version"] == "1.2.0"
-    assert citation["authors"] == [{"name": project["authors"][0]["name"]}]  # an entity
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
-    assert citation["repository-code"] == citation["url"]
-    assert project.get("urls", {}).get("Repository", citation["url"]) == citation["url"]
-    assert citation["type"] == "software"
+        assert done.stdout.count(f"[{name}] PASSED") >= 5, done.stdout

@@ -77,7 +77,7 @@ def test_the_layout_is_kaggles(drawn):
     train = {f"{DATA}/train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in range(20)}
     val = {f"{DATA}/val/ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 101)}
     tables = {"LOC_train_solution.csv", "LOC_val_solution.csv", "LOC_synset_mapping.txt"}
-    assert files(drawn).keys() == train | val | tables | {"sample.json"}
+    assert files(drawn).keys() == train | val | tables | {"sample.json", ".lock"}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

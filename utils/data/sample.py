@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from utils.cli import Parser, exit_code, int_at_least, progress_bar
-from utils.records import lock
+from utils.records import LOCK_NAME, lock
 
 VERSION = 1  # of the drawing code: raise it with every change that changes the bytes
 MARKER, UNFINISHED = "sample.json", "sample.unfinished.json"
@@ -311,8 +311,7 @@ def _drawing(root: Path, content: str, settings: dict[str, object]) -> Iterator[
         ValueError: as `_is_drawn`.
     """
     marked = json.dumps(settings).encode() + b"\n"
-    if not root.is_dir():
-        _is_drawn(root, content, marked)  # says if a file is there
+    _is_drawn(root, content, marked)  # raises before the lock file is written
     root.mkdir(parents=True, exist_ok=True)
     with lock(root):
         if _is_drawn(root, content, marked):
@@ -336,7 +335,8 @@ def _is_drawn(root: Path, content: str, settings: bytes) -> bool:
             if marker.read_bytes() != settings:
                 raise ValueError(f"{root} holds a sample with other settings: {remedy}")
             return marker.name == MARKER and (root / content).is_dir()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    names = {path.name for path in root.iterdir()} if root.is_dir() else {LOCK_NAME}
+    if root.exists() and (not root.is_dir() or names - {LOCK_NAME}):
         raise ValueError(f"{root} holds something that is not a sample: {remedy}")
     return False
 
