@@ -44,8 +44,6 @@ def tables_by_name() -> dict[str, str]:
         "comparison": tables.markdown(compared.drop(columns="what was tried")),
         "recipe": tables.markdown(statistics.recipe_table()),
         "fixres": tables.markdown(statistics.fixres_table()),
-        "source": tables.markdown(statistics.source_table()),
-        "input": tables.markdown(statistics.input_table()),
         "length": tables.markdown(statistics.length_table()),
         "detection": tables.markdown(statistics.detection_table(statistics.read_detection())),
     }

@@ -120,12 +120,12 @@ def run_script(place, script, args):
     elif script == "run_notebooks.py":
         assert all((ROOT / arg).exists() for arg in args)
     elif script == "update_readme.py":
-        main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
-        if args:
+        if args:  # otherwise tests/test_results.py runs it
+            main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
             main.__globals__["ROOT"] = place
             (place / "docs").mkdir()
             shutil.copytree(place / "runs" / "cspdarknet53", place / "runs" / "NAME")
-        assert main(args or ["--check"]) == 0
+            assert main(args) == 0
     else:
         if script == "train.py":  # the small data fill one shard per split
             args = [re.sub(r"000000\.\.0\d+", "000000..000000", arg) for arg in args]
