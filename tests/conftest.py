@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+from utils.data import sample
+
 REAL_TAR = Path(__file__).parents[2] / "shared" / "data" / "imagenette2-224sq.tar"
 
 # A few examples, the same in every run; many new ones with --hypothesis-profile long.
@@ -59,3 +61,10 @@ def photographs(tmp_path_factory):
                 taken[folder] += 1
                 tar.extract(member, root, filter="data")
     return root / "imagenette2-224sq"
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """24 training and 8 validation scenes with boxes; read only."""
+    root = tmp_path_factory.mktemp("scenes") / "drawn"
+    return sample.draw_scenes(root, seed=1, train_images=24, val_images=8)

@@ -1,6 +1,7 @@
 """What more than one test file uses and no fixture can be."""
 
 import dataclasses
+import json
 import re
 import runpy
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from PIL import Image
 
 from utils.recipe import RECIPES
 
@@ -125,6 +127,22 @@ def assert_same_run(one, other):
         assert_same_bits(*({key: state[key] for key in keys} for state in states))
     tables = [(folder / "metrics.csv").read_bytes() for folder in (one, other)]
     assert tables[0] == tables[1]
+
+
+def write_coco(root, **changes):
+    """A folder in COCO's format of one image a split with one box; changes are of train's file."""
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg", "width": 40, "height": 30}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [5, 6, 10, 12.5]}],
+        "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "ant"}],
+    }
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        entries = content | (changes if split == "train" else {})
+        (root / split).mkdir()
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(entries))
+        Image.new("RGB", (40, 30)).save(root / split / "a.jpg")
+    return root
 
 
 def randomise_norms(net):

@@ -1,30 +1,19 @@
 """Detectors on every backbone, boxes against pixels, precision against a hand count, the study."""
 
 import dataclasses
-import itertools
-import json
 import re
-import threading
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from faster_coco_eval import COCO
-from helpers import TINY, assert_same_bits, run, run_check
-from PIL import Image
+from helpers import TINY, assert_same_bits, run, run_check, write_coco
 from torchvision.models.detection.retinanet import _default_anchorgen
 
 import backbones
 from backbones.detection import Pyramid, faster_rcnn, retinanet
 from utils import notebook
-from utils.cli import DataError
-from utils.data import sample
-from utils.data.boxes import BoxedImages, open_boxes
-from utils.data.folders import Key
-from utils.data.transforms import CorruptImageError
+from utils.data.boxes import open_boxes
 from utils.recipe import DetectorRecipe
-from utils.records import lock
 from utils.studies import detection
 from utils.studies.detection import (
     DetectionStudy,
@@ -162,249 +151,6 @@ def test_what_makes_no_detector_is_refused(make):
         make(narrow("resnet18", in_channels=1), 3, image_mean=[0.5] * 3)
     with pytest.raises(ValueError, match="out_channels=48 must be a multiple of 32"):
         retinanet(net, 3, out_channels=48)
-
-
-# ---- scenes ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """24 training and 8 validation scenes; read only."""
-    root = tmp_path_factory.mktemp("scenes") / "drawn"
-    return sample.draw_scenes(root, seed=1, train_images=24, val_images=8)
-
-
-def snapshot(root):
-    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
-def test_scenes_are_the_same_bytes(scenes, tmp_path):
-    again = sample.draw_scenes(tmp_path / "a", seed=1, train_images=24, val_images=8)
-    assert snapshot(again) == snapshot(scenes)
-    assert sample.draw_scenes(again, seed=1, train_images=24, val_images=8) == again
-    fewer = snapshot(sample.draw_scenes(tmp_path / "b", seed=1, train_images=2, val_images=1))
-    images = {path: content for path, content in fewer.items() if path.suffix == ".jpg"}
-    assert len(images) == 3
-    assert images.items() <= snapshot(scenes).items()
-    other = snapshot(sample.draw_scenes(tmp_path / "c", seed=2, train_images=2, val_images=1))
-    assert not {other[path] for path in images} & set(images.values())
-
-
-def test_scenes_are_not_drawn_over_other_files(scenes, tmp_path):
-    with pytest.raises(ValueError, match="holds a sample with other settings"):
-        sample.draw_scenes(scenes, seed=2)
-    (tmp_path / "mine").touch()
-    for root in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(ValueError, match="holds something that is not a sample"):
-            sample.draw_scenes(root)
-    with pytest.raises(ValueError, match="images 1 or more"):
-        sample.draw_scenes(tmp_path / "new", val_images=0)
-
-
-def test_an_unfinished_drawing_of_scenes_is_finished(scenes, tmp_path, monkeypatch):
-    render = sample.render_scene
-
-    def interrupted(rng):
-        if len(list(tmp_path.rglob("*.jpg"))) == 5:
-            raise KeyboardInterrupt
-        return render(rng)
-
-    monkeypatch.setattr(sample, "render_scene", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sample.draw_scenes(tmp_path / "new", seed=1, train_images=24, val_images=8)
-    monkeypatch.setattr(sample, "render_scene", render)
-    sample.draw_scenes(tmp_path / "new", seed=1, train_images=24, val_images=8)
-    assert snapshot(tmp_path / "new") == snapshot(scenes)
-
-
-@pytest.mark.parametrize("draw", [sample.draw, sample.draw_scenes])
-def test_a_second_drawing_waits_for_the_first(tmp_path, monkeypatch, draw):
-    monkeypatch.setattr(sample, "CLASSES", dict(list(sample.CLASSES.items())[:2]))
-    monkeypatch.setattr(sample, "WNIDS", sample.WNIDS[:2])
-    counts = dict(list(draw.__kwdefaults__.items())[1:3])
-    second = threading.Thread(target=draw, args=[tmp_path], kwargs=dict.fromkeys(counts, 1))
-    with lock(tmp_path):
-        second.start()
-        second.join(0.5)
-        assert second.is_alive()
-        assert not list(tmp_path.iterdir())
-    second.join()
-    assert (tmp_path / sample.MARKER).exists()
-
-
-def test_the_boxes_of_a_scene_are_those_of_its_objects(monkeypatch):
-    """White objects on black ground, nothing else drawn: together the boxes hold all that is white,
-    and each one's sides touch it."""
-    shades = iter(())
-
-    def flat(_rng, size_px, *_colours):
-        return Image.new("RGB", size_px, next(shades))
-
-    monkeypatch.setattr(sample, "_texture", flat)
-    monkeypatch.setattr(sample, "_scatter", lambda *_: None)
-    monkeypatch.setattr(sample, "_cover", lambda *_: None)
-    monkeypatch.setattr(sample, "_photograph", lambda _, canvas: canvas.reduce(2))
-    counts, labels = set(), set()
-    for seed in range(40):
-        shades = itertools.chain(["black"], itertools.repeat("white"))
-        image, objects = sample.render_scene(np.random.default_rng(seed))
-        assert image.size == (128, 128)
-        white = np.asarray(image.convert("L")) > 0
-        inside = np.zeros_like(white)
-        for label, (x1, y1, x2, y2) in objects:
-            assert 0 <= x1 < x2 <= 128
-            assert 0 <= y1 < y2 <= 128
-            inside[y1:y2, x1:x2] = True
-            part = white[y1:y2, x1:x2]
-            assert all(side.any() for side in (part[0], part[-1], part[:, 0], part[:, -1]))
-            labels.add(label)
-        shadowless = np.asarray(image.convert("L")) > 127
-        assert not (shadowless & ~inside).any()
-        counts.add(len(objects))
-    assert counts == {1, 2, 3, 4}
-    assert len(labels) == 10
-
-
-def test_scenes_are_in_cocos_format(scenes):
-    """As faster-coco-eval's own reader takes it; every image a JPEG of its size, ids from 1."""
-    for split, count in (("train", 24), ("val", 8)):
-        coco = COCO(str(scenes / "annotations" / f"instances_{split}.json"))
-        assert coco.getImgIds() == list(range(1, count + 1))
-        names = [each["name"] for each in coco.loadCats(coco.getCatIds())]
-        assert names == [words.split(",")[0] for words in sample.CLASSES]
-        for each in coco.loadImgs(coco.getImgIds()):
-            with Image.open(scenes / split / each["file_name"]) as image:
-                assert (image.format, image.size) == ("JPEG", (each["width"], each["height"]))
-        for each in coco.loadAnns(coco.getAnnIds()):
-            assert each["area"] == each["bbox"][2] * each["bbox"][3] > 0
-
-
-# ---- reading -----------------------------------------------------------------------------------
-
-
-def test_boxes_are_read_as_they_are_written(scenes):
-    data = open_boxes(scenes)
-    assert data.classes == [words.split(",")[0] for words in sample.CLASSES]
-    coco = COCO(str(scenes / "annotations" / "instances_val.json"))
-    for index in range(len(data.val)):
-        image, target = data.val[Key(0, index)]
-        assert image.shape == (3, 128, 128)
-        assert image.dtype == torch.uint8
-        written = coco.loadAnns(coco.getAnnIds(imgIds=index + 1))
-        sizes = target["boxes"][:, 2:] - target["boxes"][:, :2]
-        assert torch.cat([target["boxes"][:, :2], sizes], 1).tolist() == [
-            each["bbox"] for each in written
-        ]
-        assert target["labels"].tolist() == [each["category_id"] for each in written]
-
-
-def test_mirrored_images_have_mirrored_boxes(scenes):
-    """Half of the training images, others at each epoch, the same for the same seed."""
-    data, plain = open_boxes(scenes, seed=3).train, open_boxes(scenes).val
-    plain.names, plain.targets, plain.folder = data.names, data.targets, data.folder
-    mirrored = []
-    for epoch, index in itertools.product(range(4), range(len(data))):
-        (image, target), (whole, expected) = data[Key(epoch, index)], plain[Key(epoch, index)]
-        mirrored.append(not torch.equal(image, whole))
-        boxes = expected["boxes"]
-        if mirrored[-1]:
-            assert torch.equal(image, whole.flip(2))
-            boxes = torch.stack([128 - boxes[:, 2], boxes[:, 1], 128 - boxes[:, 0], boxes[:, 3]], 1)
-        assert torch.equal(target["boxes"], boxes)
-    assert 30 < sum(mirrored) < 66
-    assert mirrored[:24] != mirrored[24:48]
-
-
-def write_coco(root, **changes):
-    """A folder of one image a split, with one box."""
-    content = {
-        "images": [{"id": 7, "file_name": "a.jpg", "width": 40, "height": 30}],
-        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [5, 6, 10, 12.5]}],
-        "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "ant"}],
-    }
-    (root / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        entries = content | (changes if split == "train" else {})
-        (root / split).mkdir()
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(entries))
-        Image.new("RGB", (40, 30)).save(root / split / "a.jpg")
-    return root
-
-
-def annotation(**changes):
-    return {
-        "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [5, 6, 10, 12.5]} | changes
-        ]
-    }
-
-
-def test_boxes_end_at_the_image_and_those_without_area_and_crowds_are_left_out(tmp_path):
-    boxes = [[5, 6, 10, 12.5], [30, -5, 20, 10], [5, 5, 0, 9], [50, 5, 9, 9], [1, 1, 5, 5]]
-    entries = [
-        {"id": k, "image_id": 7, "category_id": (3, 9)[k % 2], "bbox": box, "iscrowd": int(k == 4)}
-        for k, box in enumerate(boxes)
-    ]
-    data = open_boxes(write_coco(tmp_path, annotations=entries))
-    assert data.classes == ["ant", "cat"]  # in the order of ids
-    (target,) = data.train.targets
-    assert target["boxes"].tolist() == [[5, 6, 15, 18.5], [30, 0, 40, 5]]
-    assert target["labels"].tolist() == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (annotation(bbox=[1, 2, 3]), r"annotations\[0\]: bbox=\[1, 2, 3\] must be 4 finite"),
-        (annotation(bbox="1234"), "bbox='1234' must be 4 finite numbers"),
-        (annotation(bbox=[1, 2, 3, None]), "must be 4 finite numbers"),
-        (annotation(bbox=[1, 2, 3, float("nan")]), "must be 4 finite numbers"),
-        (annotation(bbox=[1, 2, True, 4]), "must be 4 finite numbers"),
-        (annotation(image_id=8), r"annotations\[0\]: image_id=8 is no image's id"),
-        (annotation(image_id=[7]), r"image_id=\[7\] is no image's id"),
-        (annotation(category_id=1), "category_id=1 is no category's id"),
-        ({"annotations": None}, "has no list of annotations"),
-        ({"images": [1]}, "has no list of images"),
-        ({"images": []}, "0 images"),
-        ({"categories": []}, "0 different names of categories"),
-        ({"categories": [{"id": 3, "name": "a"}, {"id": 9, "name": "a"}]}, "1 different names"),
-        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "an id stands there"),
-        ({"categories": [{"id": "3", "name": "a"}]}, r"categories\[0\]: id='3' must be an integer"),
-        ({"images": [{"id": 7, "width": 40, "height": 30}]}, "id 7: file_name=None must be a name"),
-        (
-            {"images": [{"id": 7, "file_name": "a.jpg", "width": 40}]},
-            r"width and height=\[40, None\] must be 2 finite numbers",
-        ),
-        ({"categories": [{"id": 3, "name": "dog"}]}, "classes of train .* are not those of val"),
-    ],
-)
-def test_what_is_wrong_with_annotations_is_one_line(tmp_path, changes, words):
-    root = write_coco(tmp_path, **changes)
-    with pytest.raises(DataError, match=words) as caught:
-        open_boxes(root)
-    assert str(root) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_folders_without_boxes_are_told(folders, tmp_path):
-    with pytest.raises(DataError, match=r"0 files annotations/instances_train\*.json, needs one"):
-        open_boxes(folders)
-    root = write_coco(tmp_path)
-    path = root / "annotations" / "instances_val.json"
-    path.write_text("{")
-    with pytest.raises(DataError, match=r"instances_val\.json: no readable JSON"):
-        open_boxes(root)
-    path.write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"instances_val\.json: no readable JSON"):
-        open_boxes(root)
-    path.write_text("[]")
-    with pytest.raises(DataError, match=r"instances_val\.json: has no list of images"):
-        open_boxes(root)
-    with pytest.raises(FileNotFoundError, match="no such file of annotations"):
-        BoxedImages(root, root / "none.json")
-    (root / "train" / "a.jpg").unlink()
-    with pytest.raises(CorruptImageError, match=r"train/a.jpg"):
-        BoxedImages(root / "train", root / "annotations" / "instances_train.json")[Key(0, 0)]
 
 
 # ---- training and precision --------------------------------------------------------------------
@@ -580,7 +326,7 @@ def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch)
     for options, code, words in (
         (("--data-dir", "none"), 2, "none: no such folder"),
         (("--data-dir", folders), 1, "a detector needs boxes in COCO's format"),
-        (("--data-dir", damaged), 1, "annotations[0]: image_id=None is no image's id"),
+        (("--data-dir", damaged), 1, "not valid in COCO's format"),
         ((*boxed, "--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
         ((*boxed, "--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
         (("--seeds", "0"), 2, "'0' must be an integer of at least 1"),

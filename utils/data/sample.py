@@ -1,12 +1,12 @@
-"""Draws the embedded sample: the ImageNet download in small, with ten kinds of simple objects.
+"""Draws the embedded sample: a small ImageNet download with ten kinds of simple objects.
 
-`draw` writes JPEG files in exactly the shape of the Kaggle download (class folders in `train/`, a
-flat `val/`, the solution files with one box per image, the class names), so that all that is made
+`draw` writes JPEG files in exactly the layout of the Kaggle download (class folders in `train/`, a
+flat `val/`, the solution files with one box per image, the class names), so that everything made
 for ImageNet runs unchanged without a download. The class of an object is its outline and nothing
 else: position, scale, rotation, colour, texture, clutter, occlusion, blur, noise and JPEG quality
-are drawn alike for every class. Flips, rotations and inverted colours keep the class.
+have the same distribution in every class. Flips, rotations and inverted colours keep the class.
 
-`draw_scenes` draws the same objects, several to a picture, with a box each in COCO's format.
+`draw_scenes` draws the same objects, several per image, with boxes in COCO's format.
 
     python -m utils.data.sample data/sample
 """
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from utils.cli import Parser, exit_code, int_at_least, progress_bar
-from utils.records import LOCK_NAME, lock
+from utils.records import LOCK_NAME, PARTIAL, lock, write_atomic
 
 VERSION = 1  # of the drawing code: raise it with every change that changes the bytes
 MARKER, UNFINISHED = "sample.json", "sample.unfinished.json"
@@ -35,6 +35,8 @@ SCENE_PX = 128  # sides of a scene
 SCENE_STREAM = 4  # before a split's number in the seed of a scene, so that no image shares it
 
 Box = tuple[int, int, int, int]
+Rng = np.random.Generator
+Outlines = tuple[np.ndarray, ...] | list[np.ndarray]  # points [n, 2] each
 
 
 def _closed(radii: np.ndarray | list[float]) -> np.ndarray:
@@ -68,7 +70,7 @@ def _window() -> list[np.ndarray]:
 
 # Names -> outlines within about one unit of the origin: the first is filled, the others cut holes.
 # Some pairs are alike on purpose (disc and hexagon, ring and wheel, star and flower and cross).
-CLASSES: dict[str, tuple[np.ndarray, ...]] = {
+CLASSES: dict[str, Outlines] = {
     "disc, filled circle": (_closed([1] * 48),),
     "hexagon": (_closed([1] * 6),),
     "ring, annulus": (_closed([1] * 48), _closed([0.6] * 48)),
@@ -84,17 +86,17 @@ CLASSES: dict[str, tuple[np.ndarray, ...]] = {
 WNIDS = tuple(f"n9{number:07d}" for number in range(1, len(CLASSES) + 1))
 
 
-def _colour(rng: np.random.Generator) -> np.ndarray:
+def _colour(rng: Rng) -> np.ndarray:
     """A random RGB colour, 0 to 255."""
     hsv = rng.random(), rng.uniform(0.1, 0.9), rng.uniform(0.15, 1.0)
     return 255 * np.array(colorsys.hsv_to_rgb(*hsv))
 
 
-def _ink(rng: np.random.Generator) -> tuple[int, ...]:
+def _ink(rng: Rng) -> tuple[int, ...]:
     return tuple(_colour(rng).astype(int).tolist())
 
 
-def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+def _contrasting_colour(rng: Rng, background: np.ndarray) -> np.ndarray:
     """A colour lighter or darker than `background`, so that it shows in grayscale too."""
     threshold, luma = rng.uniform(50, 110), np.array([0.299, 0.587, 0.114])
     colour = _colour(rng)
@@ -104,7 +106,7 @@ def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.
 
 
 def _texture(
-    rng: np.random.Generator, size_px: tuple[int, int], first: np.ndarray, second: np.ndarray
+    rng: Rng, size_px: tuple[int, int], first: np.ndarray, second: np.ndarray
 ) -> Image.Image:
     """An image that blends two colours by a gradient, soft noise and, at times, stripes."""
     coarse_px = size_px[0] // SUPERSAMPLING, size_px[1] // SUPERSAMPLING  # nothing here is sharp
@@ -123,7 +125,7 @@ def _texture(
     return Image.fromarray(pixels.astype(np.uint8)).resize(size_px, Image.Resampling.BILINEAR)
 
 
-def _scatter(rng: np.random.Generator, canvas: Image.Image, count: int) -> None:
+def _scatter(rng: Rng, canvas: Image.Image, count: int) -> None:
     """Draws distractors: thin strokes and small irregular blobs, which are of no class."""
     pen, short_px = ImageDraw.Draw(canvas), min(canvas.size)
     for _ in range(count):
@@ -138,9 +140,7 @@ def _scatter(rng: np.random.Generator, canvas: Image.Image, count: int) -> None:
             pen.polygon((centre + _closed(radii)).ravel().tolist(), fill=_ink(rng))
 
 
-def _bend(
-    rng: np.random.Generator, outlines: tuple[np.ndarray, ...]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _bend(rng: Rng, outlines: Outlines) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Outlines rotated, stretched and sheared, and what to divide their points by to tilt them."""
     angle, stretch = rng.uniform(-0.4, 0.4), np.exp(rng.uniform(-0.1, 0.1))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -150,9 +150,7 @@ def _bend(
     return bent, [(1 + points @ tilt)[:, None] for points in bent]
 
 
-def _place(
-    rng: np.random.Generator, outlines: tuple[np.ndarray, ...], size_px: tuple[int, int]
-) -> list[np.ndarray]:
+def _place(rng: Rng, outlines: Outlines, size_px: tuple[int, int]) -> list[np.ndarray]:
     """Outlines in canvas pixels: one large object near the middle."""
     bent, depths = _bend(rng, outlines)
     radius_px, size = rng.uniform(0.38, 0.5) * min(size_px), np.array(size_px)
@@ -162,9 +160,7 @@ def _place(
     return [centre + radius_px * p / depth for p, depth in zip(bent, depths, strict=True)]
 
 
-def _paste_object(
-    rng: np.random.Generator, canvas: Image.Image, outlines: list[np.ndarray], colour: np.ndarray
-) -> Box:
+def _paste_object(rng: Rng, canvas: Image.Image, outlines: Outlines, colour: np.ndarray) -> Box:
     """Draws the object, at times with a shadow, and returns its box in image pixels."""
     mask = Image.new("L", canvas.size)
     for number, points in enumerate(outlines):
@@ -180,7 +176,7 @@ def _paste_object(
     return box
 
 
-def _cover(rng: np.random.Generator, canvas: Image.Image, centre: np.ndarray) -> None:
+def _cover(rng: Rng, canvas: Image.Image, centre: np.ndarray) -> None:
     """Hides a part of the object behind a bar that runs through the whole image."""
     angle, short_px = rng.uniform(0, 2 * np.pi), min(canvas.size)
     middle = centre + rng.normal(scale=0.15 * short_px, size=2)
@@ -189,9 +185,7 @@ def _cover(rng: np.random.Generator, canvas: Image.Image, centre: np.ndarray) ->
     ImageDraw.Draw(canvas).line(ends, fill=_ink(rng), width=round(width_px))
 
 
-def _background(
-    rng: np.random.Generator, size_px: tuple[int, int]
-) -> tuple[Image.Image, np.ndarray]:
+def _background(rng: Rng, size_px: tuple[int, int]) -> tuple[Image.Image, np.ndarray]:
     """A canvas with a texture and clutter on it, and the mean of the texture's two colours."""
     first, second = _colour(rng), _colour(rng)
     second = first + rng.uniform(0.1, 0.7) * (second - first)
@@ -200,7 +194,7 @@ def _background(
     return canvas, (first + second) / 2
 
 
-def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box]:
+def render(rng: Rng, class_index: int) -> tuple[Image.Image, Box]:
     """Draws one image with one object.
 
     Args:
@@ -225,9 +219,7 @@ def render(rng: np.random.Generator, class_index: int) -> tuple[Image.Image, Box
     return _photograph(rng, canvas), box
 
 
-def render_scene(
-    rng: np.random.Generator, side_px: int = SCENE_PX
-) -> tuple[Image.Image, list[tuple[int, Box]]]:
+def render_scene(rng: Rng, side_px: int = SCENE_PX) -> tuple[Image.Image, list[tuple[int, Box]]]:
     """Draws one square image with one to four objects, which may cover each other a little.
 
     Returns:
@@ -249,7 +241,7 @@ def render_scene(
     return _photograph(rng, canvas), objects
 
 
-def _places(rng: np.random.Generator, side_px: int) -> list[tuple[np.ndarray, float]]:
+def _places(rng: Rng, side_px: int) -> list[tuple[np.ndarray, float]]:
     """Centres and radii of one to four objects, wholly on the canvas or nearly so."""
     places: list[tuple[np.ndarray, float]] = []
     wanted = rng.integers(1, 5)
@@ -263,7 +255,7 @@ def _places(rng: np.random.Generator, side_px: int) -> list[tuple[np.ndarray, fl
     return places
 
 
-def _photograph(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
+def _photograph(rng: Rng, canvas: Image.Image) -> Image.Image:
     """The image of a canvas, at times blurred, and noisy."""
     image = canvas.reduce(SUPERSAMPLING)
     if rng.random() < 0.3:
@@ -273,7 +265,7 @@ def _photograph(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _save(rng: np.random.Generator, image: Image.Image, path: Path, *, cmyk: bool) -> None:
+def _save(rng: Rng, image: Image.Image, path: Path, *, cmyk: bool) -> None:
     if cmyk:
         image = image.convert("CMYK")
     elif rng.random() < GRAYSCALE_SHARE:
@@ -305,38 +297,35 @@ def _draw_split(data: Path, split: str, seed: int, per_class: int, bar: tqdm) ->
 
 @contextmanager
 def _drawing(root: Path, content: str, settings: dict[str, object]) -> Iterator[bool]:
-    """Keeps the folder for this process, and gives whether `content` is still to be drawn.
+    """Locks the folder and yields whether its `content` is still to be drawn.
 
     Raises:
-        ValueError: as `_is_drawn`.
+        ValueError: `root` holds anything else.
     """
     marked = json.dumps(settings).encode() + b"\n"
-    _is_drawn(root, content, marked)  # raises before the lock file is written
+    if _is_drawn(root, content, marked):  # before the lock, which writes to the folder
+        yield False
+        return
     root.mkdir(parents=True, exist_ok=True)
     with lock(root):
-        if _is_drawn(root, content, marked):
-            yield False
-            return
-        (root / UNFINISHED).write_bytes(marked)
-        yield True
-        (root / MARKER).write_bytes(marked)
-        (root / UNFINISHED).unlink(missing_ok=True)
+        is_missing = not _is_drawn(root, content, marked)
+        if is_missing:
+            write_atomic(root / UNFINISHED, lambda path: path.write_bytes(marked))
+        yield is_missing
+        if is_missing:
+            (root / UNFINISHED).replace(root / MARKER)
 
 
 def _is_drawn(root: Path, content: str, settings: bytes) -> bool:
-    """Whether the drawing is there; False where the folder is free or ours to finish.
-
-    Raises:
-        ValueError: `root` holds anything else, which is not ours to touch.
-    """
+    """Whether the drawing is complete; ValueError if the folder holds anything else."""
     remedy = "choose another folder, or remove this one yourself"
     for marker in (root / UNFINISHED, root / MARKER):
         if marker.is_file():
             if marker.read_bytes() != settings:
                 raise ValueError(f"{root} holds a sample with other settings: {remedy}")
             return marker.name == MARKER and (root / content).is_dir()
-    names = {path.name for path in root.iterdir()} if root.is_dir() else {LOCK_NAME}
-    if root.exists() and (not root.is_dir() or names - {LOCK_NAME}):
+    ours = {root / LOCK_NAME, root / (UNFINISHED + PARTIAL)}
+    if root.exists() and (not root.is_dir() or set(root.iterdir()) - ours):
         raise ValueError(f"{root} holds something that is not a sample: {remedy}")
     return False
 
@@ -349,39 +338,32 @@ def draw(
     val_per_class: int = 50,
     progress: bool = False,
 ) -> Path:
-    """Draws the sample into a folder, or does nothing if it is there, its val/ sorted or not.
+    """Draws the sample into a folder, or does nothing if it is there, with val/ sorted or not.
 
-    The same settings give the same bytes. An image depends on the seed, its split and its number
-    alone. A second process waits until the first is done.
+    The same settings give the same bytes. An image depends only on the seed, its split and its
+    number. A second process waits until the first is done.
 
     Args:
-        root: Folder to fill: missing, empty, or left unfinished by a call with these settings.
-        seed: Not negative.
-        train_per_class: Training images of each class, 1 or more.
-        val_per_class: Validation images of each class, 1 or more.
-        progress: Whether to show a progress bar.
+        root: folder to fill: missing, empty, or left unfinished by a call with these settings.
+        train_per_class, val_per_class: images of each class, 1 or more.
 
     Returns:
         The folder that holds `train/` and `val/`.
 
     Raises:
-        ValueError: A number out of range, or a `root` that holds something else.
+        ValueError: `root` holds something else.
     """
-    if seed < 0 or train_per_class < 1 or val_per_class < 1:
-        raise ValueError("seed must be 0 or more, images per class 1 or more")
     root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
     settings = {"version": VERSION, "seed": seed, "per_class": counts}
-    data = root / "ILSVRC" / "Data" / "CLS-LOC"
-    with _drawing(root, "ILSVRC", settings) as wanted:
-        if not wanted:
-            return data
-        names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
-        (root / "LOC_synset_mapping.txt").write_text(names)
-        total = len(CLASSES) * sum(counts.values())
-        with progress_bar(total=total, unit=" images", disable=not progress) as bar:
-            for split in SPLITS:
-                solution = _draw_split(data, split, seed, counts[split], bar)
-                (root / f"LOC_{split}_solution.csv").write_text(solution)
+    data, total = root / "ILSVRC" / "Data" / "CLS-LOC", len(CLASSES) * sum(counts.values())
+    with _drawing(root, "ILSVRC", settings) as is_missing:
+        if is_missing:
+            names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
+            (root / "LOC_synset_mapping.txt").write_text(names)
+            with progress_bar(total=total, unit=" images", disable=not progress) as bar:
+                for split in SPLITS:
+                    solution = _draw_split(data, split, seed, counts[split], bar)
+                    (root / f"LOC_{split}_solution.csv").write_text(solution)
     return data
 
 
@@ -393,44 +375,30 @@ def draw_scenes(
     val_images: int = 100,
     progress: bool = False,
 ) -> Path:
-    """Draws scenes with boxes into a folder, or does nothing if they are there.
+    """Draws scenes with boxes into a folder, as `draw` does, and returns the folder.
 
-    The folder gets `train/`, `val/` and COCO's annotations of both, `annotations/
-    instances_train.json` and `instances_val.json`. Classes are the sample's, under their first
-    names. The same settings give the same bytes, and an image depends on the seed, its split and
-    its number alone. A second process waits until the first is done.
-
-    Args:
-        root: Folder to fill, as of `draw`.
-        seed: Not negative.
-        train_images, val_images: 1 or more.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        `root`.
+    It gets `train/`, `val/` and COCO's annotations of both, `annotations/instances_train.json` and
+    `instances_val.json`. The categories are the sample's classes, with their first names.
 
     Raises:
-        ValueError: A number out of range, or a `root` that holds something else.
+        ValueError: `root` holds something else.
     """
-    if seed < 0 or train_images < 1 or val_images < 1:
-        raise ValueError("seed must be 0 or more, images 1 or more")
     root, counts = Path(root), {"train": train_images, "val": val_images}
     settings = {"version": VERSION, "seed": seed, "scenes": counts}
-    with _drawing(root, "annotations", settings) as wanted:
-        if not wanted:
-            return root
-        total = sum(counts.values())
-        with progress_bar(total=total, unit=" images", disable=not progress) as bar:
-            for split, count in counts.items():
-                found = _draw_scenes(root / split, SPLITS.index(split), seed, count, bar)
-                path = root / "annotations" / f"instances_{split}.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(found))
+    with _drawing(root, "annotations", settings) as is_missing:
+        if is_missing:
+            total = sum(counts.values())
+            with progress_bar(total=total, unit=" images", disable=not progress) as bar:
+                for number, split in enumerate(SPLITS):
+                    found = _draw_scenes(root / split, number, seed, counts[split], bar)
+                    path = root / "annotations" / f"instances_{split}.json"
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_text(json.dumps(found))
     return root
 
 
 def _draw_scenes(folder: Path, number: int, seed: int, count: int, bar: tqdm) -> dict[str, list]:
-    """Draws the images of one split and returns what COCO's file says of them."""
+    """Draws the images of one split and returns the content of its COCO file."""
     images, annotations = [], []
     for index in range(count):
         rng = np.random.default_rng((seed, SCENE_STREAM + number, index))
@@ -455,12 +423,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("root", help="folder to fill, for example data/sample")
     parser.add_argument("--seed", type=int_at_least(0), default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    return exit_code(lambda: print(_drawn(args.root, args.seed)))
-
-
-def _drawn(root: str, seed: int) -> str:
-    data = draw(root, seed=seed, progress=True)
-    return f"The sample of {len(CLASSES)} classes is in {data}"
+    name = f"The sample of {len(CLASSES)} classes is in"
+    return exit_code(lambda: print(name, draw(args.root, seed=args.seed, progress=True)))
 
 
 if __name__ == "__main__":
