@@ -1,9 +1,9 @@
-"""The studies of notebooks 04 to 06, a table each: what varies, over which values and seeds.
+"""The studies of notebooks 04 to 06: what varies, over which values and seeds.
 
-Sizes are chosen so that a study of real photographs takes two cores about an hour: Imagenette at 64
-pixels, a quarter of the width, eight epochs (three to twelve in the study of lengths). Test crops
-are multiples of 32 pixels: with final maps of 2 x 2 pixels any other size shifts the grid on which
-the strided convolutions sample.
+With these sizes a study of real photographs takes two cores about an hour: Imagenette at 64 pixels,
+a quarter of the width, eight epochs (three to twelve in the study of lengths). Test crops are
+multiples of 32 pixels: with final maps of 2 x 2 pixels any other size shifts the sampling grid of
+the strided convolutions.
 """
 
 from dataclasses import replace
@@ -13,20 +13,21 @@ from utils.recipe import RECIPES
 from utils.studies.runner import Study, Variant
 
 BACKBONE = "cspdarknet19"  # of the studies of the recipe
-_SIZES = {
-    "epochs": 8,
-    "batch_size": 64,
-    "lr_per_1024": 2.0,
-    "warmup_epochs": 1.0,
-    "train_crop_px": 64,
-    "eval_resize_px": 73,
-    "eval_crop_px": 64,
-    "width": 0.25,
-}
-SHORT = replace(RECIPES["small"], **_SIZES)
+SHORT = replace(
+    RECIPES["small"],
+    epochs=8,
+    batch_size=64,
+    lr_per_1024=2.0,
+    warmup_epochs=1.0,
+    train_crop_px=64,
+    eval_resize_px=73,
+    eval_crop_px=64,
+    width=0.25,
+)
 THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)
+TRAIN_PX, LARGER_PX = SHORT.train_crop_px, 96
 
-# Each trick on and off. Two more need no training of their own: averaged weights (EMA) and FixRes
+# Each trick on and off. Two more need no training of their own: EMA weights, and FixRes
 # (arXiv:1906.06423), which tests at a larger size than it trains at.
 TRICKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TrivialAugment": ({"trivial_augment": True}, {"trivial_augment": False}),
@@ -39,25 +40,17 @@ TRICKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 FULL = {name: value for on, _ in TRICKS.values() for name, value in on.items()}
 BARE = {name: value for _, off in TRICKS.values() for name, value in off.items()}
-TRAIN_PX, LARGER_PX = SHORT.train_crop_px, 96
 
 
 def _learning_rate() -> Study:
     """The peak rate of Darknet-53 with and without the split, chosen on the held-out slice."""
-    variants = [
+    variants = tuple(
         Variant(f"{backbone}, {rate:g}", backbone, options, {"lr_per_1024": rate})
         for backbone, options in (("cspdarknet53", {"split": "separate"}), ("darknet53", {}))
         for rate in (2.0, 1.0, 0.5)
-    ]
-    return Study(
-        "learning_rate",
-        "learning rate",
-        variants[0].value,
-        SHORT,
-        tuple(variants),
-        (0,),
-        tuning=True,
     )
+    name, baseline = "learning_rate", variants[0].value
+    return Study(name, "learning rate", baseline, SHORT, variants, (0,), tuning=True)
 
 
 def _csp_split() -> Study:
@@ -81,49 +74,28 @@ def _vovnet() -> Study:
 
 def _leave_one_out() -> Study:
     variants = [Variant("full", BACKBONE, recipe=FULL, test_sizes_px=(TRAIN_PX,))]
-    variants += [
-        Variant(f"without {name}", BACKBONE, recipe={**FULL, **off})
-        for name, (_, off) in TRICKS.items()
-    ]
-    return Study(
-        "recipe_leave_one_out",
-        "recipe",
-        "full",
-        SHORT.tested_at(LARGER_PX),
-        tuple(variants),
-        THREE,
-        extra_evaluations={"without EMA": ("raw", LARGER_PX), "without FixRes": ("ema", TRAIN_PX)},
-    )
+    for name, (_, off) in TRICKS.items():
+        variants.append(Variant(f"without {name}", BACKBONE, recipe={**FULL, **off}))
+    recipe, name = SHORT.tested_at(LARGER_PX), "recipe_leave_one_out"
+    extra = {"without EMA": ("raw", LARGER_PX), "without FixRes": ("ema", TRAIN_PX)}
+    return Study(name, "recipe", "full", recipe, tuple(variants), THREE, extra_evaluations=extra)
 
 
 def _add_one() -> Study:
     variants = [Variant("bare", BACKBONE, recipe=BARE, test_sizes_px=(LARGER_PX,))]
-    variants += [
-        Variant(f"with {name}", BACKBONE, recipe={**BARE, **on}) for name, (on, _) in TRICKS.items()
-    ]
-    return Study(
-        "recipe_add_one",
-        "recipe",
-        "bare",
-        SHORT,
-        tuple(variants),
-        THREE,
-        weights="raw",
-        extra_evaluations={"with EMA": ("ema", TRAIN_PX), "with FixRes": ("raw", LARGER_PX)},
-    )
+    for name, (on, _) in TRICKS.items():
+        variants.append(Variant(f"with {name}", BACKBONE, recipe={**BARE, **on}))
+    extra = {"with EMA": ("ema", TRAIN_PX), "with FixRes": ("raw", LARGER_PX)}
+    return Study("recipe_add_one", "recipe", "bare", SHORT, tuple(variants), THREE, "raw", extra)
 
 
 def _fixres() -> Study:
-    values = {px: f"trained at {px} px" for px in (LARGER_PX, TRAIN_PX)}
-    sizes_px = (64, 128, 160)
     variants = tuple(
-        Variant(value, BACKBONE, recipe={"train_crop_px": px}, test_sizes_px=sizes_px)
-        for px, value in values.items()
+        Variant(f"trained at {px} px", BACKBONE, {}, {"train_crop_px": px}, (64, 128, 160))
+        for px in (LARGER_PX, TRAIN_PX)
     )
-    name = "fixres"
-    return Study(
-        name, "training size", values[LARGER_PX], SHORT.tested_at(LARGER_PX), variants, THREE
-    )
+    recipe, baseline = SHORT.tested_at(LARGER_PX), variants[0].value
+    return Study("fixres", "training size", baseline, recipe, variants, THREE)
 
 
 def _length() -> Study:
@@ -135,24 +107,13 @@ def _length() -> Study:
     return Study("length", "recipe and epochs", "small, 6 epochs", SHORT, variants, THREE)
 
 
+MAKERS = (_learning_rate, _csp_split, _vovnet, _leave_one_out, _add_one, _fixres, _length)
+STUDIES = {study.name: study for study in (make() for make in MAKERS)}
+
+
 def networks() -> dict[str, Variant]:
-    """An variant for each network that the studies train, by its name."""
+    """A variant for each network that the studies train, by the network's name."""
     found = {}
-    for study in STUDIES.values():
-        for variant in study.variants:
-            found.setdefault(variant.network, variant)
+    for variant in (variant for study in STUDIES.values() for variant in study.variants):
+        found.setdefault(variant.network, variant)
     return found
-
-
-STUDIES = {
-    study.name: study
-    for study in (
-        _learning_rate(),
-        _csp_split(),
-        _vovnet(),
-        _leave_one_out(),
-        _add_one(),
-        _fixres(),
-        _length(),
-    )
-}
