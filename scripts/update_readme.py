@@ -8,6 +8,7 @@
 docs/feature_maps.png instead: an image of the sample and its feature maps by a run of `make train`.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-from utils import plotting, tables
+from utils import plotting
 from utils.data import sample
 from utils.data.transforms import MEAN_RGB, STD_RGB
 from utils.records import write_atomic
@@ -31,68 +32,83 @@ from utils.studies.definitions import STUDIES
 from utils.training.checkpoint import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/results.md", "docs/comparison.md")
 
 
-def tables_by_name() -> dict[str, str]:
-    """Every generated table in Markdown, by the name of its block."""
-    facts = pd.read_csv(ROOT / "tests" / "backbone_facts.csv")
-    compared = pd.read_csv(ROOT / "results" / "feature_maps_compared.csv")
-    full_size = statistics.read_costs(224)
-    blocks = {
-        "models": tables.model_table(facts),
-        "comparison": tables.markdown(compared.drop(columns="what was tried")),
-        "recipe": tables.markdown(statistics.recipe_table()),
-        "fixres": tables.markdown(statistics.fixres_table()),
-        "length": tables.markdown(statistics.length_table()),
-        "detection": tables.markdown(statistics.detection_table(statistics.read_detection())),
+def documents() -> dict[str, dict[str, pd.DataFrame]]:
+    """Every generated table, by its document and the name of its block there."""
+    facts = pd.read_csv(ROOT / "tests" / "backbone_facts.csv").query("options == '{}'")
+    columns = {
+        "name": "`" + facts.name + "`",
+        "parameters (M)": (facts.parameters / 1e6).map("{:.1f}".format),
+        "GMACs": facts.gmacs_224.map("{:.2f}".format),
+        "channels at strides 2, 4, 8, 16, 32": facts.channels.str.replace(" ", ", "),
     }
+    compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
+    results = {
+        "recipe": statistics.recipe_table(),
+        "fixres": statistics.fixres_table(),
+        "length": statistics.length_table(),
+        "detection": statistics.detection_table(statistics.read_detection()),
+    }
+    costs = statistics.read_costs(224)
     for name in ("csp_split", "vovnet"):
-        found = statistics.study_table(STUDIES[name], statistics.read_study(name), full_size)
-        blocks[name] = tables.markdown(found)
-    return blocks
+        table = statistics.read_study(name)
+        results[name] = statistics.study_table(STUDIES[name], table, costs)
+    return {
+        "README.md": {"models": pd.DataFrame(columns)},
+        "docs/comparison.md": {"comparison": compared.drop(columns="what was tried")},
+        "docs/results.md": results,
+    }
+
+
+def replace_block(text: str, name: str, table: pd.DataFrame) -> str:
+    """`text` with the table in Markdown between `<!-- name -->` and `<!-- end of name -->`."""
+    cells = table.astype(str)
+    is_number = [cells[column].str.fullmatch(r"[\d.,]+").all() for column in cells]
+    sides = ["right" if number else "left" for number in is_number]
+    content = cells.to_markdown(index=False, disable_numparse=True, colalign=sides)
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"needs {begin.strip()!r} and then {end!r}, once each")
+    return pattern.sub(lambda _: f"{begin}{content}\n{end}", text)
+
+
+def update(check: bool) -> int:
+    code = 0
+    for document, tables in documents().items():
+        old = new = (ROOT / document).read_text()
+        for name, table in tables.items():
+            new = replace_block(new, name, table)
+        if check and new != old:
+            print(f"{document}: tables differ from the records; run scripts/update_readme.py")
+            code = 1
+        elif new != old:
+            write_atomic(ROOT / document, lambda path, text=new: path.write_text(text))
+    return code
 
 
 @torch.no_grad()
 def draw_picture(checkpoint: Path, path: Path) -> None:
-    """An image that the sample draws and its maps by a run's averaged weights, as a PNG."""
+    """An image that the sample draws and its feature maps by a run's EMA weights, as a PNG."""
     net = load_trained(checkpoint, torch.device("cpu")).ema.backbone
     drawn, _ = sample.render(np.random.default_rng(3), class_index=3)
     drawn = ImageOps.fit(drawn, (288, 224))
     maps = net(normalize(pil_to_tensor(drawn).float(), MEAN_RGB, STD_RGB)[None])
     plotting.save(plotting.plot_components(drawn, maps, net.strides), path)
-    # A palette: a third of the bytes, hardly seen.
+    # A palette needs a third of the bytes and looks the same.
     Image.open(path).convert("RGB").quantize(255).save(path, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="only compare the tables with the records"
-    )
-    parser.add_argument(
-        "--picture", type=Path, metavar="CHECKPOINT", help="draw the README's picture"
-    )
+    add = parser.add_argument
+    add("--check", action="store_true", help="only compare the tables with the records")
+    add("--picture", type=Path, metavar="CHECKPOINT", help="draw the README's picture")
     args = parser.parse_args(argv)
     if args.picture:
         return exit_code(lambda: draw_picture(args.picture, ROOT / "docs" / "feature_maps.png"))
     return exit_code(lambda: update(args.check))
-
-
-def update(check: bool) -> int:
-    blocks, status = tables_by_name(), 0
-    for name in DOCUMENTS:
-        path = ROOT / name
-        old = new = path.read_text()
-        for block, content in blocks.items():
-            if f"<!-- {block} -->" in new:
-                new = tables.replace_block(new, block, content)
-        if check and new != old:
-            print(f"{name}: tables differ from the records; run scripts/update_readme.py")
-            status = 1
-        elif new != old:
-            write_atomic(path, lambda temporary, text=new: temporary.write_text(text))
-    return status
 
 
 if __name__ == "__main__":
