@@ -1,10 +1,10 @@
-"""Packs class folders into WebDataset shards, or checks shards: `utils.data.packing`'s command line.
+"""Packs class folders into WebDataset shards, or checks shards: `utils.data.shards`'s command line.
 
     python scripts/make_shards.py --data-dir ILSVRC/Data/CLS-LOC --output-dir shards
     python scripts/make_shards.py --verify --output-dir shards
 
-The folder holds train/ and val/, each with one folder per class. Interrupted, the same command goes
-on. scripts/train.py reads the shards, from a disk or through a pipe:
+The folder holds train/ and val/, each with one folder per class. After an interrupt the same
+command resumes. scripts/train.py reads the shards, from a disk or through a pipe:
 
     --data-dir "shards/{train-{000000..001281},val-{000000..000049}}.tar"
     --data-dir "pipe:curl -sf http://host/{train-{000000..001281},val-{000000..000049}}.tar"
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone befor
 from utils.cli import Parser, exit_code, int_at_least
 
 # isort: split
-from utils.data.packing import make_shards, verify_shards
+from utils.data.shards import make_shards, verify_shards
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,10 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def pack_or_verify(args: argparse.Namespace) -> str:
     if args.verify:
-        return verify_shards(args.output_dir, progress=True)
-    return make_shards(
-        args.data_dir, args.output_dir, args.images_per_shard, args.seed, progress=True
-    )
+        return verify_shards(args.output_dir)
+    return make_shards(args.data_dir, args.output_dir, args.images_per_shard, args.seed)
 
 
 if __name__ == "__main__":

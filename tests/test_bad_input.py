@@ -766,44 +766,15 @@ def index_is(content):
 
 
 TRAIN_SHARDS = f"{TRAIN} --data-dir 'shards/{{train,val}}-000000.tar'"
-DAMAGED = "shards/train-000000.tar: __meta__/index.json in it is damaged"
+NOT_COMPLETE = "shards/train-000000.tar: not a complete shard"
 INDICES = {
-    f"an index whose {name} is {json.dumps(value)[:40]}": (
-        index_is({name: value}), TRAIN_SHARDS, 1, f"{DAMAGED} ({name}="
-    )
-    for name, values in {
-        "counts": ["8", {"0": 8}, 8, [], ["8"], [8.0], [True], [-8], [0], [None], [2**70]],
-        "split": ["test", ["train"], None, "../train"],
-        "shard": ["0", -1, 1, 0.0, [0]],
-        "classes": [
-            "ab", {A: 0, B: 1}, [], [A, 1], [A, A], [B, A], ["", A], ["..", A], ["a/b", B],
-            ["/etc", B], ["\0", B],
-        ],
-        "seed": ["0", -1, 0.5, None],
-        "files": [3, None, ["x"]],
-    }.items()
-    for value in values
-} | {
-    "an index that is a list": (index_is(b"[1]"), TRAIN_SHARDS, 1, DAMAGED),
-    "an index that is a number": (index_is(b"3"), TRAIN_SHARDS, 1, DAMAGED),
-    "an index of nothing": (index_is(b""), TRAIN_SHARDS, 1, DAMAGED),
-    "half an index": (index_is(b'{"format": 1, "split": "tr'), TRAIN_SHARDS, 1, DAMAGED),
-    "an index without counts": (
-        index_is(b'{"format": 1, "split": "train"}'), TRAIN_SHARDS, 1, DAMAGED
-    ),
-    "an index that says more": (index_is({"more": 1}), TRAIN_SHARDS, 1, DAMAGED, "'more'"),
-    "an index that is not UTF-8": (index_is(b'{"format": "\xff"}'), TRAIN_SHARDS, 1, DAMAGED),
-    "an index without end": (index_is(b"[" * 100_000), TRAIN_SHARDS, 1, DAMAGED),
-    "an index of many digits": (
-        index_is(b'{"format": ' + b"9" * 5000 + b"}"), TRAIN_SHARDS, 1, DAMAGED
-    ),
-    "an index whose format is text": (index_is({"format": "1"}), TRAIN_SHARDS, 1, DAMAGED),
-    "an index of the future": (
-        index_is({"format": 2, "more": 1}), TRAIN_SHARDS, 1, "has format 2, not 1"
-    ),
+    "an index that is a list": (index_is(b"[1]"), TRAIN_SHARDS, 1, NOT_COMPLETE),
+    "half an index": (index_is(b'{"format": 1, "split": "tr'), TRAIN_SHARDS, 1, NOT_COMPLETE),
+    "an index that says more": (index_is({"more": 1}), TRAIN_SHARDS, 1, NOT_COMPLETE),
+    "an index of the future": (index_is({"format": 2}), TRAIN_SHARDS, 1, "of this version"),
     "packs beside a damaged index": (
-        lambda: (index_is({"counts": "8"})(), Path("shards/SHA256SUMS").unlink()),
-        f"{PACK} --output-dir shards", 1, DAMAGED,
+        lambda: (index_is(b"{")(), Path("shards/SHA256SUMS").unlink()),
+        f"{PACK} --output-dir shards", 1, NOT_COMPLETE,
     ),
     "shards as they should be": (index_is({}), TRAIN_SHARDS, 0),
 }  # fmt: skip
@@ -950,9 +921,9 @@ OTHER_SCRIPTS = {
         None, f"{PACK} --images-per-shard 0", 2, "--images-per-shard: '0' must be"
     ),
     "packs and verifies": (None, f"{PACK} --verify", 2, "not allowed with"),
-    "no folder of shards": (None, VERIFY, 2, "shards is not a folder"),
-    "an empty folder of shards": (make_folder("shards"), VERIFY, 1, "names no train or no val"),
-    "a list of checksums that is none": (sums("??\n"), VERIFY, 1, "SHA256SUMS: line 1 is not"),
+    "no folder of shards": (None, VERIFY, 2, "SHA256SUMS: No such file"),
+    "an empty folder of shards": (make_folder("shards"), VERIFY, 2, "SHA256SUMS: No such"),
+    "a list of checksums that is none": (sums("??\n"), VERIFY, 1, "SHA256SUMS: lists no shard"),
     "a shard that is missing": (
         sums(f"{'0' * 64}  train-000000.tar\n{'0' * 64}  val-000000.tar\n"),
         VERIFY, 1, "train-000000.tar",
@@ -963,7 +934,7 @@ OTHER_SCRIPTS = {
     "a brace pattern that the shell has spread": (
         None, f"{TRAIN} --data-dir train-0.tar train-1.tar val-0.tar", 2, "quote the brace pattern"
     ),
-    "a damaged shard": (damage_shard, VERIFY, 1, "train-000000.tar: damaged"),
+    "a damaged shard": (damage_shard, VERIFY, 1, "train-000000.tar: missing, or damaged"),
     "unknown study": (None, "ablate.py nothing --data-dir data", 2, "'nothing'"),
     "a study without data": (None, f"{STUDY} --data-dir nowhere", 2, "nowhere is not a folder"),
     "a study of too few images": (None, STUDY, 1, f"{A}: fewer than 10 images to cut from"),
@@ -1044,13 +1015,9 @@ PERMISSIONS = {
     "sorts where nothing may be written": (
         mode("flat", 0o500), SORT, 1, "flat", "Permission denied"
     ),
-    "packs an unreadable image": (
-        lambda: (os.mkdir("packed"), FIRST.chmod(0)), f"{PACK} --output-dir packed",
-        1, f"{FIRST}: Permission denied",
-    ),
     "packs where it may not": (
         lambda: os.mkdir("locked", 0o500), f"{PACK} --output-dir locked",
-        1, "locked/train-000000.tar: cannot be written (Permission denied)",
+        1, "locked: Permission denied",
     ),
 }  # fmt: skip
 

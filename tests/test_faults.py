@@ -3,7 +3,6 @@
 docs/reliability.md lists what they show; `make faults` runs them.
 """
 
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -25,13 +24,9 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_run, run
 from test_imagenet import make, sorted_tree
-from utils.training.trained import load_trained
 
-from backbones import create_classifier
-from utils.data import packing
 from utils.records import lock
 from utils.training.checkpoint import save_checkpoint
-from utils.training.evaluation import evaluate_trained
 
 pytestmark = pytest.mark.faults
 
@@ -698,56 +693,6 @@ def test_a_killed_rank_of_one_node_restarts_both(folders, pair, tmp_path):
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launch_nodes(script, folders, [tmp_path / "run"] * 2, *options, env=env)
     assert_same_run(pair, tmp_path / "run")
-
-
-TELLS_STEPS = f"""
-import os, runpy, sys
-import utils.training.loop as t
-def step(self, batch, f=t.Trainer.train_step):
-    with open(f"{{__file__}}.{{os.environ['RANK']}}", "a") as file:
-        print(self.step, *batch.indices, file=file)
-    return f(self, batch)
-t.Trainer.train_step = step
-{AS_TRAIN}"""
-UNEVEN = {
-    "one large, others small": {"train": (30, 2, 2, 14), "val": (1, 16, 1)},
-    "more processes than shards": {"train": (48,), "val": (18,)},
-}
-
-
-@pytest.mark.parametrize("counts", UNEVEN.values(), ids=UNEVEN)
-def test_two_processes_end_together_on_uneven_shards(folders, tmp_path, monkeypatch, counts):
-    def plan(*args, f=packing._plan):
-        jobs = {}
-        for job in f(*args).values():  # one for each split
-            split, bounds = job.index.split, [0, *itertools.accumulate(counts[job.index.split])]
-            for k, (first, last) in enumerate(itertools.pairwise(bounds)):
-                index = dataclasses.replace(job.index, shard=k, counts=list(counts[split]))
-                order = job.order[first:last]
-                jobs[f"{split}-{k:06d}.tar"] = packing._Job(index, job.source, order, first)
-        return jobs
-
-    monkeypatch.setattr(packing, "_plan", plan)
-    packing.make_shards(folders, tmp_path / "shards")
-    names = [path.stem for path in (tmp_path / "shards").glob("*.tar")]
-    pattern = f"{tmp_path / 'shards'}/{{{','.join(names)}}}.tar"
-    script = tmp_path / "tells.py"
-    script.write_text(TELLS_STEPS)
-    done = launch([script, *command(pattern, tmp_path / "run", "--workers", 2)])
-    assert done.returncode == 0, done.stderr
-    seen = [Path(f"{script}.{rank}").read_text().splitlines() for rank in (0, 1)]
-    steps = [[list(map(int, line.split())) for line in lines] for lines in seen]
-    assert [[step[0] for step in mine] for mine in steps] == [list(range(18))] * 2
-    for epoch in range(3):  # 48 images, 6 steps
-        mine = [step[1:] for each in steps for step in each[6 * epoch : 6 * epoch + 6]]
-        assert sorted(itertools.chain(*mine)) == list(range(48))
-    row = pd.read_csv(tmp_path / "run" / "metrics.csv").iloc[-1]
-    trained = load_trained(tmp_path / "run" / "last.pt", create_classifier, torch.device("cpu"))
-    results, _ = evaluate_trained(trained, folders)
-    for name, prefix in (("raw", "val_"), ("EMA", "ema_val_")):
-        assert results[name]["images"] == 18
-        for key in ("loss", "top1_pct", "top5_pct"):
-            assert row[prefix + key] == pytest.approx(results[name][key], rel=1e-5)
 
 
 # Ranks that wait: for their images, or one in its evaluation for the other.

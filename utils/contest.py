@@ -37,7 +37,7 @@ from utils.data.folders import (
     TrainBatches,
     make_loader,
 )
-from utils.data.packing import make_shards
+from utils.data.shards import make_shards
 from utils.data.transforms import decode, train_transform
 from utils.measure import (
     by_steps,

@@ -15,7 +15,7 @@ from utils.data.folders import (
     open_val,
     validate_classes,
 )
-from utils.data.shards import Shards, ShardStream, is_shards, open_shards
+from utils.data.shards import ShardBatches, Shards, is_shards, open_shards
 from utils.distributed import world_size
 from utils.recipe import Recipe
 
@@ -50,14 +50,14 @@ def train_loader(
         options: workers, pin_memory, timeout_s; see `utils.data.folders.make_loader`.
     """
     if isinstance(images, Shards):
-        return make_loader(ShardStream(images, batch_size, train=True), None, *options)
+        return make_loader(ShardBatches(images, batch_size, train=True), None, *options)
     return make_loader(images, TrainBatches(len(images), batch_size, seed), *options)
 
 
 def eval_loader(images: ImageFiles | Shards, batch_size: int, *options: Any) -> DataLoader:
     """A loader of this process's share of the images, each once."""
     if isinstance(images, Shards):
-        return make_loader(ShardStream(images, batch_size, train=False), None, *options)
+        return make_loader(ShardBatches(images, batch_size, train=False), None, *options)
     batches = EvalBatches(len(images), max(1, batch_size // world_size()))
     return make_loader(images, batches, *options)
 
@@ -67,14 +67,6 @@ def begin(loader: DataLoader, epoch: int, first_step: int = 0) -> None:
     (loader.batch_sampler or loader.dataset).begin(epoch, first_step)
 
 
-def describe(images: ImageFiles | Shards, workers: int) -> dict[str, Any] | None:
-    """What the order of the images depends on besides the seed; None for class folders."""
-    if not isinstance(images, Shards):
-        return None
-    index = images.index
-    return {
-        "files": index.files,
-        "packing_seed": index.seed,
-        "images_per_shard": index.counts[0],
-        "workers": max(1, workers),
-    }
+def describe(images: ImageFiles | Shards) -> dict[str, Any] | None:
+    """What identifies the images of shards when a run is resumed; None for class folders."""
+    return {"files": images.index["files"]} if isinstance(images, Shards) else None

@@ -1,427 +1,298 @@
-"""Images in WebDataset tar files ("shards"), for data that outgrow a disk: how they are read.
+"""Images in WebDataset tar files ("shards"): loading, packing and verifying them.
 
-A split is a row of tar files, train-000000.tar and so on. Every one of them says what the whole
-split is, so that a shard that comes through a pipe needs no other file:
+Every shard describes its complete split, so that one from a pipe needs no other file:
 
-    __meta__/index.json   an `Index`; the library's own readers leave such names out
-    000000123.cls         the label's number, as text; 123 counts through all shards of the split
-    000000123.jpg         the bytes of the image file, whatever its format
-    000000123.path        its class folder and name, which may hold dots, spaces and any bytes
+    __meta__/index.json   split, number of this shard, images in every shard, classes, packing seed,
+                          SHA-256 of all file names; other WebDataset readers skip this name
+    000000123.cls         the label as text; 123 counts through all shards of the split
+    000000123.jpg         the bytes of the image file, in any format
+    000000123.path        its class folder and file name
 
-Training images are shuffled when they are packed (`utils.data.packing`), so that any shard is a mix of
-all classes, and an epoch reads the shards in a new order, through a shuffle buffer.
+Training images are shuffled when they are packed, so every shard is a mix of all classes.
 """
 
-import contextlib
-import dataclasses
+import hashlib
 import json
 import os
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, islice
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import webdataset
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.gopen import Pipe, gopen, set_options
-from webdataset.tariterators import tar_file_iterator
+from webdataset import DataPipeline, TarWriter, batched, detshuffle
+from webdataset.gopen import Pipe, gopen
+from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from utils.cli import DataError, printable, summarize
+from utils.cli import DataError, printable, progress_bar
 from utils.data.folders import (
     ORDER_STREAM,
     Batch,
     CorruptImageError,
+    ImageFiles,
+    TrainBatches,
     collate,
     in_threads,
+    open_folders,
     sample_rng,
     stream_seed,
 )
 from utils.data.transforms import Transform, eval_transform, open_image, train_transform
 from utils.distributed import rank, world_size
 from utils.recipe import Recipe
+from utils.records import lock, write_atomic
 
-SPLITS = ("train", "val")
-FORMAT = 1
-INDEX_KEY = "__meta__/index"
-SUFFIXES = ("cls", "jpg", "path")  # in the order in which TarWriter writes them
-MOST_IMAGES = 10**9  # of a split: nine digits name them
-BUFFER_IMAGES = 1000  # encoded ones that a worker shuffles among: 110 MB of ImageNet
-SHARD_NAME = re.compile(r"(?<![A-Za-z0-9])(train|val)-(\d+)\.tar")
-EXAMPLE = "shards/{train-{000000..001281},val-{000000..000049}}.tar"
-
-
-class ShardError(DataError):
-    """Shards that cannot be used; the text is one line for the user and names the file."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """What every shard says of its split.
-
-    Attributes:
-        shard: number of this shard.
-        counts: images in each shard of the split.
-        classes: names of the classes; their order numbers the labels.
-        seed: of the order in which training images were packed.
-        files: SHA-256 of the names of all files of the tree, train and val.
-    """
-
-    format: int
-    split: str
-    shard: int
-    counts: list[int]
-    classes: list[str]
-    seed: int
-    files: str
-
-    def odd_entry(self) -> str:
-        """The first entry that no shard may have, with its value; empty if all may be."""
-        counts, classes = (
-            values if _all_are(kind, values) else []
-            for kind, values in ((int, self.counts), (str, self.classes))
-        )
-        good = {
-            "format": self.format == FORMAT,
-            "split": self.split in SPLITS,
-            "counts": counts and min(counts) > 0 and sum(counts) <= MOST_IMAGES,
-            "shard": type(self.shard) is int and 0 <= self.shard < len(counts),
-            "classes": classes
-            and classes == sorted(set(classes))
-            and all(name not in ("", "..") and not set(name) & {"/", "\0"} for name in classes),
-            "seed": type(self.seed) is int and self.seed >= 0,
-            "files": isinstance(self.files, str),
-        }
-        return next((f"{key}={getattr(self, key)!r}" for key in good if not good[key]), "")
-
-    def difference(self, wanted: "Index") -> str:
-        """Words for the first thing in which it differs from `wanted`; empty if in nothing."""
-        here, there = f"{self.split} shard {self.shard}", f"{wanted.split} shard {wanted.shard}"
-        if self.classes != wanted.classes:
-            odd = sorted(set(self.classes) ^ set(wanted.classes))
-            return f"its classes differ: {summarize(odd)}"
-        if self.files != wanted.files:
-            return "it was made from a tree with other files"
-        if self.seed != wanted.seed:
-            return f"it was made with --seed {self.seed}, not {wanted.seed}"
-        if self.split == wanted.split and self.counts != wanted.counts:
-            return f"it was made with --images-per-shard {self.counts[0]}, not {wanted.counts[0]}"
-        return "" if here == there else f"it holds {here}, not {there}"
-
-
-def _all_are(kind: type, values: Any) -> bool:
-    """Whether it is a list of such values, and of one at least."""
-    return type(values) is list and values != [] and all(type(each) is kind for each in values)
-
-
-# ---- opening -----------------------------------------------------------------------------------
+BUFFER_IMAGES = 1000  # encoded images that each worker shuffles: 110 MB of ImageNet
+SUMS = "SHA256SUMS"
+PACK_STREAM = 3  # first word of the packing order's seed; utils.data.folders has 0 to 2
+INDEX_KEYS = {"format", "split", "shard", "counts", "classes", "seed", "files"}
+Sample = dict[str, Any]  # of webdataset: __key__, cls, jpg and path
 
 
 def is_shards(data_dir: str) -> bool:
-    """Whether a --data-dir names shards, by a pipe or a brace pattern, and no folder."""
+    """Whether a --data-dir is a brace pattern or a pipe of shards rather than a folder."""
     return data_dir.startswith("pipe:") or ("{" in data_dir and not os.path.isdir(data_dir))
 
 
-def expand(pattern: str) -> dict[str, list[str]]:
-    """The URLs of the train and of the val shards in a brace pattern, in order of their numbers.
+def open_shards(pattern: str, recipe: Recipe, seed: int = 0) -> "tuple[Shards, Shards, list[str]]":
+    """The train and val shards of a brace pattern with the recipe's transforms, and the classes.
 
     Raises:
-        ShardError: one of them is no shard's name or is named twice, or a split has none.
+        DataError: a split is missing or incomplete, its first shard cannot be read, or the two were
+            not packed together. All other shards are checked when they are read.
     """
-    try:
-        urls = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
-        raise ShardError(f"{pattern}: a brace is not closed; write it as in {EXAMPLE}") from error
-    found = {split: {} for split in SPLITS}
-    for url in urls:
-        split, number = _place(url)
-        if number in found[split]:
-            raise ShardError(f"{pattern}: {split} shard {number} is named twice")
-        found[split][number] = url
-    for split, numbered in found.items():
-        if not numbered:
-            raise ShardError(f"{pattern}: no {split} shard; name both splits, as in {EXAMPLE}")
-    return {split: [found[split][number] for number in sorted(found[split])] for split in SPLITS}
-
-
-def _place(url: str) -> tuple[str, int]:
-    """Split and number of a shard by its name, the last in a command."""
-    if not (names := SHARD_NAME.findall(url)):
-        raise ShardError(f"{url}: names no shard, such as train-000000.tar")
-    return names[-1][0], int(names[-1][1])
-
-
-def open_shards(
-    pattern: str, recipe: Recipe, seed: int = 0
-) -> tuple["Shards", "Shards", list[str]]:
-    """The train and the val shards of a brace pattern with the recipe's transforms; the classes.
-
-    Reads the beginning of one shard of each split; all others are checked when they are read.
-
-    Raises:
-        ShardError: from `expand` and `Shards`, or the two splits are not of one set.
-    """
-    urls = expand(pattern)
-    train = Shards(urls["train"], train_transform(recipe), seed)
-    val = Shards(urls["val"], eval_transform(recipe.eval_resize_px, recipe.eval_crop_px))
-    train.refuse_other_set(val)
+    splits, val_transform = [], eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    for split, transform in (("train", train_transform(recipe)), ("val", val_transform)):
+        urls = [u for u in braceexpand(pattern) if re.search(rf"\b{split}-\d+\.tar", u)]
+        if not urls:
+            example = "shards/{train-{000000..001281},val-{000000..000049}}.tar"
+            raise DataError(f"{pattern}: names no {split} shard; write it as in {example}")
+        splits.append(Shards(urls, transform, seed))
+    train, val = splits
+    if val.index != train.index | {"split": "val", "counts": val.counts}:
+        raise DataError(f"{val.urls[0]}: not packed together with {train.urls[0]}")
     return train, val, train.classes
 
 
-def read_index(url: str) -> Index:
-    """What a shard says of its split, from its first member.
+def read_samples(url: str) -> Iterator[Sample]:
+    """The index of a shard, then its images.
 
     Raises:
-        ShardError: it cannot be read, or is none of `utils.data.packing`'s.
+        DataError: the shard cannot be opened, is damaged, or ends before the next sample.
     """
-    with contextlib.closing(_files(url)) as files:
-        return _parse_index(url, next(files, None))
-
-
-def _parse_index(url: str, file: tuple[str, bytes] | None) -> Index:
-    if file is None or file[0] != f"{INDEX_KEY}.json":
-        raise ShardError(f"{url}: not a shard of scripts/make_shards.py, which must make it")
+    stream = None
     try:
-        found = json.loads(file[1])
-    except (ValueError, RecursionError):
-        found = None
-    version = found.get("format") if isinstance(found, dict) else FORMAT
-    if type(version) is int and version != FORMAT:
-        raise ShardError(f"{url}: has format {version}, not {FORMAT}: make the shards again")
-    try:
-        index = Index(**found)
-        reason = index.odd_entry()
-    except TypeError as error:  # no such entries, or no entries at all
-        reason = str(error).partition("__init__() ")[2] or "not what it should be"
-    if reason:
-        raise ShardError(
-            f"{url}: {file[0]} in it is damaged ({reason[:100]}): copy the shard again"
-        )
-    return index
-
-
-def _files(url: str, wanted: Callable[[str], bool] | None = None) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file in a tar, or of those whose name is `wanted`.
-
-    Raises:
-        ShardError: the tar cannot be opened or is broken, or its command failed.
-    """
-    stream = _open(url)
-    problem = None
-    try:
-        for file in tar_file_iterator(stream, skip_meta=None, select_files=wanted):
-            yield file["fname"], file["data"]
-    except GeneratorExit:
-        set_options(stream, ignore_errors=True)  # a command that is cut off complains
-        stream.close()
-        raise
+        if url.startswith("pipe:"):  # in its own session: at Ctrl-C the trainer saves first
+            options = {"shell": True, "start_new_session": True, "ignore_errors": True}
+            stream = Pipe(url.removeprefix("pipe:"), mode="rb", **options)
+        else:
+            stream = gopen(url)
+        with stream:
+            files = tar_file_iterator(stream, skip_meta=None)
+            samples = group_by_keys(file | {"__url__": url} for file in files)
+            index = json.loads(next(samples)["json"])
+            if index.keys() != INDEX_KEYS or index["format"] != 1:
+                raise ValueError("no index that scripts/make_shards.py of this version writes")
+            yield index
+            yield from samples
+            raise EOFError("ends before its last image")
     except Exception as error:  # tarfile raises many types on broken headers
-        problem = error
-    with contextlib.suppress(OSError):  # a failed command shows in its status
-        while stream.read(1 << 20):  # what follows the tar's end, or the command would complain
-            pass
-    with contextlib.suppress(OSError):
-        stream.close()
-    if status := getattr(stream, "status", None):
-        raise ShardError(f"{url}: its command ended with exit status {status}")
-    if problem:
-        reason = str(problem).partition(" @ ")[0] or type(problem).__name__
-        raise ShardError(f"{url}: not a whole tar file: {reason}") from problem
-
-
-def _open(url: str) -> IO[bytes]:
-    try:
-        # The library would take a folder "a:b" for a protocol.
-        if os.path.exists(url):
-            return open(url, "rb")
-        if url.startswith("pipe:"):  # Ctrl-C is for the trainer, which saves first
-            command = url.removeprefix("pipe:")
-            return Pipe(command, mode="rb", shell=True, start_new_session=True)
-        return gopen(url)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ShardError(f"{url}: cannot be opened: {reason}") from error
-
-
-class Packed(NamedTuple):
-    """One image as it lies in a shard: its number in the split, label, old path, file's bytes."""
-
-    index: int
-    label: int
-    path: bytes
-    content: bytes
+        reason = re.split(" @ |\n", f"{type(error).__name__}: {error}")[0]
+        if status := getattr(stream, "status", None):
+            reason += f"; its command ended with exit status {status}"
+        raise DataError(f"{url}: not a complete shard ({reason})") from error
 
 
 class Shards:
-    """The shards of one split; see `ShardStream` for their images.
-
-    Args:
-        urls: paths or pipes of all its shards, in the order of their numbers.
-        transform: as in `utils.data.folders.ImageFiles`.
-        seed: of the order and of the transform's random numbers.
-
-    Raises:
-        ShardError: the first shard cannot be read, or the split has other shards than these.
-    """
+    """The images of one split; `urls` are all its shards in order, the rest as in `ImageFiles`."""
 
     def __init__(self, urls: list[str], transform: Transform, seed: int = 0) -> None:
         self.urls, self.transform, self.seed = urls, transform, seed
-        self.index = read_index(urls[0])
-        self.classes = self.index.classes
-        self.starts = np.array([0, *accumulate(self.index.counts)])
-        numbers, all_numbers = {_place(url)[1] for url in urls}, set(range(len(self.index.counts)))
-        if odd := sorted(numbers ^ all_numbers):
-            raise ShardError(
-                f"{urls[0]}: one of {len(all_numbers)} {self.index.split} shards, not of "
-                f"{len(urls)}: name all of them; missing or too many: {summarize(list(map(str, odd)))}"
-            )
-        self._refuse(0, self.index)
+        self.index = next(read_samples(urls[0]))
+        self.classes, self.counts = self.index["classes"], self.index["counts"]
+        self.starts = np.cumsum([0, *self.counts])
+        self.labels = {str(label).encode(): label for label in range(len(self.classes))}
+        if len(urls) != len(self.counts):
+            raise DataError(f"{urls[0]}: one of {len(self.counts)} shards, not of {len(urls)}")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def path(self, index: int) -> str:
-        """Where an image lies: its shard and its key there."""
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        """Shard and key of an image."""
+        shard = np.searchsorted(self.starts, index, side="right") - 1
         return f"{self.urls[shard]}: {index:09d}"
 
-    def refuse_other_set(self, other: "Shards") -> None:
-        """ShardError if another split was not packed from the same tree with the same seed."""
-        wanted = dataclasses.replace(self.index, split="val", counts=other.index.counts)
-        if text := other.index.difference(wanted):
-            raise ShardError(f"{other.urls[0]}: not of one set with {self.urls[0]}: {text}")
-
-    def _refuse(self, shard: int, found: Index) -> None:
-        split = _place(self.urls[shard])[0]
-        if text := found.difference(dataclasses.replace(self.index, split=split, shard=shard)):
-            beside = f"not of one set with {self.urls[0]}: " if shard else ""
-            raise ShardError(f"{self.urls[shard]}: {beside}{text}")
-
-    def read(self, order: Sequence[int], first: int, last: int) -> Iterator[Packed]:
-        """Images `first` to `last - 1` of the shards laid end to end in this order.
-
-        Raises:
-            ShardError: a shard is missing, broken, or not what the others say it is.
-        """
-        place = 0
+    def read(self, order: Iterable[int], first: int, last: int) -> Iterator[Sample]:
+        """Images `first` to `last - 1` of the shards laid end to end in this order."""
         for shard in order:
-            start, count = int(self.starts[shard]), self.index.counts[shard]
-            begin, end = max(first - place, 0), min(last - place, count)
-            if begin < end:
-                yield from self._read_shard(shard, start + begin, start + end)
-            place += count
+            count = self.counts[shard]
+            if first < count and last > 0:
+                yield from islice(self._read_shard(shard), max(first, 0), last)
+            first, last = first - count, last - count
 
-    def _read_shard(self, shard: int, first: int, last: int) -> Iterator[Packed]:
-        url = self.urls[shard]
-        # Keys of one length sort as their numbers do, and the index's name after all of them.
-        with contextlib.closing(_files(url, lambda name: name >= f"{first:09d}")) as files:
-            self._refuse(shard, _parse_index(url, next(files, None)))
-            for index in range(first, last):
-                wanted = [f"{index:09d}.{suffix}" for suffix in SUFFIXES]
-                found = dict(islice(files, len(SUFFIXES)))
-                if list(found) != wanted:
-                    raise ShardError(
-                        f"{url}: image {index:09d} is missing, though its index says "
-                        f"{self.index.counts[shard]} images: copy or make the shard again"
-                    )
-                label, content, path = found.values()
-                if not label.isdigit() or int(label) >= len(self.classes):
-                    raise ShardError(f"{self.path(index)}: {label[:20]!r} is no label")
-                yield Packed(index, int(label), path, content)
-            if last == self.starts[shard + 1] and next(files, None):
-                raise ShardError(f"{url}: holds more than the images of its index: make it again")
+    def _read_shard(self, shard: int) -> Iterator[Sample]:
+        samples = read_samples(self.urls[shard])
+        if next(samples) != self.index | {"shard": shard}:
+            raise DataError(f"{self.urls[shard]}: not shard {shard} of the set of {self.urls[0]}")
+        for index in range(self.starts[shard], self.starts[shard + 1]):
+            sample = next(samples)
+            is_complete = sample.get("cls") in self.labels and {"jpg", "path"} <= sample.keys()
+            if sample["__key__"] != f"{index:09d}" or not is_complete:
+                raise DataError(f"{self.path(index)}: damaged; copy or pack the shard again")
+            yield sample
 
-    def decode(self, packed: Packed, epoch: int) -> tuple[Tensor, int] | CorruptImageError:
-        """Image and label, or the error, as of `utils.data.folders.ImageFiles`."""
-        path = os.fsdecode(packed.path)
-        name = f"{self.path(packed.index)} ({printable(path)})"
+    def decode(self, epoch: int, sample: Sample) -> tuple[Tensor, int] | CorruptImageError:
+        """Image and label, or the error, as of `ImageFiles`."""
+        index = int(sample["__key__"])
+        name = f"{self.path(index)} ({printable(os.fsdecode(sample['path']))})"
         try:
-            image = open_image(name, packed.content)
-            rng = sample_rng(self.seed, epoch, packed.index)
-            return self.transform(image, rng), packed.label
+            image = open_image(name, sample["jpg"])
+            rng = sample_rng(self.seed, epoch, index)
+            return self.transform(image, rng), self.labels[sample["cls"]]
         except CorruptImageError as error:
             return CorruptImageError(str(error))
 
 
-# ---- batches -----------------------------------------------------------------------------------
+class ShardBatches(IterableDataset):
+    """This process's batches of one pass over the shards.
 
-
-class ShardStream(IterableDataset):
-    """This process's batches of one pass over shards, for a DataLoader with batch_size=None.
-
-    Every epoch lays the shards end to end in an order of its own. Each process has an equal,
-    contiguous part of that row, and each of its workers a contiguous part of the process's: batches
-    w, w + n, ... of worker w of n. A worker opens only the shards that its part touches and
-    shuffles within it, so that the order depends on seed, epoch, processes and workers (0 workers
-    are as 1), while the random state of an image depends on (seed, epoch, index) alone.
-
-    In training the images that fill no batch, at the end of the row, are left out of this epoch.
-    In evaluation every image comes once, in order within a worker, and parts may be uneven.
-
-    A shard's error comes in the place of a batch: `utils.data.workers.watched` raises it.
-
-    Args:
-        batch_size: images per step over all processes.
-
-    Raises:
-        ValueError: there are fewer training images than one batch, or it does not split evenly.
+    Every epoch lays the shards end to end in a new order. Each process reads an equal contiguous
+    part of this series, and each of its workers a part of that, through a shuffle buffer. In
+    training the last images, fewer than a batch, are left out; in evaluation each image comes once.
+    The order depends on the seed, the epoch and the numbers of processes and workers; the rest of
+    an epoch after a resume has an order of its own. A shard's DataError comes in place of a batch.
     """
 
     def __init__(self, shards: Shards, batch_size: int, train: bool) -> None:
-        self.shards, self.train, count, world = shards, train, len(shards), world_size()
-        # Known here: a worker process belongs to no process group.
-        self.rank, self.batch_size = rank(), max(1, batch_size // world)
+        self.shards, self.train, count = shards, train, len(shards)
         if train:
-            if batch_size > count:
-                raise ValueError(
-                    f"batch_size={batch_size} is more than the {count} training images"
-                )
-            if batch_size % world:
-                raise ValueError(f"batch_size={batch_size} must divide by {world} processes")
-            count -= count % batch_size
-        self.first, self.last = (count * each // world for each in (self.rank, self.rank + 1))
-        # Shared, as workers that outlive an epoch have copies of everything else.
-        self._position = torch.zeros(2, dtype=torch.long).share_memory_()
+            count = len(TrainBatches(count, batch_size, shards.seed)) * batch_size
+        # Here, as a worker has no process group.
+        self.first, self.last = (count * each // world_size() for each in (rank(), rank() + 1))
+        self.batch_size = max(1, batch_size // world_size())
+        self.position = torch.zeros(2, dtype=torch.long).share_memory_()  # by persistent workers
 
     def __len__(self) -> int:
         return -(-(self.last - self.first) // self.batch_size)
 
     def begin(self, epoch: int, first_step: int = 0) -> None:
-        """Makes the next pass that of `epoch`, without the batches before `first_step`."""
-        self._position.copy_(torch.tensor([epoch, first_step]))
+        """Sets the epoch of the next pass, and how many of its steps are done."""
+        self.position.copy_(torch.tensor([epoch, first_step]))
 
-    def __iter__(self) -> Iterator[Batch | ShardError]:
-        epoch, first_step = self._position.tolist()  # now, not at the first batch
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        epoch, first_step = self.position.tolist()
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # A loader asks worker 0 first, so that one must have batch `first_step`.
-        lane = (number + first_step) % workers
-        return self._batches(epoch, lane, workers, len(range(lane, first_step, workers)))
-
-    def _batches(
-        self, epoch: int, lane: int, workers: int, skip: int
-    ) -> Iterator[Batch | ShardError]:
-        """Batches `lane`, `lane + workers`, ..., without the first `skip` of them."""
-        counts = [len(range(each, len(self), workers)) for each in range(workers)]
-        first = self.first + sum(counts[:lane]) * self.batch_size
-        last = min(first + counts[lane] * self.batch_size, self.last)
-        seed, order = self.shards.seed, np.arange(len(self.shards.urls))
+        # Where batches start. The loader asks its workers in turn: the first ones have one more.
+        starts = range(self.first, self.last, self.batch_size)[: len(self) - first_step]
+        starts = np.array_split(starts, workers)[number]
+        if not len(starts):
+            return
+        order, shuffle = range(len(self.shards.urls)), None
         if self.train:
-            order = np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(order)
-        images = self.shards.read(order, first, last)
-        if self.train:
-            rng = random.Random(stream_seed(ORDER_STREAM, seed, epoch, self.rank, lane))
-            images = webdataset.shuffle(BUFFER_IMAGES, rng=rng)(images)
+            seed = stream_seed(ORDER_STREAM, self.shards.seed, epoch, first_step)
+            order = np.random.default_rng(seed).permutation(order)
+            shuffle = detshuffle(BUFFER_IMAGES, seed=seed)
+        end = min(starts[-1] + self.batch_size, self.last)
+        samples = partial(self.shards.read, order, starts[0], end)
+        make_batch = batched(self.batch_size, partial(self._make_batch, epoch))
         try:
-            images = islice(images, skip * self.batch_size, None)
-            while chosen := list(islice(images, self.batch_size)):
-                samples = in_threads(lambda packed: self.shards.decode(packed, epoch), chosen)
-                yield collate(samples, [each.index for each in chosen])
-        except ShardError as error:
-            # Given, not raised: through a worker it would lose its one clear line.
-            yield ShardError(str(error))
+            yield from DataPipeline(samples, shuffle, make_batch)
+        except DataError as error:
+            yield error
+
+    def _make_batch(self, epoch: int, samples: list[Sample]) -> Batch:
+        decoded = in_threads(partial(self.shards.decode, epoch), samples)
+        return collate(decoded, [int(sample["__key__"]) for sample in samples])
+
+
+def make_shards(
+    data_dir: Path, output_dir: Path, images_per_shard: int = 1000, seed: int = 0
+) -> str:
+    """Packs `data_dir/train` and `data_dir/val` into shards and returns a summary.
+
+    The same files and options give the same bytes. A shard appears complete or not at all, so the
+    same command resumes after a kill. At the end SHA256SUMS lists the shards in the format of
+    sha256sum; from then on the command packs again what does not match its checksum.
+
+    Raises:
+        DataError: from `open_folders`; or `output_dir` has shards of other files or options.
+    """
+    jobs, packed = list(_plan(data_dir, images_per_shard, seed)), 0
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with lock(output_dir):
+        sums = _read_sums(output_dir) if (output_dir / SUMS).exists() else {}
+        for index, images in progress_bar(jobs, unit=" shards"):
+            name = f"{index['split']}-{index['shard']:06d}.tar"
+            path = output_dir / name
+            digest = _sha256(path) if path.exists() else None
+            if digest is None or digest != sums.get(name, digest):
+                write_atomic(path, partial(_pack, index, images))
+                digest, packed = _sha256(path), packed + 1
+            elif next(read_samples(str(path))) != index:
+                raise DataError(f"{path}: of other files or options; choose another --output-dir")
+            sums[name] = digest
+        lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
+        write_atomic(output_dir / SUMS, partial(Path.write_text, data="".join(lines)))
+    return f"{len(jobs)} shards: packed {packed}, {len(jobs) - packed} were there already"
+
+
+def _plan(data_dir: Path, images_per_shard: int, seed: int) -> Iterator[tuple[Sample, ImageFiles]]:
+    """The index of each shard, and the images of its split."""
+    data = open_folders(data_dir, Recipe())
+    files = hashlib.sha256(data.train.names.tobytes() + data.val.names.tobytes()).hexdigest()
+    for split, images in (("train", data.train), ("val", data.val)):
+        firsts = range(0, len(images), images_per_shard)
+        counts = [min(images_per_shard, len(images) - first) for first in firsts]
+        index = {"classes": data.classes, "seed": seed, "files": files}
+        for shard in range(len(counts)):
+            own = {"format": 1, "split": split, "shard": shard, "counts": counts}
+            yield own | index, images
+
+
+def _pack(index: Sample, images: ImageFiles, path: Path) -> None:
+    shard, counts, order = index["shard"], index["counts"], np.arange(len(images))
+    if index["split"] == "train":
+        order = np.random.default_rng((PACK_STREAM, index["seed"])).permutation(order)
+    first = sum(counts[:shard])
+    # Times, owners and modes are fixed, and so the bytes.
+    with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0) as tar:
+        tar.write({"__key__": "__meta__/index", "json": index})
+        for key in range(first, first + counts[shard]):
+            name, label = bytes(images.names[order[key]]), images.labels[order[key]]
+            sample = {"jpg": images.path(order[key]).read_bytes(), "cls": label, "path": name}
+            tar.write({"__key__": f"{key:09d}", **sample})
+
+
+def verify_shards(output_dir: Path) -> str:
+    """Compares all shards with their checksums and returns a summary.
+
+    Raises:
+        FileNotFoundError: packing has not ended yet.
+        DataError: a shard is missing or damaged.
+    """
+    sums = _read_sums(output_dir)
+    if not sums:
+        raise DataError(f"{output_dir / SUMS}: lists no shard; pack the folder again")
+    for name in progress_bar(sums, unit=" shards"):
+        path = output_dir / name
+        if not path.exists() or _sha256(path) != sums[name]:
+            raise DataError(f"{path}: missing, or damaged by its checksum; pack the folder again")
+    return f"{len(sums)} shards: all match their checksums"
+
+
+def _read_sums(output_dir: Path) -> dict[str, str]:
+    lines = re.findall(r"([0-9a-f]{64})  (\S+)\n", (output_dir / SUMS).read_text())
+    return {name: digest for digest, name in lines}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -658,7 +658,7 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
         "recipe": dataclasses.asdict(trainer.recipe),
         "seed": trainer.seed,
         "classes": data.classes,
-        "shards": describe(data.train, workers),
+        "shards": describe(data.train),
         "train_images": len(data.train),
         "val_images": len(data.val),
         "autocast": dtype_name(trainer.dtype),
