@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from utils import recipe
-from utils.recipe import RECIPES, Recipe
+from utils.recipe import RECIPES, DetectorRecipe, Recipe
 
 
 def test_imagenet_preset_is_the_designs():
@@ -103,3 +103,16 @@ def test_help_shows_every_field_with_its_default():
     for field in dataclasses.fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in text
         assert f"(default: {getattr(RECIPES['quick'], field.name)})" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epochs": 0}, "epochs=0 must be"),
+        ({"lr": float("inf")}, "lr=inf must be"),
+        ({"epochs": 2, "warmup_epochs": 3.0}, "warmup_epochs=3.0 must be below the epochs"),
+    ],
+)
+def test_a_bad_detector_recipe_is_an_error(values, words):
+    with pytest.raises(ValueError, match=words):
+        DetectorRecipe(**values)

@@ -1,0 +1,131 @@
+"""Detectors on every backbone: the feature pyramid, its anchors, and a step of training."""
+
+import pytest
+import torch
+from torchvision.models.detection.retinanet import _default_anchorgen
+
+import backbones
+from backbones.detection import Pyramid, faster_rcnn, retinanet
+
+SMALL = {"min_size": 64, "max_size": 64, "out_channels": 32}
+FAMILIES = ("darknet19", "cspdarknet19", "vovnet19_slim", "resnet18", "mobilenet_v3_small")
+
+
+def narrow(name, **options):
+    """A backbone at the paper's strides for detection, narrow where its family can be."""
+    if "darknet" in name or "vovnet" in name:
+        options["width"] = 0.125
+    return backbones.create(name, **{"out_indices": (2, 3, 4), **options})
+
+
+def scene(channels=3):
+    """Two images, the second without an object."""
+    torch.manual_seed(0)
+    boxes = torch.tensor([[4.0, 6, 40, 50], [30, 20, 60, 44]])
+    first = {"boxes": boxes, "labels": torch.tensor([1, 3])}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    return [torch.rand(channels, 64, 64), torch.rand(channels, 64, 48)], [first, empty]
+
+
+def take_a_step(model, channels=3):
+    """One step of SGD moves the backbone's first weights; all losses and weights are finite."""
+    images, targets = scene(channels)
+    first = next(model.backbone.backbone.parameters())
+    before = first.detach().clone()
+    losses = model.train()(images, targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.isfinite().all()
+                parameter -= 1e-3 * parameter.grad
+    assert not torch.equal(first, before)
+
+
+@pytest.mark.parametrize("name", backbones.list_models())
+def test_every_backbone_takes_a_step_in_a_retinanet(name):
+    take_a_step(retinanet(narrow(name), 3, **SMALL))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backbone_of_each_family_takes_a_step_in_a_faster_rcnn(name):
+    take_a_step(faster_rcnn(narrow(name, out_indices=(1, 2, 3, 4)), 3, **SMALL))
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_detections_lie_within_their_images(make):
+    images, _ = scene()
+    found = make(narrow("resnet18"), 3, score_thresh=0.0, **SMALL).eval()(images)
+    for image, each in zip(images, found, strict=True):
+        assert len(each["boxes"])
+        assert set(each["labels"].tolist()) <= {0, 1, 2, 3}
+        height_px, width_px = image.shape[1:]
+        assert each["boxes"].min() >= 0
+        assert (each["boxes"] <= torch.tensor([width_px, height_px] * 2)).all()
+
+
+def test_the_pyramid_has_a_level_per_map():
+    """Sizes of ceil(size / stride); the coarsest is its map through two convolutions."""
+    pyramid, images = Pyramid(narrow("vovnet19_slim"), 16).eval(), torch.rand(1, 3, 72, 104)
+    levels = pyramid(images)
+    shapes = [tuple(level.shape) for level in levels.values()]
+    assert list(levels) == ["0", "1", "2"]
+    assert shapes == [(1, 16, 9, 13), (1, 16, 5, 7), (1, 16, 3, 4)]
+    coarsest = pyramid.fpn.inner_blocks[2](pyramid.backbone(images)[-1])
+    assert torch.equal(pyramid.fpn.layer_blocks[2](coarsest), levels["2"])
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16), (8, 16, 32)])
+def test_anchors_follow_the_strides(strides):
+    """As in the papers: 32 pixels and up at stride 8 (RetinaNet), 32 at stride 4 (Faster R-CNN)."""
+    picked = tuple(int(stride).bit_length() - 2 for stride in strides)
+    net = narrow("cspdarknet19", out_indices=picked)
+    assert net.strides == strides
+    anchors = retinanet(net, 3, **SMALL).anchor_generator.sizes
+    assert [sizes[0] for sizes in anchors] == [4 * strides[0] * 2**k for k in range(5)]
+    if strides[0] == 8:  # as of its retinanet_resnet50_fpn_v2
+        assert anchors == _default_anchorgen().sizes
+    proposals = faster_rcnn(net, 3, **SMALL).rpn.anchor_generator.sizes
+    assert proposals == tuple((8 * strides[0] * 2**k,) for k in range(4))
+
+
+def test_regions_are_read_at_the_scales_that_torchvision_infers():
+    """From images whose sizes the strides divide; ours are known before the first image."""
+    model = faster_rcnn(narrow("resnet18", out_indices=(1, 2, 3, 4)), 3, **SMALL).eval()
+    known = model.roi_heads.box_roi_pool
+    scales, levels = known.scales, vars(known.map_levels)
+    known.scales = known.map_levels = None
+    model(scene()[0][:1])
+    assert known.scales == scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert vars(known.map_levels) == levels
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_images_of_other_channels(make):
+    for channels in (1, 5):
+        model = make(narrow("darknet19", in_channels=channels), 3, **SMALL)
+        assert len(model.transform.image_mean) == len(model.transform.image_std) == channels
+        take_a_step(model, channels)
+    mean = [0.1, 0.2, 0.3]
+    assert make(narrow("darknet19"), 3, image_mean=mean, **SMALL).transform.image_mean == mean
+
+
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+def test_what_makes_no_detector_is_refused(make):
+    net = narrow("resnet18")
+    with pytest.raises(ValueError, match=r"strides \(4, 16\) skip one; .* out_indices=\(2, 3, 4\)"):
+        make(narrow("resnet18", out_indices=(1, 3)), 3)
+    with pytest.raises(ValueError, match="backbone is a Conv2d; give a Backbone"):
+        make(torch.nn.Conv2d(3, 8, 1), 3)
+    for bad in (0, True, 2.0):
+        with pytest.raises(ValueError, match=f"num_classes={bad} must be an integer"):
+            make(net, bad)
+        with pytest.raises(ValueError, match=f"out_channels={bad} must be an integer"):
+            make(net, 3, out_channels=bad)
+    with pytest.raises(ValueError, match="image_std has 1 numbers; the backbone takes 3 channels"):
+        make(net, 3, image_std=[0.5])
+    with pytest.raises(ValueError, match="image_mean has 3 numbers; the backbone takes 1 channels"):
+        make(narrow("resnet18", in_channels=1), 3, image_mean=[0.5] * 3)
+    with pytest.raises(ValueError, match="out_channels=48 must be a multiple of 32"):
+        retinanet(net, 3, out_channels=48)
