@@ -57,6 +57,7 @@ mktemp() { : > begun; echo begun; }
 exec 3> calls
 """
 SLURM = {"SLURM_JOB_NODELIST": "hosts", "SLURM_CPUS_PER_TASK": "64", "SLURM_NNODES": "4"}
+NOT_RUN = ("conda", "git", "kaggle", "pip", "pytest", "ruff", "scontrol", "tar", "unzip")
 COMMANDS = ("make ", "python ", "scripts/", ".venv/bin/", "conda ", "pip ")
 
 
@@ -80,8 +81,9 @@ def expand(place, script, exit_code=0, **environment):
 
 def execute(place, name, *args):
     """Runs a command in small, by the rule of its program."""
-    if name in ("conda", "git", "pip", "pytest", "ruff", "scontrol"):  # its files must exist
-        assert all((ROOT / arg).exists() for arg in args if re.search(r"^\w+/|\.(yml|lock)$", arg))
+    if name in NOT_RUN:  # but the files that are named must exist
+        named = [arg for arg in args if re.search(r"^(tests|notebooks)/|\.(yml|lock)$", arg)]
+        assert all((ROOT / arg).exists() for arg in named)
     elif name == "make":
         done = subprocess.run(["make", "-n", *args], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -92,25 +94,11 @@ def execute(place, name, *args):
     elif name == "torchrun":  # tests/test_scripts.py starts several processes
         parsed = get_args_parser().parse_args(args)
         execute(place, "python", parsed.training_script, *parsed.training_script_args)
-    elif name == "kaggle":
-        pack_download(place, args[-1])
-    elif name in ("unzip", "tar"):
-        archive, folder = [arg for arg in args if not arg.startswith("-")]
-        shutil.unpack_archive(place / archive, place / folder)
     elif args[:2] == ("-m", "utils.data.sample"):
         assert sample.main(args[2:]) in (0, None)
     else:
         assert name == "python", f"no rule for {name}"
         run_script(place, args[0].removeprefix("scripts/"), list(args[1:]))
-
-
-def pack_download(place, name):
-    """Makes the archive of the challenge from the sample."""
-    folder = sample.draw(place / "drawn").parents[2]
-    inner = place / "drawn" / "imagenet_object_localization_patched2019"
-    shutil.make_archive(inner, "gztar", folder, "ILSVRC")
-    shutil.rmtree(folder / "ILSVRC")
-    shutil.make_archive(place / name, "zip", folder)
 
 
 def run_script(place, script, args):
@@ -146,6 +134,7 @@ def place(tmp_path, monkeypatch, folders):
     aws.chmod(0o755)
     monkeypatch.setenv("PATH", str(aws.parent), prepend=os.pathsep)
     monkeypatch.setattr(sample, "draw", partial(sample.draw, train_per_class=4, val_per_class=2))
+    sample.draw(tmp_path / "imagenet")  # what the archives of the challenge hold
     monkeypatch.setitem(backbones._MODELS, "cspdarknet53", backbones._MODELS["cspdarknet19"])
     monkeypatch.setitem(backbones._MODELS, "resnet50", backbones._MODELS["resnet18"])
     # A published file's name contains its hash, which random weights cannot match.
@@ -167,7 +156,7 @@ def place(tmp_path, monkeypatch, folders):
     return tmp_path
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if commands(path)])
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != "CHANGELOG.md"])
 def test_commands_run(path, place, folders):
     """All commands of a document in their order, each once."""
     if "--output-dir runs/cspdarknet53" not in TEXTS[path]:
@@ -197,17 +186,10 @@ def test_a_slurm_job_is_requeued_if_it_saved(place, failed, saved, code, requeue
 
 @pytest.mark.parametrize("path", DOCUMENTS)
 def test_links_and_fences(path):
-    """Relative links lead to files and headings; no fence of another kind hides commands."""
+    """Relative links lead to files; no fence of another kind hides commands."""
     for target in re.findall(r"\]\(([^)]+)\)", TEXTS[path]):
-        if not re.match(r"https://[\w.-]+/", target):
-            name, _, anchor = target.partition("#")
-            file = (ROOT / path).parent / name if name else ROOT / path
-            assert file.exists(), target
-            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M) if anchor else []
-            slugs = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
-            assert not anchor or anchor in slugs, target
-    for kind, code in FENCED.findall(TEXTS[path]):
-        assert kind in ("sh", "python", "diff", "csv") or "backbones/" in code
+        assert target.startswith("https://") or ((ROOT / path).parent / target).exists(), target
+    assert {kind for kind, _ in FENCED.findall(TEXTS[path])} <= {"sh", "python", "diff", "csv"}
 
 
 def test_flags_in_the_text_exist(capsys):
@@ -226,23 +208,10 @@ def test_tests_named_in_the_text_exist():
         assert [name for name in named if f"def {name}(" not in tests] == [], path
 
 
-def test_the_layout_of_the_readme_exists():
-    """Every path of the block; indented ones are below the folder before them."""
-    (layout,) = blocks("README.md", "")
-    folder = ""
-    for line in layout.splitlines():
-        words = re.findall(r"(?:^|\s)([\w.]+/|\w+\.(?:py|md))(?=\s|$)", line)
-        if not line.startswith(" "):
-            folder = words.pop(0)
-            assert (ROOT / folder).is_dir()
-        for word in words:
-            assert (ROOT / folder / word).exists(), word
-
-
 def test_findings_in_the_readme_are_in_the_results():
     """Differences with their intervals and ratios with their ranges, as the tables print them."""
     findings = TEXTS["README.md"].partition("## Findings")[2].partition("\n## ")[0]
-    numbers = re.findall(r"[+-]?\d+\.\d+ [\[(][^\])]+[\])]", findings)
+    numbers = re.findall(r"[+-]?\d+\.\d+ [\[(][^\])]+[\])]", findings.partition("###")[0])
     assert len(numbers) >= 5
     assert [number for number in numbers if number not in TEXTS["docs/results.md"]] == []
 
@@ -284,18 +253,6 @@ def test_python_blocks_run(weights):
     assert names["coarse"].shape[2:] == (1, 2)  # of the photograph of 40 x 32 pixels
 
 
-def patched(text, diff):
-    """`text` after a diff without headers, of which each hunk is found once."""
-    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
-        old, new = (
-            "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in signs)
-            for signs in (" -", " +")
-        )
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
 def test_the_contributed_backbone_keeps_the_contract(tmp_path):
     """The worked example in a copy of the repository, by the contract test as it is."""
     for name in ("backbones", "utils", "tests"):
@@ -308,7 +265,13 @@ def test_the_contributed_backbone_keeps_the_contract(tmp_path):
     )
     (tmp_path / "backbones" / "vgg.py").write_text(source)
     package = tmp_path / "backbones" / "__init__.py"
-    package.write_text(patched(package.read_text(), diff))
+    text = package.read_text()
+    for hunk in diff.split("@@\n"):
+        old, new = (re.sub(f"^[{sign}].*\n", "", hunk, flags=re.M) for sign in "+-")
+        old, new = (re.sub("^.", "", lines, flags=re.M) for lines in (old, new))
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    package.write_text(text)
     with (tmp_path / "tests" / "backbone_facts.csv").open("a") as file:
         file.write(facts)
     lint = ["ruff", "check", "--no-cache", "backbones"]
