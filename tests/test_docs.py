@@ -108,7 +108,7 @@ def run_script(place, script, args):
     elif script == "run_notebooks.py":
         assert all((ROOT / arg).exists() for arg in args)
     elif script == "update_readme.py":
-        if args:  # otherwise tests/test_results.py runs it
+        if args:  # otherwise tests/test_update_readme.py runs it
             main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
             main.__globals__["ROOT"] = place
             (place / "docs").mkdir()
