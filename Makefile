@@ -36,8 +36,8 @@ lint: $(BIN)/.installed
 notebooks: $(BIN)/.installed
 	$(BIN)/python scripts/run_notebooks.py
 
-bench: sample
-	$(BIN)/python scripts/benchmark.py --data-dir $(FOLDERS)
+bench: $(BIN)/.installed
+	$(BIN)/python scripts/benchmark.py
 
 # The tests with the lowest versions that pyproject.toml allows, in an environment of 5 GB.
 bounds: sample

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 from utils import plotting
+from utils.benchmark import read_benchmark, speed_table
 from utils.data import sample
 from utils.data.transforms import MEAN_RGB, STD_RGB
 from utils.records import write_atomic
@@ -43,6 +44,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
         "GMACs": facts.gmacs_224.map("{:.2f}".format),
         "channels at strides 2, 4, 8, 16, 32": facts.channels.str.replace(" ", ", "),
     }
+    speed = speed_table(read_benchmark(statistics.RESULTS / "benchmark.csv"))
     compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
     results = {
         "recipe": statistics.recipe_table(),
@@ -55,7 +57,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
         table = statistics.read_study(name)
         results[name] = statistics.study_table(STUDIES[name], table, costs)
     return {
-        "README.md": {"models": pd.DataFrame(columns)},
+        "README.md": {"models": pd.DataFrame(columns), "speed": speed},
         "docs/comparison.md": {"comparison": compared.drop(columns="what was tried")},
         "docs/results.md": results,
     }

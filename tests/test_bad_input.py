@@ -944,14 +944,10 @@ OTHER_SCRIPTS = {
     ),
     "a study on an unknown device": (None, f"{STUDY} --devices gpu", 2, "device='gpu' is not"),
     "a benchmark of an unknown backbone": (
-        None, f"{BENCH} --task inference --backbones nothing", 2, "'nothing' is not one of"
-    ),
-    "a benchmark without data": (None, f"{BENCH} --task input", 2, "input needs --data-dir"),
-    "a benchmark of data elsewhere": (
-        None, f"{BENCH} --task input --data-dir nowhere", 2, "nowhere is not a folder"
+        None, f"{BENCH} --task inference --backbones nothing", 2, "invalid choice: 'nothing'"
     ),
     "a benchmark of negative batches": (
-        None, f"{BENCH} --task inference --batch-sizes -1", 2, "--batch-sizes: '-1' must be"
+        None, f"{BENCH} --task inference --batch-size -1", 2, "--batch-size: '-1' must be"
     ),
     "a benchmark of no rounds": (None, f"{BENCH} --task inference --rounds 0", 2, "--rounds: '0'"),
     "no such notebook": (None, "run_notebooks.py x.ipynb", 2, "x.ipynb: no such notebook"),
@@ -1068,7 +1064,6 @@ LITTLE_MEMORY = {
         ("the input", f"{EVALUATE} --size 3600", "a smaller --size"),
         ("the input", f"{PREDICT} {FIRST} {FIRST} {FIRST} --size 3600", "fewer images at a time"),
         ("the network", BY_NAME + """ --options '{"width": 16}'""", "other programs closed"),
-        ("the input", f"{BENCH} --task inference --image-px 4096", "smaller --batch-sizes"),
     )
 }
 

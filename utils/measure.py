@@ -1,32 +1,34 @@
-"""Parameters, MACs, latency, throughput, memory: what a model or a trainer costs."""
+"""Parameters, MACs, interleaved timing and peak memory."""
 
 import copy
-import itertools
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from utils.cli import import_optional
+
+Call = Callable[[], object]
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that can be learned, frozen ones included; running statistics are not among them."""
+    """Counts the learnable numbers, including frozen ones but no running statistics."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_macs(module: nn.Module, height_px: int, width_px: int, channels: int = 3) -> int:
-    """Multiply-accumulates of convolutions and linear layers for one image.
+    """Counts the multiply-accumulates of convolutions and linear layers for one image.
 
-    Computed on PyTorch's meta device: from shapes alone, and the module stays as it is. A MAC is
-    two floating point operations, which `FlopCounterMode` counts.
+    Runs a copy of `module` on the meta device, from shapes alone. A MAC is two floating point
+    operations, which `FlopCounterMode` counts.
     """
     shadow = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -34,159 +36,116 @@ def count_macs(module: nn.Module, height_px: int, width_px: int, channels: int =
     return counter.get_total_flops() // 2
 
 
-def time_interleaved(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    *,
-    settle: Mapping[str, Callable[[], object]] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Times calls by turns on one machine, so that its slow minutes hit all of them.
-
-    Who goes first changes from round to round, and each is settled, untimed, before its turn.
+def forward(
+    net: nn.Module, images: Tensor, dtype: torch.dtype | None = None, compile: bool = False
+) -> Call:
+    """Returns a forward pass in eval mode on the device of the images, which waits for its end.
 
     Args:
-        calls: return when they are done, a GPU's work included.
-        settle: what is called before each turn and once before the first round (default: `calls`).
+        dtype: of autocast.
+        compile: use `torch.compile` with frozen weights. The first call is made here, because the
+            option must be set while it compiles.
+    """
+    device = images.device
+    net = net.eval().to(device)
+
+    def call() -> object:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            outputs = net(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return outputs
+
+    if compile:
+        from torch._inductor import config  # takes a second
+
+        net = torch.compile(net, dynamic=False)
+        with config.patch(freezing=True):
+            call()
+    return call
+
+
+def onnx_forward(net: nn.Module, images: Tensor) -> Call:
+    """Returns a forward pass in ONNX Runtime, with as many threads as PyTorch has."""
+    runtime = import_optional("onnxruntime", "to compare with it")
+    model = torch.onnx.export(net.eval(), (images,), dynamo=True, verbose=False).model_proto
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(model.SerializeToString(), options)
+    return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})
+
+
+def time_interleaved(
+    calls: Mapping[Any, Call],
+    rounds: int,
+    *,
+    round_s: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list[float]]:
+    """Times calls in interleaved rounds, so that a slow minute of the machine affects all of them.
+
+    The order rotates from round to round. An untimed call comes first in each turn.
+
+    Args:
+        calls: each returns when its work is done, including a GPU's.
+        round_s: a call is repeated for about so long in each round.
 
     Returns:
-        Seconds of each call, one entry per round.
-
-    Raises:
-        ValueError: no rounds.
+        Seconds of one call, one entry per round.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds} must be at least 1")
-    settle = settle or calls
-    names, times_s = list(calls), {name: [] for name in calls}
-    for name in names:  # starts workers and compiles kernels
-        settle[name]()
+    counts, times_s = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        call()  # the first call compiles and allocates
+        start_s = clock()
+        call()
+        counts[name] = max(1, math.ceil(round_s / (clock() - start_s)))
+    names = list(calls)
     for k in range(rounds):
         first = k % len(names)
         for name in names[first:] + names[:first]:
-            settle[name]()
-            start_s = clock()
             calls[name]()
-            times_s[name].append(clock() - start_s)
+            start_s = clock()
+            for _ in range(counts[name]):
+                calls[name]()
+            times_s[name].append((clock() - start_s) / counts[name])
     return times_s
 
 
-def seconds_per_call(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    *,
-    turn_s: float = 0.3,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Times short calls by turns (`time_interleaved`), each repeated for about `turn_s` a turn.
+def peak_memory(prepare: Callable[..., Call], *args: Any, calls: int = 1) -> int:
+    """Measures by how many bytes a call raises the resident memory of its process at its peak.
 
-    Returns:
-        Seconds of one call of each, one entry per round.
-    """
-    counts = {}
-    for name, call in calls.items():
-        call()  # the first packs weights, compiles, warms caches
-        start_s = clock()
-        call()
-        counts[name] = max(1, math.ceil(turn_s / (clock() - start_s)))
-    repeated = {name: partial(repeat, call, counts[name]) for name, call in calls.items()}
-    times_s = time_interleaved(repeated, rounds, settle=calls, clock=clock)
-    return {name: [t / counts[name] for t in times] for name, times in times_s.items()}
-
-
-def repeat(call: Callable[[], object], count: int) -> None:
-    """Makes a call so many times."""
-    for _ in range(count):
-        call()
-
-
-def throughputs(
-    trains: Mapping[str, Callable[[int], object]],
-    batch_size: int,
-    *,
-    steps: int,
-    rounds: int,
-    settle_steps: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Images per second of loops over a loader, by turns (`time_interleaved`).
-
-    Loaders prefetch while another side is timed; the untimed steps at the start of a turn use those
-    batches up, and let the other side's workers fill their queue and come to rest.
+    The call runs in a new process, because freed memory often stays with a process and would hide
+    what a second call needs. Linux's count includes the scratch memory of kernels, which a count of
+    tensors misses. Repeat it: allocators make it vary by some per cent.
 
     Args:
-        trains: each makes so many steps and returns when they are done.
-        batch_size: images per step.
-        steps: timed steps per turn.
-        settle_steps: untimed steps before them; more than the batches a loader prefetches.
-
-    Raises:
-        ValueError: no steps or no rounds.
-    """
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
-    timed = {side: partial(train, steps) for side, train in trains.items()}
-    settle = {side: partial(train, settle_steps) for side, train in trains.items()}
-    times_s = time_interleaved(timed, rounds, settle=settle, clock=clock)
-    return {side: [steps * batch_size / t for t in times] for side, times in times_s.items()}
-
-
-def by_steps(
-    train: Callable[[Iterable[Any]], object], loader: DataLoader
-) -> Callable[[int], object]:
-    """Makes a function of batches one of a number of steps, which goes on where it stopped.
-
-    Args:
-        train: trains on the batches it is given.
-        loader: read again and again; its batch sampler, or its dataset if that makes the batches,
-            is told the number of the epoch.
-    """
-
-    def endless() -> Iterator[Any]:
-        for epoch in itertools.count():
-            ours = loader.batch_sampler or loader.dataset
-            if hasattr(ours, "begin"):  # PyTorch's own sampler has its own order
-                ours.begin(epoch)
-            yield from loader
-
-    batches = endless()
-    return lambda steps: train(itertools.islice(batches, steps))
-
-
-def peak_memory(prepare: Callable[..., Callable[[], object]], *args: Any) -> int:
-    """Bytes by which a call raises the resident memory of a process, at its highest.
-
-    A process of its own makes the call, since memory once freed stays with a process and would
-    hide what a second call needs. What Linux counts includes the scratch memory of the kernels,
-    which a count of tensors misses. Repeat it: allocators make it vary by some per cent.
-
-    Args:
-        prepare: run there with `args`, returns the call; what it keeps, such as a network's
-            weights, is not counted. A function of a module, as are all that it is given.
+        prepare: a function of a module; returns the call. What it allocates, such as a network's
+            weights, is not counted.
+        args: of `prepare`; must be picklable.
+        calls: how often the call is made until the peak is read.
 
     Raises:
         OSError: not on Linux.
     """
     if not Path("/proc/self/clear_refs").exists():
-        raise OSError("peak memory is read from Linux's /proc/self/status, which is not here")
-    context = multiprocessing.get_context("forkserver")  # one that has imported what is needed
-    context.set_forkserver_preload([prepare.__module__])
+        raise OSError("peak memory needs Linux, which reports it in /proc/self/status")
+    context = multiprocessing.get_context("forkserver")  # imports PyTorch once for all processes
+    context.set_forkserver_preload(["torch", prepare.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_growth, torch.get_num_threads(), prepare, args).result()
+        return pool.submit(_growth, torch.get_num_threads(), calls, prepare, args).result()
 
 
-def _growth(threads: int, prepare: Callable[..., Callable[[], object]], args: tuple) -> int:
+def _growth(threads: int, calls: int, prepare: Callable[..., Call], args: tuple) -> int:
     torch.set_num_threads(threads)
     call = prepare(*args)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, man 5 proc
-    before = _resident("VmRSS")
-    call()
-    return _resident("VmHWM") - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+    before = _status_bytes("VmRSS")
+    for _ in range(calls):
+        call()
+    return _status_bytes("VmHWM") - before
 
 
-def _resident(entry: str) -> int:
-    """Bytes of an entry of this process's status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{entry}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {entry}")
+def _status_bytes(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{entry}:")]
+    return int(line.split()[1]) * 1024

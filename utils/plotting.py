@@ -117,21 +117,21 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
 
 
 def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
-    """Ratios with their ranges over rounds on a log axis, a marker per value of `ours`.
+    """Ratios with their ranges over rounds on a log axis, a marker per implementation.
 
     Args:
-        rows: columns `ours`, `ratio_median`, `ratio_min` and `ratio_max`.
+        rows: of `utils.benchmark.ratios`.
         by: the column whose values are the figure's rows.
     """
-    names, series = list(dict.fromkeys(rows[by])), list(dict.fromkeys(rows["ours"]))
-    figure, (axes,) = _panels(1, height=0.9 + 0.36 * len(names), width=8)
+    names, series = list(dict.fromkeys(rows[by])), list(dict.fromkeys(rows.implementation))
+    figure, (axes,) = _panels(1, height=1 + 0.2 * len(names) * len(series), width=8)
     axes.axvline(1, color="black", lw=0.8)
     for k, label in enumerate(series):
-        points = rows[rows["ours"] == label]
-        y = points[by].map(names.index) + 0.25 * (k - (len(series) - 1) / 2)
+        points = rows[rows.implementation == label]
+        y = points[by].map(names.index) + 0.8 * ((k + 0.5) / len(series) - 0.5)
         x = points.ratio_median
         reach = [x - points.ratio_min, points.ratio_max - x]
-        axes.errorbar(x, y, xerr=reach, fmt="osD^v"[k % 5], ms=5, label=label)
+        axes.errorbar(x, y, xerr=reach, fmt="osD^vP"[k % 6], ms=5, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(x_label)

@@ -120,16 +120,18 @@ def trick_effects(results: Path = RESULTS) -> dict[str, pd.DataFrame]:
 
 
 def read_costs(crop_px: int, results: Path = RESULTS) -> pd.DataFrame:
-    """The record of scripts/benchmark.py --task networks at a size.
+    """The rows of scripts/benchmark.py --task costs at a size, in results/benchmark.csv.
 
     Raises:
-        ValueError: there is none, or one of each of several machines.
+        ValueError: there are none, or those of several machines.
     """
-    paths = sorted(results.glob(f"networks_{crop_px}px_*.csv"))
-    if len(paths) != 1:
-        names = [path.name for path in paths]
-        raise ValueError(f"{results}: needs one networks_{crop_px}px_<machine>.csv, has {names}")
-    return pd.read_csv(paths[0])
+    table = pd.read_csv(results / "benchmark.csv")
+    costs = table[(table.task == "costs") & (table.image_px == crop_px)]
+    machines = sorted(costs.hardware.unique())
+    if len(machines) != 1:
+        path = results / "benchmark.csv"
+        raise ValueError(f"{path}: costs at {crop_px} px must be of one machine, not {machines}")
+    return costs
 
 
 def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
@@ -138,20 +140,24 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     return costs.pivot_table("value", "network", "quantity", "median", sort=False)
 
 
-def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
-    """Costs of each value of a study over the baseline's of the same round.
+def cost_ratios(costs: pd.DataFrame, quantity: str, baseline: str) -> pd.DataFrame:
+    """Costs over the baseline's of the same round: `median`, `min` and `max` of each network."""
+    rows = costs[costs.quantity == quantity]
+    by_round = rows.pivot(index="round", columns="network", values="value")
+    return by_round.div(by_round[baseline], axis=0).agg(["median", "min", "max"]).T
 
-    Returns:
-        Indexed by value; for each quantity the columns `median`, `min` and `max` over rounds.
-    """
+
+def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
+    """`cost_ratios` of each value of a study to its baseline, a block of columns per quantity."""
     networks = {variant.value: variant.network for variant in study.variants}
-    found = {}
-    for quantity in ("latency", "inference", "training", "inference peak", "training peak"):
-        rows = costs[costs.quantity == quantity]
-        by_round = rows.pivot(index="round", columns="network", values="value")
-        ratios = by_round.div(by_round[networks[study.baseline]], axis=0)[list(networks.values())]
-        found[quantity] = ratios.set_axis(list(networks), axis=1).agg(["median", "min", "max"]).T
-    return pd.concat(found, axis=1).rename_axis(study.factor)
+    quantities = ("latency", "inference", "training", "inference peak", "training peak")
+    blocks = {
+        quantity: cost_ratios(costs, quantity, networks[study.baseline])
+        .loc[list(networks.values())]
+        .set_axis(pd.Index(networks, name=study.factor))
+        for quantity in quantities
+    }
+    return pd.concat(blocks, axis=1)
 
 
 def with_costs(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
