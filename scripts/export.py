@@ -1,17 +1,18 @@
-"""Writes a backbone as ONNX or as torch.export's .pt2, one output per map: stride_2, stride_4, ...
+"""Exports a backbone to ONNX or torch.export's .pt2, one output per map: stride_2, stride_4, ...
 
     python scripts/export.py --checkpoint runs/NAME/last.pt --output net.onnx
     python scripts/export.py --checkpoint runs/NAME/last.pt --classifier --output net.pt2
     python scripts/export.py --backbone resnet50 --weights IMAGENET1K_V2 --output resnet50.onnx \\
         --options '{"out_indices": [2, 3, 4]}'
 
-A run's EMA weights are taken. The network takes float32 images [batch, channels, height, width] of
-any batch and size above 32 pixels. This project's own, and torchvision's, are trained on RGB of 0
-to 1 less the means (0.485, 0.456, 0.406), over the deviations (0.229, 0.224, 0.225).
+A checkpoint gives its EMA weights. The network takes float32 images [batch, channels, height,
+width] of any batch and of any size above 32 pixels. Networks of this project and of torchvision
+expect RGB from 0 to 1, minus the mean (0.485, 0.456, 0.406), divided by the standard deviation
+(0.229, 0.224, 0.225).
 
-The file is read back, by ONNX Runtime or torch.export, and compared with its source at other batch
-and image sizes before it gets its name. Nothing that is there is replaced without --overwrite.
-ONNX takes the packages onnx, onnxscript and onnxruntime.
+The file is read back by ONNX Runtime or torch.export and compared with its source at other batch
+and image sizes. Existing files are replaced only with --overwrite. ONNX needs the packages onnx,
+onnxscript and onnxruntime.
 """
 
 import argparse
@@ -46,26 +47,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", help="of --backbone: a file, or a name of torchvision's (default: random)")
     add("--options", type=json_object, default={}, metavar="JSON", help="of backbones.create")
     add("--classifier", action="store_true", help="of --checkpoint: with its head, to logits")
-    add("--overwrite", action="store_true", help="replace the file if it is there")
+    add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     if args.weights and args.checkpoint:
-        parser.error("--weights is for --backbone; --checkpoint has weights")
+        parser.error("--weights is for --backbone; a checkpoint has its own")
     if args.options.keys() & {"name", "weights"}:
-        parser.error("--options takes no name and no weights; --backbone and --weights are those")
+        parser.error("--options takes no name or weights; use --backbone and --weights")
     if args.classifier and (args.backbone or args.options):
-        parser.error("--classifier is for --checkpoint, as it was trained, without --options")
+        parser.error("--classifier is for --checkpoint without --options")
     return args
 
 
 def json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
         example = '{"out_indices": [2, 3, 4]}'
-        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object, such as {example}")
-    return value
+        message = f"{text!r} must be a JSON object, such as {example}"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def open_network(args: argparse.Namespace) -> Backbone | Classifier:
@@ -74,12 +73,11 @@ def open_network(args: argparse.Namespace) -> Backbone | Classifier:
         if args.classifier:
             return trained.ema
         options = {**trained.options, **args.options}
-        weights = trained.ema.state_dict()
-        return backbones.create(trained.backbone, weights=weights, **options)
+        return backbones.create(trained.backbone, weights=trained.ema.state_dict(), **options)
     try:
         return backbones.create(args.backbone, weights=args.weights, **args.options)
     except WeightsError as error:
-        if Path(args.weights).exists():
+        if Path(args.weights).exists():  # the file is wrong, not the option
             raise DataError(str(error)) from error
         raise
 

@@ -11,52 +11,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# How much longer a process waits for another than that one waits for its images: it is to have told
-# of them itself by then.
+# A process waits this much longer for the others than for its own images, so that the process with
+# the problem reports it first.
 MARGIN_S = 60
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float = 600) -> Iterator[None]:
-    """Joins torchrun's process group (NCCL on GPUs, Gloo on CPUs) for the time of the block.
+    """Joins torchrun's process group (NCCL on GPUs, Gloo on CPUs) for the block.
 
     Args:
-        timeout_s: how long a process waits for its images; it waits for the others, before an
-            error, `MARGIN_S` longer.
+        timeout_s: how long a process waits for its images; it waits `MARGIN_S` longer for others.
 
     Raises:
-        ConnectionError: the others cannot be reached, or one of them has gone or hangs.
+        ConnectionError: the other processes cannot be reached, or one of them died or hangs.
     """
     if not launched():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     timeout = datetime.timedelta(seconds=timeout_s + MARGIN_S)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timeout, **_fresh_store(timeout)
-        )
-    except (RuntimeError, ValueError) as error:  # a port in use, a variable that is missing
+        dist.init_process_group(backend, timeout=timeout, **_fresh_store(timeout))
+    except (RuntimeError, ValueError) as error:  # a port in use, a missing variable
         reason = str(error).splitlines()[0]
-        raise ConnectionError(f"cannot join the other processes at {where} ({reason})") from error
+        raise ConnectionError(f"cannot join the other processes at {address} ({reason})") from error
     try:
         yield
     except RuntimeError as error:
-        if not _is_of_network(error):
+        if not _is_network_error(error):
             raise
         reason = str(error).splitlines()[0]
-        raise ConnectionError(f"another process has gone or hangs ({reason})") from error
+        raise ConnectionError(f"another process died or hangs ({reason})") from error
     finally:
         dist.destroy_process_group()
 
 
 def _fresh_store(timeout: datetime.timedelta) -> dict[str, Any]:
-    """Where processes that torchrun has restarted meet, away from what those before them left.
+    """Arguments of init_process_group that separate processes that torchrun has restarted.
 
     PyTorch 2.14's torchrun keeps one store over all restarts, in which new processes may find the
-    addresses of dead ones. On several nodes the restarts have no common number, and torchrun needs
+    addresses of dead ones. Restarts of several nodes have no common number; there torchrun needs
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/scale.md).
     """
     env = os.environ
@@ -73,16 +71,18 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def _is_of_network(error: RuntimeError) -> bool:
-    words = ("gloo", "pair closure", "timed out", "connection", "socket")  # Gloo's have no type
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+def _is_network_error(error: RuntimeError) -> bool:
+    words = ("gloo", "pair closure", "timed out", "connection", "socket")  # Gloo has no type
+    is_of_loader = str(error).startswith("DataLoader")  # which times out in the same words
+    found = any(word in str(error).lower() for word in words) and not is_of_loader
+    return isinstance(error, dist.DistError) or found
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """This process's device: `name` if given, else its own GPU, else the CPU.
+    """The device of this process: `name` if given, else its own GPU, else the CPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: there is no such device.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ def pick_device(name: str | None = None) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps") or (
         device.type == "mps" and not torch.backends.mps.is_available()
     ):
-        raise ValueError(f"device={name!r} is not to be had here; try cpu or cuda")
+        raise ValueError(f"device={name!r} is not available here; try cpu or cuda")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
@@ -128,7 +128,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def broadcast_buffers(*modules: nn.Module) -> None:
-    """Gives every process rank 0's buffers, such as BatchNorm's running statistics."""
+    """Gives every process the buffers of rank 0, such as BatchNorm's running statistics."""
     if dist.is_initialized():
         for module in modules:
             for buffer in module.buffers():
@@ -136,7 +136,7 @@ def broadcast_buffers(*modules: nn.Module) -> None:
 
 
 def gather_objects(item: Any) -> list[Any]:
-    """What each process passes, in order of rank."""
+    """`item` of every process, by rank."""
     found = [item] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(found, item)
@@ -144,19 +144,19 @@ def gather_objects(item: Any) -> list[Any]:
 
 
 def union(items: dict[str, None]) -> dict[str, None]:
-    """The keys that any process has, in order of rank."""
+    """The keys of all processes, by rank."""
     return {key: None for keys in gather_objects(items) for key in keys}
 
 
 def of_rank_0(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the process of rank 0, in every process; its ValueError too."""
+    """The result of `make` in the process of rank 0, in every process; its ValueError too."""
     if not dist.is_initialized():
         return make()
     found: list[Any] = [None]
     if rank() == 0:
         try:
             found = [make()]
-        except (ValueError, OSError) as error:  # else the others would wait for ever
+        except (ValueError, OSError) as error:  # else the others would wait forever
             found = [error]
     dist.broadcast_object_list(found)
     if isinstance(found[0], Exception):
@@ -167,10 +167,10 @@ def of_rank_0(make: Callable[[], Any]) -> Any:
 def data_parallel(
     model: nn.Module, device: torch.device, sync_batchnorm: bool = False
 ) -> nn.Module:
-    """`model` with its gradients averaged over processes; itself if there is only one.
+    """`model` with gradients averaged over processes; the model itself if there is only one.
 
     Args:
-        sync_batchnorm: whether BatchNorm's statistics are those of all processes' images.
+        sync_batchnorm: whether BatchNorm statistics are those of the images of all processes.
 
     Raises:
         ValueError: `sync_batchnorm` on a CPU, where PyTorch has none.

@@ -3,8 +3,8 @@
 The `imagenet` preset follows torchvision's reference for its 2021 weights
 (pytorch/vision, references/classification, and the post "How to train state-of-the-art models
 using TorchVision's latest primitives"), with the schedule per step instead of per epoch and the
-average of the weights updated every step: torchvision's decay of 0.99998 every 32 steps of 1024
-images over 100 epochs, rescaled by its own rule, is 0.9998 a step.
+EMA weights updated every step: torchvision's decay of 0.99998 every 32 steps of 1024 images over
+100 epochs, rescaled by its own rule, is 0.9998 per step.
 """
 
 import argparse
@@ -22,11 +22,11 @@ def _field(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Raises ValueError naming the field, its value and what would be right."""
+    """How to train a classifier. A bad value is a ValueError that names the field and the range."""
 
     epochs: int = _field(100, "passes over the training images")
     batch_size: int = _field(1024, "images per step, over all processes")
-    accumulate: int = _field(1, "parts of a batch that run one by one, for want of memory")
+    accumulate: int = _field(1, "gradient accumulation steps per update")
     lr_per_1024: float = _field(0.5, "peak learning rate per 1024 images of batch size")
     momentum: float = _field(0.9, "momentum of SGD (without Nesterov)")
     weight_decay: float = _field(2e-5, "weight decay of convolution and linear weights")
@@ -41,7 +41,7 @@ class Recipe:
     random_erasing: float = _field(0.1, "probability of RandomErasing (arXiv:1708.04896)")
     cutmix_alpha: float = _field(1.0, "Beta parameter of CutMix (arXiv:1905.04899), 0 = off")
     mixup_alpha: float = _field(0.2, "Beta parameter of MixUp (arXiv:1710.09412), 0 = off")
-    ema_decay: float = _field(0.9998, "decay per step of the averaged weights, reached gradually")
+    ema_decay: float = _field(0.9998, "decay of the EMA weights per step, with a warm-up")
     width: float = _field(1.0, "factor on the channels of Darknet and VoVNet")
     precision: Literal["bf16", "float32"] = _field("bf16", "autocast type, where the device has it")
     channels_last: bool = _field(True, "channels_last memory format")
@@ -53,7 +53,7 @@ class Recipe:
         sizes = ("train_crop_px", "eval_resize_px", "eval_crop_px")
         for name in (*counts, *sizes):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in sizes:  # beyond, a single image takes gigabytes
+        for name in sizes:  # a larger image takes gigabytes
             self._check(name, getattr(self, name) <= MAX_PX, f"at most {MAX_PX}")
         for name in ("lr_per_1024", "width"):
             self._check(name, getattr(self, name) > 0, "above 0")
@@ -83,7 +83,7 @@ class Recipe:
 
     @property
     def backbone_options(self) -> dict[str, Any]:
-        """What the recipe asks of a backbone; nothing at width 1, which not every family takes."""
+        """Keyword arguments for the backbone; none at width 1, which not every family takes."""
         return {} if self.width == 1 else {"width": self.width}
 
     def tested_at(self, crop_px: int) -> "Recipe":
@@ -105,7 +105,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
 
 
 _IMAGENET = Recipe()
-# For Darknet-19 and VoVNet-19-slim, which have no capacity to spare.
+# for Darknet-19 and VoVNet-19-slim, which are too small for strong regularization
 _SMALL = dataclasses.replace(
     _IMAGENET, random_erasing=0.0, cutmix_alpha=0.0, mixup_alpha=0.0, label_smoothing=0.0
 )
@@ -116,9 +116,9 @@ RECIPES = {
     "small": _SMALL,
     # for VoVNet-99
     "large": dataclasses.replace(_IMAGENET, train_crop_px=224, batch_size=512),
-    # For a minute on the embedded sample. Beyond sizes: in 1,500 steps mixing costs more than it
-    # brings, small batches want a larger step and small objects larger crops. It tests at the
-    # training size: with maps of 2 x 2 pixels, a size that 32 does not divide shifts the grid.
+    # For a minute on the embedded sample: in 1,500 steps mixing does not pay, small batches need a
+    # higher learning rate and small objects larger crops. It tests at the training size: with maps
+    # of 2 x 2 pixels, a size that 32 does not divide shifts the grid.
     "quick": dataclasses.replace(
         _SMALL,
         epochs=12,
@@ -136,7 +136,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class DetectorRecipe:
-    """How to train a detector. Raises ValueError as `Recipe`."""
+    """How to train a detector; checked like `Recipe`."""
 
     epochs: int = _field(12, "passes over the training images")
     batch_size: int = _field(8, "images per step")
@@ -163,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     """Adds one flag per field of Recipe, `--label-smoothing` for `label_smoothing`.
 
     Args:
-        preset: the key of RECIPES whose values the help shows as defaults.
+        preset: the key of RECIPES whose values --help shows as defaults.
     """
     group = parser.add_argument_group(f"recipe (defaults: those of --recipe {preset})")
     for field in dataclasses.fields(Recipe):
@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
 
 
 def from_arguments(args: argparse.Namespace, preset: str) -> Recipe:
-    """The preset with what the user gave in its place; ValueError for a bad value."""
+    """The preset with the values that were given; ValueError for a bad one."""
     names = [field.name for field in dataclasses.fields(Recipe)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return dataclasses.replace(RECIPES[preset], **given)
