@@ -1,8 +1,6 @@
-"""Exported files: what they give, what is refused, and that nothing wrong gets a name."""
+"""Exported files: what they compute, what is refused, and that a wrong one is not written."""
 
-import errno
 import sys
-from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -62,12 +60,11 @@ RUN = {".onnx": run_onnx, ".pt2": run_pt2}
 @pytest.mark.parametrize(
     ("suffix", "make", "names"),
     [
-        (".onnx", backbone, STRIDES),
         (".pt2", backbone, STRIDES),
         (".onnx", lambda: backbone(out_indices=(0, 2), in_channels=1), ["stride_2", "stride_8"]),
         (".pt2", classifier, ["logits"]),
     ],
-    ids=["backbone, ONNX", "backbone", "two maps of grey, ONNX", "classifier"],
+    ids=["backbone", "two maps of grey, ONNX", "classifier"],
 )
 def test_the_file_gives_what_the_network_gives(tmp_path, suffix, make, names):
     """At a batch and a size that neither the export nor its check have seen."""
@@ -96,30 +93,28 @@ def broken(value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda y: {"stride_1": y + 0.01}, "gives stride_1 off by 0.00"),
-        (lambda y: {"stride_1": y * float("nan")}, "gives stride_1 off by nan"),
-        (lambda y: {"stride_1": y[:1]}, r"of shape \[1, 4, 160, 96\], not \[3, 4, 160, 96\]"),
-        (lambda y: {"output": y}, "gives output, not stride_1"),
+        (lambda y: {"stride_1": y + 0.01}, "has an error of 0.00. in stride_1"),
+        (lambda y: {"stride_1": y * float("nan")}, "has an error of nan in stride_1"),
+        (lambda y: {"stride_1": y[:1]}, r"gives \{'stride_1': \[1, 4, 160, 96\]\}, not .*\[3, 4, "),
+        (lambda y: {"output": y}, r"gives \{'output': .*\}, not \{'stride_1'"),
         (broken, r"fails \(shapes do not fit\)$"),
     ],
     ids=["values", "NaN", "shape", "name", "it fails"],
 )
-@pytest.mark.parametrize("there", [None, b"an older one"], ids=["new", "over another"])
-def test_a_wrong_export_never_gets_its_name(tmp_path, monkeypatch, change, words, there):
-    source, path = Scaled(), tmp_path / "net.pt2"
-    if there:
-        path.write_bytes(there)
+def test_a_wrong_export_never_gets_its_name(tmp_path, monkeypatch, change, words):
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"an older one")
     write, read = exporting.FORMATS[".pt2"]
 
-    def read_wrongly(aside):
-        found = read(aside)
+    def read_wrongly(temporary):
+        found = read(temporary)
         return lambda images: change(found(images)["stride_1"])
 
     monkeypatch.setitem(exporting.FORMATS, ".pt2", (write, read_wrongly))
     with pytest.raises(ExportError, match=words) as caught:
-        export(source, path, overwrite=True)
+        export(Scaled(), path, overwrite=True)
     assert str(caught.value).startswith(f"{path}: not written: for images [3, 3, 160, 96]")
-    assert [(p, p.read_bytes()) for p in tmp_path.iterdir()] == ([(path, there)] if there else [])
+    assert [(p, p.read_bytes()) for p in tmp_path.iterdir()] == [(path, b"an older one")]
 
 
 def test_a_size_that_the_export_does_not_take_is_found_out(tmp_path):
@@ -129,7 +124,7 @@ def test_a_size_that_the_export_does_not_take_is_found_out(tmp_path):
         def forward(self, images):
             return {"stride_1": self.conv(images) * int(images.shape[-1] > 100)}
 
-    with pytest.raises(ExportError, match=r"for images \[1, 3, 75, 107\] the export"):
+    with pytest.raises(ExportError, match=r"for images \[1, 3, 75, 107\] the exported"):
         export(Fixed(), tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
 
@@ -137,14 +132,14 @@ def test_a_size_that_the_export_does_not_take_is_found_out(tmp_path):
 def test_nothing_is_replaced_unasked(tmp_path):
     path = tmp_path / "net.pt2"
     path.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"net.pt2: is there already; --overwrite"):
+    with pytest.raises(FileExistsError, match=r"net.pt2: exists already; --overwrite"):
         export(Scaled(), path)
     assert path.read_text() == "mine"
     export(Scaled(), path, overwrite=True)
     assert list(run_pt2(path, torch.zeros(1, 3, 40, 50))) == ["stride_1"]
     folder = tmp_path / "folder.pt2"
     folder.mkdir()
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         export(Scaled(), folder, overwrite=True)
 
 
@@ -161,20 +156,9 @@ def test_paths_are_looked_at_first(tmp_path, name, kind, words):
         export(Scaled(), tmp_path / name)
 
 
-@pytest.mark.parametrize("package", exporting.ONNX_PACKAGES)
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    package = "onnxscript"
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"^{package} is not installed: pip install {package} to"):
         export(Scaled(), tmp_path / "net.onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    def write_half(self, content):
-        self.open("wb").write(content[:100])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
-        export(Scaled(), tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []

@@ -50,22 +50,18 @@ def test_learning_rate_is_linear_in_the_batch_size():
     ("field", "value", "wanted"),
     [
         ("epochs", 0, "at least 1"),
-        ("epochs", -3, "at least 1"),
         ("epochs", 1.5, "of type int"),
-        ("batch_size", 0, "at least 1"),
         ("lr_per_1024", float("nan"), "a finite number"),
-        ("lr_per_1024", float("inf"), "a finite number"),
         ("lr_per_1024", 0, "above 0"),
         ("momentum", 1.0, r"in \[0, 1\)"),
-        ("label_smoothing", -0.1, r"in \[0, 1\)"),
         ("weight_decay", -1e-5, "at least 0"),
         ("random_erasing", 1.1, r"in \[0, 1\]"),
         ("min_crop_area", 0, r"in \(0, 1\]"),
         ("warmup_epochs", 100, "at least 0 and below epochs=100"),
+        ("train_crop_px", 5000, "at most 4096"),
         ("eval_resize_px", 200, "at least eval_crop_px"),
         ("precision", "fp8", "one of"),
         ("trivial_augment", 1, "of type bool"),
-        ("width", 0, "above 0"),
     ],
 )
 def test_bad_values_are_named(field, value, wanted):
@@ -94,15 +90,6 @@ def test_every_field_is_a_flag_that_overrides_the_preset():
         others = ["--eval-resize-px", "999"] if field.name == "eval_crop_px" else []
         assert getattr(parse(argv + others), field.name) == value
     assert parse(["--epochs", "7"], "small") == dataclasses.replace(RECIPES["small"], epochs=7)
-
-
-def test_help_shows_every_field_with_its_default():
-    parser = argparse.ArgumentParser()
-    recipe.add_arguments(parser, "quick")
-    text = " ".join(parser.format_help().split())
-    for field in dataclasses.fields(Recipe):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert f"(default: {getattr(RECIPES['quick'], field.name)})" in text
 
 
 @pytest.mark.parametrize(

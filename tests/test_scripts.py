@@ -1,43 +1,46 @@
-"""Every script's `main`, on a small tree, as a user would call it."""
+"""Every script's `main` on a small tree, as a user would call it, and the mistakes users make."""
 
-import base64
-import io
 import json
 import os
 import re
-import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, SMALL, run
-from PIL import Image, ImageColor
+from helpers import ROOT, SMALL, mounted, run, small_disk
 
 from backbones import create_classifier
 from backbones.weights import load_weights
-from utils import plotting
 from utils.cli import EXIT_CODES
+
+TRAIN = ["--data-dir", "data", "--output-dir", "new", *SMALL, "--device", "cpu"]
+EVALUATE = ["--checkpoint", "done/last.pt", "--data-dir", "data", "--workers", 0]
+IMAGE = "data/train/n00000000/0.JPEG"
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("scripts/*.py")))
-def test_help_lists_the_exit_codes_of_the_docs(script, capsys):
+def test_help_and_unknown_options(script, capsys):
     assert run(script, "--help") == 0
     assert EXIT_CODES in capsys.readouterr().out
     assert EXIT_CODES in (ROOT / "docs" / "reliability.md").read_text()
+    assert run(script, "--no-such-option") == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(folders, tmp_path_factory):
+    """The folder of a finished run of scripts/train.py; read only."""
     run_dir = tmp_path_factory.mktemp("runs") / "first"
     assert run("train.py", "--data-dir", folders, "--output-dir", run_dir, *SMALL) == 0
     return run_dir
 
 
-def test_train_leaves_a_whole_run_folder(trained):
-    names = {path.name for path in trained.iterdir()}
+def test_train_writes_a_complete_run_folder(trained):
+    names = {path.name for path in trained.iterdir()} - {".lock"}
     assert names == {"config.json", "metrics.csv", "speed.csv", "last.pt", "best.pt", "curves.png"}
     config = json.loads((trained / "config.json").read_text())
     assert config["recipe"]["epochs"] == 2
@@ -47,7 +50,7 @@ def test_train_leaves_a_whole_run_folder(trained):
 
 
 def test_train_prints_both_accuracies_and_the_folder(trained, folders, capsys):
-    """The same command on a finished run trains nothing and says the same again."""
+    """The same command on a finished run trains nothing and prints the same again."""
     before = (trained / "last.pt").stat().st_mtime_ns
     assert run("train.py", "--data-dir", folders, "--output-dir", trained, *SMALL) == 0
     row = pd.read_csv(trained / "metrics.csv").iloc[-1]
@@ -69,24 +72,23 @@ def test_evaluate_agrees_with_the_run_and_takes_other_sizes(trained, folders, ca
 
 
 def test_predict_is_right_as_often_as_the_run_says(trained, folders, capsys):
-    """All validation images at once, by the averaged weights."""
+    """All validation images at once, by the EMA weights."""
     images = sorted((folders / "val").glob("*/*.JPEG"))
     args = [*images, "--checkpoint", trained / "last.pt", "--device", "cpu", "--json"]
     assert run("predict.py", *args) == 0
     found = json.loads(capsys.readouterr().out)
     assert [each["image"] for each in found] == [str(image) for image in images]
     for each in found:
-        assert set(each) == {"image", "predictions"}
         shares = [row["probability"] for row in each["predictions"]]
         assert sorted(shares, reverse=True) == shares  # all three classes
         assert sum(shares) == pytest.approx(1)
         assert all(row["name"] == row["class"] for row in each["predictions"])
-    right = [
+    correct = [
         each["predictions"][0]["class"] == image.parent.name
         for each, image in zip(found, images, strict=True)
     ]
     row = pd.read_csv(trained / "metrics.csv").iloc[-1]
-    assert 100 * sum(right) / len(right) == pytest.approx(row.ema_val_top1_pct)
+    assert 100 * sum(correct) / len(correct) == pytest.approx(row.ema_val_top1_pct)
 
 
 def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys):
@@ -106,13 +108,13 @@ def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys)
 
 @torch.no_grad()
 @pytest.mark.parametrize("classifier", [False, True], ids=["backbone", "classifier"])
-def test_export_takes_the_averaged_weights(trained, tmp_path, capsys, classifier):
+def test_export_takes_the_ema_weights(trained, tmp_path, capsys, classifier):
     path, images = tmp_path / "net.pt2", torch.randn(2, 3, 64, 96)
     args = ["--checkpoint", trained / "last.pt", "--output", path]
     args += ["--classifier"] if classifier else ["--options", '{"out_indices": [2, -1]}']
     path.write_text("an older one")
     assert run("export.py", *args) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert run("export.py", *args, "--overwrite") == 0
     assert capsys.readouterr().out.startswith(f"{path}: ")
     net = create_classifier("cspdarknet19", 3, width=0.125)
@@ -129,81 +131,148 @@ def test_export_takes_the_averaged_weights(trained, tmp_path, capsys, classifier
 
 
 def test_export_of_a_backbone_by_name_and_weights(trained, tmp_path):
-    """To ONNX; a run's checkpoint is a file of weights, too."""
+    """To ONNX; a run's checkpoint is also a file of weights."""
     path, options = tmp_path / "net.onnx", '{"width": 0.125, "out_indices": [1]}'
     args = ["--backbone", "cspdarknet19", "--options", options, "--output", path]
     assert run("export.py", *args, "--weights", trained / "last.pt") == 0
     assert [each.name for each in tmp_path.iterdir()] == ["net.onnx"]
 
 
-@pytest.mark.parametrize(
-    ("script", "args", "code", "words"),
-    [
-        ("train.py", ["--data-dir", "nowhere"], 2, "nowhere is not a folder"),
-        ("train.py", ["--backbone", "darknet35"], 2, "'darknet35'; nearest: darknet53"),
-        ("train.py", ["--epochs", "-1"], 2, "epochs=-1 must be at least 1"),
-        ("train.py", ["--batch-size", "4096"], 2, "batch_size=4096 is more than the 48"),
-        ("train.py", ["--device", "cuda:99"], 2, "device='cuda:99'"),
-        ("train.py", ["--seed", "-1"], 2, "--seed: '-1' must be a whole number, at least 0"),
-        ("train.py", ["--workers", "-1"], 2, "--workers: '-1' must be a whole number, at least 0"),
-        ("train.py", ["--sync-batchnorm", "--device", "cpu"], 2, "sync_batchnorm=True needs GPUs"),
-        ("evaluate.py", ["--checkpoint", "nothing.pt"], 2, "nothing.pt: no such checkpoint"),
-        ("evaluate.py", ["--checkpoint", __file__], 1, "not a checkpoint"),
-    ],
-)
-def test_a_mistake_is_one_clear_line(folders, tmp_path, capsys, script, args, code, words):
-    defaults = ["--data-dir", folders]
-    if script == "train.py":
-        defaults += ["--output-dir", tmp_path / "run", *SMALL]
-    assert run(script, *defaults, *args) == code
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1
-    assert error[0].startswith("error: ")
-    assert words in error[0]
-    assert not (tmp_path / "run").exists()
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
-def test_an_output_dir_that_is_a_file_is_one_clear_line(folders, tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    args = ["--data-dir", folders, *SMALL, "--output-dir", tmp_path / "file"]
-    assert run("train.py", *args) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+@pytest.fixture
+def here(folders, trained, tmp_path, monkeypatch):
+    """A working directory with `data`, the finished run `done`, and a file `words.csv`."""
+    for source, name in ((folders, "data"), (trained, "done")):
+        shutil.copytree(source, tmp_path / name)
+    (tmp_path / "words.csv").write_text("ImageId,PredictionString\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        *("train.py", "evaluate.py", "predict.py", "export.py", "imagenet.py", "make_shards.py"),
-        *("ablate.py", "run_notebooks.py", "benchmark.py", "update_readme.py"),
-    ],
-)
-def test_help_and_bad_usage(script, capsys):
-    assert run(script, "--help") == 0
-    assert "--" in capsys.readouterr().out
-    assert run(script, "--no-such-option") == 2
+def broken_image():
+    Path(IMAGE).write_bytes(Path(IMAGE).read_bytes()[:-300])
 
 
-def test_a_notebooks_chart_keeps_the_colours_of_its_lines():
-    """Bands and edges alone would fill a small palette; with 64 colours two lines look alike."""
-    curves = pd.read_csv(ROOT / "results" / "study_recipe_add_one_curves.csv")
-    figure = plotting.plot_bands(curves, "epoch", {"held_out_top1_pct": ""}, "epoch")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    shrink = runpy.run_path(str(ROOT / "scripts" / "run_notebooks.py"))["shrink"]
-    png = base64.b64decode(shrink(base64.b64encode(drawn.getvalue()).decode()))
-    assert len(png) < len(drawn.getvalue()) / 2
-    found = np.array(Image.open(io.BytesIO(png)).convert("RGB"), int)
-    for style in plotting.LINES[: curves.value.nunique()]:
-        assert abs(found - ImageColor.getrgb(style["color"])).max(2).min() < 8, style
+def strange_broken_image():
+    Path(IMAGE).with_name("a\nb\udce9.JPEG").write_bytes(b"no image")
+
+
+PREDICT = [IMAGE, "--checkpoint", "done/last.pt"]
+EXPORT = ["--output", "new.pt2"]
+BY_NAME = ["--backbone", "cspdarknet19", *EXPORT]
+STUDY = ["csp_split", "--data-dir", "data", "--runs-dir", "new", "--output", "new.csv"]
+# name: what is done before, script, arguments, exit code, words of the one line
+MISTAKES = {
+    "no folder": (None, "train.py", [*TRAIN, "--data-dir", "x"], 2, "x is not a folder"),
+    "no value": (None, "train.py", ["--data-dir", "data", "--seed"], 2, "expected one argument"),
+    "a tar for each argument": (
+        None, "train.py", ["--data-dir", "a-0.tar", "a-1.tar"], 2, "quote the brace pattern"
+    ),
+    "negative seed": (
+        None, "train.py", [*TRAIN, "--seed", -1], 2, "--seed: '-1' must be an integer of at least 0"
+    ),
+    "bad recipe": (None, "train.py", [*TRAIN, "--epochs", -1], 2, "epochs=-1 must be at least 1"),
+    "text": (None, "train.py", [*TRAIN, "--lr-per-1024", "fast"], 2, "--lr-per-1024"),
+    "backbone": (
+        None, "train.py", [*TRAIN, "--backbone", "darknet54"], 2, "'darknet54'; nearest: darknet53"
+    ),
+    "batch": (None, "train.py", [*TRAIN, "--batch-size", 99], 2, "batch_size=99 is more than"),
+    "width": (None, "train.py", [*TRAIN, "--backbone", "resnet18"], 2, "takes no 'width'"),
+    "device": (None, "train.py", [*TRAIN, "--device", "cuda:99"], 2, "device='cuda:99'"),
+    "sync": (None, "train.py", [*TRAIN, "--sync-batchnorm"], 2, "sync_batchnorm=True needs GPUs"),
+    "one image for BatchNorm": (
+        None, "train.py", [*TRAIN, "--batch-size", 1], 2, "more than 1 value per channel"
+    ),
+    "file as run": (None, "train.py", [*TRAIN, "--output-dir", "words.csv"], 2, "File exists"),
+    "another run": (
+        None, "train.py", [*TRAIN, "--output-dir", "done", "--momentum", 0.5], 1,
+        "done: holds a run with momentum=0.9, not 0.5",
+    ),
+    "broken image": (broken_image, "train.py", TRAIN, 1, "0.JPEG: not a readable image"),
+    "broken image, dry run": (
+        broken_image, "train.py", [*TRAIN, "--dry-run"], 1, "0.JPEG: not a readable image"
+    ),
+    "control characters in a name": (
+        strange_broken_image, "train.py", [*TRAIN, "--batch-size", 49], 1, r"a\nb\udce9.JPEG: not"
+    ),
+    "diverges": (
+        None, "train.py", [*TRAIN, "--lr-per-1024", 1e38, "--dry-run"], 1, "loss is not finite"
+    ),
+    "no checkpoint": (
+        None, "evaluate.py", [*EVALUATE, "--checkpoint", "x.pt"], 2, "x.pt: no such checkpoint"
+    ),
+    "not a checkpoint": (
+        None, "evaluate.py", [*EVALUATE, "--checkpoint", "words.csv"], 1, "not a checkpoint"
+    ),
+    "large": (None, "evaluate.py", [*EVALUATE, "--size", 10**6], 2, "at most 4096"),
+    "no image": (None, "predict.py", [*PREDICT, "x.jpg"], 2, "x.jpg: no such image file"),
+    "half an image": (broken_image, "predict.py", PREDICT, 1, "0.JPEG: not a readable image"),
+    "words of others": (
+        None, "predict.py", [*PREDICT, "--synset-mapping", "words.csv"], 1, "words.csv: bad lines"
+    ),
+    "suffix": (None, "export.py", [*BY_NAME, "--output", "x.pb"], 2, "must end in .onnx or .pt2"),
+    "weights missing": (None, "export.py", [*BY_NAME, "--weights", "x.pt"], 2, "x.pt"),
+    "weights broken": (None, "export.py", [*BY_NAME, "--weights", "words.csv"], 1, "words.csv"),
+    "two sources": (
+        None, "export.py", [*BY_NAME, "--checkpoint", "done/last.pt"], 2, "not allowed with"
+    ),
+    "options": (None, "export.py", [*BY_NAME, "--options", "[2]"], 2, "must be a JSON object"),
+    "head": (None, "export.py", [*BY_NAME, "--classifier"], 2, "--classifier is for --checkpoint"),
+    "shards": (
+        None, "make_shards.py", ["--data-dir", "x", "--output-dir", "new"], 2, "x is not a folder"
+    ),
+    "study": (None, "ablate.py", [*STUDY, "--seeds", 0], 2, "--seeds"),
+    "study data": (None, "ablate.py", [*STUDY, "--data-dir", "x"], 2, "x is not a folder"),
+    "notebook": (None, "run_notebooks.py", ["x.ipynb"], 2, "x.ipynb: no such notebook"),
+    "no notebook": (None, "run_notebooks.py", ["words.csv"], 1, "words.csv: not a notebook"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_line(here, capsys, name):
+    """Nothing is written but a run's config.json, from which it resumes."""
+    prepare, script, args, code, words = MISTAKES[name]
+    if prepare:
+        prepare()
+    before = {path for path in here.rglob("*")}
+    capsys.readouterr()
+    assert run(script, *args) == code
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line
+    ]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert lines[0].isprintable()
+    assert words in lines[0]
+    left = {str(path.relative_to(here)) for path in here.rglob("*")} - {
+        str(path.relative_to(here)) for path in before
+    }
+    assert left <= {"new", "new/config.json", "new/.lock", "done/.lock"}
+
+
+def test_full_and_read_only_disks_are_one_line(here, capsys):
+    with small_disk("disk", "8k"):
+        Path("disk/full").write_bytes(bytes(8192))
+        assert run("train.py", *TRAIN, "--output-dir", "disk/new") == 1
+        assert "(No space left on device)" in capsys.readouterr().err
+        assert run("export.py", *BY_NAME, "--output", "disk/net.pt2") == 1
+        error = "net.pt2: cannot be written (No space left on device)"
+        assert error in capsys.readouterr().err
+    with mounted("done", "--bind", "done") as path:
+        subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
+        assert run("train.py", *TRAIN, "--output-dir", "done") == 1
+        assert "Read-only file system" in capsys.readouterr().err
 
 
 def test_two_processes_train_as_one(folders, tmp_path, capsys):
-    """torchrun with gloo: rank 0 writes, and every validation image counts once."""
+    """torchrun with Gloo: rank 0 writes, and every validation image counts once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(ROOT / "scripts" / "train.py"), "--data-dir"]
     command += [str(folders), "--output-dir", str(tmp_path / "run"), "--device", "cpu", *SMALL]
     command += ["--precision", "float32"]  # bf16 would round by batch
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation top-1") == 1
@@ -212,7 +281,7 @@ def test_two_processes_train_as_one(folders, tmp_path, capsys):
     counted = table.val_top1_pct * 18 / 100
     assert (counted - counted.round()).abs().max() < 1e-6
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
-    # What was reported is what was saved: all processes evaluate with the same statistics.
+    # The reported accuracy is that of the saved weights: all processes use the same statistics.
     checkpoint = ["--checkpoint", tmp_path / "run" / "last.pt", "--data-dir", folders]
     assert run("evaluate.py", *checkpoint, "--workers", 0, "--device", "cpu") == 0
     row, lines = table.iloc[-1], capsys.readouterr().out.splitlines()

@@ -1,10 +1,11 @@
-"""Schedule, parameter groups, averaged weights, losses, evaluation, and resuming."""
+"""The training loop: schedule, parameter groups, EMA, losses, resuming, the dry run."""
 
 import copy
 import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,13 +21,13 @@ from torch import nn
 import backbones
 from backbones.classifier import Classifier
 from utils.data.folders import Batch, CorruptImageError, open_folders
-from utils.recipe import Recipe
 from utils.training import loop
-from utils.training.checkpoint import RunError, load_checkpoint, save_checkpoint
+from utils.training.checkpoint import save_checkpoint
 from utils.training.loop import (
     DivergedError,
     LossMeter,
     Trainer,
+    dry_run,
     ema_decay_at,
     fit,
     lr_factor,
@@ -253,17 +254,18 @@ def test_meter_names_the_first_bad_step():
     assert (error.value.step, error.value.indices) == (2, [7, 2])
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(folders, tmp_path):
+def test_a_run_that_diverges_names_its_images_and_writes_no_checkpoint(folders, tmp_path):
     recipe = dataclasses.replace(TINY, lr_per_1024=1e30, warmup_epochs=0.0)
     data = open_folders(folders, recipe)
     with pytest.raises(DivergedError, match=r"not finite at step \d.* rate \d.*\.JPEG") as error:
         fit(make_model(), data, recipe, tmp_path / "run")
     assert "\n" not in str(error.value)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "diverged.json"}
-    told = json.loads((tmp_path / "run" / "diverged.json").read_text())
-    order = np.random.default_rng((1, 0, 0)).permutation(48)[8 * told["step"] :][:8]
-    assert told["images"] == [str(data.train.path(i)) for i in order]
-    assert told["learning_rate"] == pytest.approx(1e30 * 8 / 1024 * lr_factor(told["step"], 0, 18))
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "diverged.json", ".lock"}
+    record = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    order = np.random.default_rng((1, 0, 0)).permutation(48)[8 * record["step"] :][:8]
+    assert record["images"] == [str(data.train.path(i)) for i in order]
+    assert record["learning_rate"] == pytest.approx(1e30 / 128 * lr_factor(record["step"], 0, 18))
 
 
 def test_fit_learns_and_writes_down_what_it_did(folders, tmp_path):
@@ -304,14 +306,13 @@ def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, stop_after):
 
 
 def test_time_is_charged_to_the_epoch_that_took_it(folders, tmp_path, monkeypatch):
-    """Also where a slow evaluation lies between, and a stop after it."""
-    import utils.training.loop as training
+    """Also with a slow evaluation between the epochs, and a stop after it."""
 
-    def slow(*args, f=training.evaluate):
+    def slow(*args, f=loop.evaluate):
         time.sleep(2)
         return f(*args)
 
-    monkeypatch.setattr(training, "evaluate", slow)
+    monkeypatch.setattr(loop, "evaluate", slow)
     data = open_folders(folders, TINY)
     save, saves = save_checkpoint, []
 
@@ -328,26 +329,6 @@ def test_time_is_charged_to_the_epoch_that_took_it(folders, tmp_path, monkeypatc
     speed = pd.read_csv(tmp_path / "speed.csv")
     assert (speed.train_time_s < 2).all()
     assert (speed.eval_time_s >= 2).all()
-
-
-def test_a_finished_run_is_left_as_it_is(folders, tmp_path):
-    recipe = dataclasses.replace(TINY, epochs=2)
-    data = open_folders(folders, recipe)
-    first = fit(make_model(), data, recipe, tmp_path)
-    before = (tmp_path / "last.pt").read_bytes()
-    second = fit(make_model(), data, recipe, tmp_path)
-    assert second.metrics == first.metrics
-    assert (tmp_path / "last.pt").read_bytes() == before
-
-
-def test_a_folder_with_another_run_is_refused(folders, tmp_path):
-    recipe = dataclasses.replace(TINY, epochs=2)
-    fit(make_model(), open_folders(folders, recipe), recipe, tmp_path)
-    other = dataclasses.replace(recipe, momentum=0.8)
-    with pytest.raises(RunError, match=r"holds a run with momentum=0\.9, not 0\.8"):
-        fit(make_model(), open_folders(folders, other), other, tmp_path)
-    with pytest.raises(RunError, match="holds a run with seed=0, not 1"):
-        fit(make_model(), open_folders(folders, recipe), recipe, tmp_path, seed=1)
 
 
 def corrupt_copy(folders, root, names):
@@ -376,31 +357,23 @@ def test_an_unreadable_image_stops_the_run_or_is_listed(folders, tmp_path):
     )  # 17 of 18 images counted
 
 
-def test_checkpoints_are_read_without_running_code(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
-    torch.save({"model": Trap()}, tmp_path / "trap.pt")
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    for name, words, kind in [
-        ("trap.pt", "not a checkpoint, or one that would run code", RunError),
-        ("text.pt", "not a checkpoint", RunError),
-        ("other.pt", "not a checkpoint of scripts/train.py", RunError),
-        ("none.pt", "no such checkpoint", FileNotFoundError),
-    ]:
-        with pytest.raises(kind, match=f"{name}: {words}") as error:
-            load_checkpoint(tmp_path / name)
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_recipe_of_a_run_is_in_its_config(folders, tmp_path):
-    recipe = dataclasses.replace(TINY, epochs=2)
-    fit(make_model(), open_folders(folders, recipe), recipe, tmp_path, config={"backbone": "x"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert Recipe(**config["recipe"]) == recipe
-    assert config["backbone"] == "x"
-    assert config["versions"]["torch"] == torch.__version__
-    assert {"commit", "hardware", "autocast", "classes", "seed"} <= config.keys()
+def test_dry_run_prints_a_plan_and_writes_nothing(folders, tmp_path, monkeypatch, capsys):
+    """The estimate adds up the times that it prints."""
+    monkeypatch.chdir(tmp_path)
+    for workers in (0, 1):
+        model, data = make_model(), open_folders(folders, TINY)
+        total_s = dry_run(model, data, TINY, name="net", workers=workers, device=CPU)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("model: net, 0.25 M parameters with its head, 0.00")
+        assert lines[1] == (
+            "data: 3 classes, 48 training and 18 validation images, 6 steps of 8 images per epoch"
+        )
+        assert "0.00391 at step 5" in lines[2]  # 0.5 * 8 / 1024, at the end of the warm-up
+        epoch_s, eval_s = map(
+            float, re.findall(r"each ([\d.e-]+) s .* and ([\d.e-]+) s", lines[-1])[0]
+        )
+        assert total_s == pytest.approx(3 * (epoch_s + eval_s), rel=0.02)
+        assert 0 < total_s < 600
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="accumulate=9 must be at most 8, the images per step"):
+        dry_run(make_model(), data, dataclasses.replace(TINY, accumulate=9), device=CPU)

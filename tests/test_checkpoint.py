@@ -1,0 +1,195 @@
+"""Run folders and checkpoints: what is saved, what resumes, and what is refused in one line."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY
+from test_training import make_model
+
+from utils.data.folders import open_folders
+from utils.recipe import Recipe
+from utils.training.checkpoint import (
+    RunError,
+    load_checkpoint,
+    load_trained,
+    open_run,
+    save_checkpoint,
+    validate_same_run,
+)
+from utils.training.loop import fit
+
+RECIPE = dataclasses.replace(TINY, epochs=2)
+MODEL = {"backbone": "cspdarknet19", "options": {"width": 0.125}}
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    """The folder of a finished run; read only."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    fit(make_model(), open_folders(folders, RECIPE), RECIPE, run_dir, config=MODEL)
+    return run_dir
+
+
+def test_a_finished_run_is_left_as_it_is(folders, finished):
+    before = (finished / "last.pt").read_bytes()
+    trainer = fit(make_model(), open_folders(folders, RECIPE), RECIPE, finished, config=MODEL)
+    assert trainer.metrics == load_checkpoint(finished / "last.pt")["metrics"]
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_config_holds_the_recipe_and_the_machine(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert Recipe(**config["recipe"]) == RECIPE
+    assert config["backbone"] == "cspdarknet19"
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"commit", "hardware", "autocast", "classes", "seed"} <= config.keys()
+
+
+def test_a_trained_network_comes_back_with_both_weights(finished):
+    trained, saved = load_trained(finished / "last.pt"), load_checkpoint(finished / "last.pt")
+    assert (trained.backbone, trained.options) == ("cspdarknet19", {"width": 0.125})
+    assert trained.classes == ["n00000000", "n00000001", "n00000002"]
+    for name, value in trained.raw.state_dict().items():
+        assert torch.equal(value, saved["model"][name])
+        assert torch.equal(trained.ema.state_dict()[name], saved["ema"][f"module.{name}"])
+    assert not torch.equal(trained.raw.head.weight, trained.ema.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "words"),
+    [
+        ({"recipe": {"momentum": 0.9}}, {"recipe": {"momentum": 0.8}}, "momentum=0.9, not 0.8"),
+        ({"seed": 0}, {"seed": 1}, "seed=0, not 1"),
+        ({"classes": ["a", "b"]}, {"classes": ["a", "c"]}, r"classes\[1\]='b', not 'c'"),
+        ({"backbone": "a", "recipe": {"epochs": 1}}, {"recipe": {"epochs": 2}}, "epochs=1, not 2"),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(tmp_path, found, wanted, words):
+    with pytest.raises(RunError, match=f"{tmp_path}: holds a run with {words}; repeat"):
+        validate_same_run(tmp_path, found, wanted)
+    validate_same_run(tmp_path, {**found, "command": "x", "workers": 1}, {**found, "workers": 4})
+
+
+def test_a_folder_with_another_run_is_left_untouched(folders, finished):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    with pytest.raises(RunError, match="holds a run with seed=0, not 1"):
+        fit(make_model(), open_folders(folders, RECIPE), RECIPE, finished, config=MODEL, seed=1)
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda run: (run / "photo.jpg").touch(), "run: holds other files and no run"),
+        (lambda run: (run / "last.pt").touch(), r"run/config\.json: missing or not readable"),
+        (
+            lambda run: [(run / "last.pt").touch(), (run / "config.json").write_text("[1]")],
+            r"run/config\.json: missing or not readable",
+        ),
+    ],
+    ids=["other files", "no config", "a config that is a list"],
+)
+def test_folders_that_hold_something_else(tmp_path, prepare, words):
+    (tmp_path / "run").mkdir()
+    prepare(tmp_path / "run")
+    with pytest.raises(RunError, match=words), open_run(tmp_path / "run", {"seed": 0}):
+        pass
+
+
+class Trap:
+    def __reduce__(self):
+        return (open, ("sprung", "w"))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55  # inside a tensor, where PyTorch would not notice
+    path.write_bytes(content)
+
+
+def change(path, **entries):
+    torch.save({**torch.load(path, weights_only=True), **entries}, path)
+
+
+DAMAGED = "not a checkpoint, or damaged"
+BROKEN = {
+    "missing": (lambda path: path.unlink(), "no such checkpoint"),
+    "a pipe": (lambda path: [path.unlink(), os.mkfifo(path)], "no such checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), DAMAGED),
+    "text": (lambda path: path.write_text("no checkpoint"), DAMAGED),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[:9999]), DAMAGED),
+    "a flipped bit": (flip_a_bit, DAMAGED),
+    "code": (lambda path: torch.save({"model": Trap()}, path), DAMAGED),
+    "a state dict": (
+        lambda path: torch.save({"weight": torch.zeros(1)}, path),
+        "not a checkpoint of scripts/train.py",
+    ),
+    "weights of another network": (lambda path: change(path, model={}), "do not fit its own"),
+    "no classes": (lambda path: change(path, config={}), "do not fit its own config"),
+    "a recipe of another version": (
+        lambda path: change(path, config={**MODEL, "classes": ["a"], "recipe": {"epochz": 1}}),
+        "do not fit its own config .*epochz",
+    ),
+    "weights that are not finite": (
+        lambda path: change(
+            path,
+            ema={
+                name: value * float("nan") if value.is_floating_point() else value
+                for name, value in torch.load(path, weights_only=True)["ema"].items()
+            },
+        ),
+        "are not all finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_checkpoint_is_one_line(finished, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    path.write_bytes((finished / "last.pt").read_bytes())
+    prepare, words = BROKEN[kind]
+    prepare(path)
+    with pytest.raises((RunError, FileNotFoundError), match=rf"^{path}: .*{words}") as error:
+        load_trained(path)
+    assert "\n" not in str(error.value)
+    assert not Path("sprung").exists()  # no code was run
+
+
+def test_each_file_is_synced_before_its_rename_and_the_rename_before_the_next_file(
+    tmp_path, monkeypatch
+):
+    """Against a loss of power, which no test can cause: the order of the system calls."""
+    fsync, replace, calls, synced = os.fsync, os.replace, [], {}
+
+    def record_fsync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        calls.append(("sync", path.name))
+        synced[path.name] = path.read_bytes() if path.is_file() else None
+        fsync(handle)
+
+    def record_replace(source, target, **options):
+        calls.append(("rename", Path(source).name, Path(target).name))
+        assert synced.pop(Path(source).name) == Path(source).read_bytes()
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(os, "rename", record_replace)
+    row = {"epoch": 2, "step": 5, "ema_val_top1_pct": 50.0}
+    checkpoint = {"step": 5, "metrics": [row], "speed": [row], "weights": torch.ones(9)}
+    save_checkpoint(tmp_path, checkpoint, keep_every=2)
+    names = ["last.pt", "metrics.csv", "speed.csv", "best.pt", "epoch_0002.pt"]
+    assert calls == [
+        call
+        for name in names
+        for call in (
+            ("sync", f"{name}.partial"),
+            ("rename", f"{name}.partial", name),
+            ("sync", tmp_path.name),
+        )
+    ]
