@@ -5,9 +5,9 @@ number of workers and after any interruption. Images stay uint8 until `Preproces
 mixes them on the device.
 """
 
-import atexit
 import copy
 import multiprocessing
+import multiprocessing.util
 import os
 import random
 import signal
@@ -242,6 +242,8 @@ def make_loader(
         timeout_s: longest wait for a batch of a worker before PyTorch's RuntimeError; 0: no limit.
     """
     sampling = {"batch_size": None} if batches is None else {"batch_sampler": batches}
+    if workers:  # in processes of multiprocessing atexit runs nothing
+        multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
     return DataLoader(
         dataset,
         **sampling,
@@ -265,7 +267,6 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def _kill_workers() -> None:
     """Kills what is left at exit: Python would send SIGTERM, which workers ignore, and wait."""
     if hasattr(signal, "SIGCHLD"):
