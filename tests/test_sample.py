@@ -132,8 +132,7 @@ def test_boxes_are_those_of_the_objects(monkeypatch):
     shades = iter(())
     monkeypatch.setattr(sample, "_texture", lambda _, px, *__: Image.new("RGB", px, next(shades)))
     monkeypatch.setattr(sample, "_scatter", lambda *_: None)
-    monkeypatch.setattr(sample, "_cover", lambda *_: None)
-    monkeypatch.setattr(sample, "_photograph", lambda _, canvas: canvas.reduce(2))
+    monkeypatch.setattr(sample, "_photograph", lambda _, canvas, *__: canvas.reduce(2))
     counts, labels = set(), set()
     for seed in range(60):
         for draw in (sample.render, sample.render_scene):

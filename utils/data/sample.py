@@ -14,7 +14,7 @@ have the same distribution in every class. Flips, rotations and inverted colours
 import colorsys
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ SCENE_STREAM = 4  # before a split's number in the seed of a scene, so that no i
 
 Box = tuple[int, int, int, int]
 Rng = np.random.Generator
-Outlines = tuple[np.ndarray, ...] | list[np.ndarray]  # points [n, 2] each
+Outlines = Sequence[np.ndarray]  # points [n, 2] of each
 
 
 def _closed(radii: np.ndarray | list[float]) -> np.ndarray:
@@ -140,28 +140,19 @@ def _scatter(rng: Rng, canvas: Image.Image, count: int) -> None:
             pen.polygon((centre + _closed(radii)).ravel().tolist(), fill=_ink(rng))
 
 
-def _bend(rng: Rng, outlines: Outlines) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Outlines rotated, stretched and sheared, and what to divide their points by to tilt them."""
+def _bend(rng: Rng, class_index: int) -> Outlines:
+    """The outlines of a class, rotated, stretched, sheared and tilted."""
     angle, stretch = rng.uniform(-0.4, 0.4), np.exp(rng.uniform(-0.1, 0.1))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     skew = np.array([[stretch, 0], [rng.uniform(-0.12, 0.12), 1 / stretch]])
     tilt = rng.uniform(-0.12, 0.12, size=2)
-    bent = [points @ turn @ skew for points in outlines]
-    return bent, [(1 + points @ tilt)[:, None] for points in bent]
+    bent = [points @ turn @ skew for points in list(CLASSES.values())[class_index]]
+    return [points / (1 + points @ tilt)[:, None] for points in bent]
 
 
-def _place(rng: Rng, outlines: Outlines, size_px: tuple[int, int]) -> list[np.ndarray]:
-    """Outlines in canvas pixels: one large object near the middle."""
-    bent, depths = _bend(rng, outlines)
-    radius_px, size = rng.uniform(0.38, 0.5) * min(size_px), np.array(size_px)
-    # Near the middle, as in most photographs; at worst a fifth of the object leaves the image.
-    centre = size * (0.5 + rng.normal(scale=0.06, size=2))
-    centre = np.clip(centre, 0.6 * radius_px, size - 0.6 * radius_px)
-    return [centre + radius_px * p / depth for p, depth in zip(bent, depths, strict=True)]
-
-
-def _paste_object(rng: Rng, canvas: Image.Image, outlines: Outlines, colour: np.ndarray) -> Box:
-    """Draws the object, at times with a shadow, and returns its box in image pixels."""
+def _paste_object(rng: Rng, canvas: Image.Image, outlines: Outlines, ground: np.ndarray) -> Box:
+    """Draws an object on a background, at times with a shadow, and returns its box in pixels."""
+    colour = _contrasting_colour(rng, ground)
     mask = Image.new("L", canvas.size)
     for number, points in enumerate(outlines):
         ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=0 if number else 255)
@@ -171,9 +162,7 @@ def _paste_object(rng: Rng, canvas: Image.Image, outlines: Outlines, colour: np.
         canvas.paste((0, 0, 0), tuple(rng.integers(-8, 9, size=2).tolist()), shadow)
     other = np.clip(colour + rng.normal(scale=30, size=3), 0, 255)
     canvas.paste(_texture(rng, canvas.size, colour, other), mask=mask)
-    box = mask.reduce(SUPERSAMPLING).getbbox()
-    assert box is not None, "an object lies outside its image"
-    return box
+    return mask.reduce(SUPERSAMPLING).getbbox()
 
 
 def _cover(rng: Rng, canvas: Image.Image, centre: np.ndarray) -> None:
@@ -195,56 +184,46 @@ def _background(rng: Rng, size_px: tuple[int, int]) -> tuple[Image.Image, np.nda
 
 
 def render(rng: Rng, class_index: int) -> tuple[Image.Image, Box]:
-    """Draws one image with one object.
-
-    Args:
-        rng: The only source of randomness.
-        class_index: Position of the class in `CLASSES`.
+    """Draws one image with one object of a class of `CLASSES`.
 
     Returns:
-        The RGB image, short side 72 to 128 pixels, and the box (x1, y1, x2, y2) of the object, in
-        pixels, x2 and y2 exclusive. The box ends at the image's border; what is covered counts.
+        The RGB image, short side 72 to 128 pixels, and the object's box (x1, y1, x2, y2) in pixels,
+        x2 and y2 exclusive, clipped to the image; covered parts count.
     """
     short_px = int(rng.integers(72, 129))
     size_px = [short_px, round(short_px * np.exp(rng.uniform(0, 0.35)))]
     width_px, height_px = rng.permutation(size_px).tolist()
     canvas_px = (width_px * SUPERSAMPLING, height_px * SUPERSAMPLING)
-
     canvas, mean = _background(rng, canvas_px)
-    outlines = _place(rng, list(CLASSES.values())[class_index], canvas_px)
-    box = _paste_object(rng, canvas, outlines, _contrasting_colour(rng, mean))
-    if rng.random() < 0.2:
-        _cover(rng, canvas, outlines[0].mean(axis=0))
-    _scatter(rng, canvas, rng.integers(0, 3))
-    return _photograph(rng, canvas), box
+    bent = _bend(rng, class_index)
+    radius_px, size = rng.uniform(0.38, 0.5) * min(canvas_px), np.array(canvas_px)
+    # Near the middle, as in most photographs; at worst a fifth of the object leaves the image.
+    centre = size * (0.5 + rng.normal(scale=0.06, size=2))
+    centre = np.clip(centre, 0.6 * radius_px, size - 0.6 * radius_px)
+    outlines = [centre + radius_px * points for points in bent]
+    box = _paste_object(rng, canvas, outlines, mean)
+    return _photograph(rng, canvas, outlines[0].mean(axis=0)), box
 
 
 def render_scene(rng: Rng, side_px: int = SCENE_PX) -> tuple[Image.Image, list[tuple[int, Box]]]:
-    """Draws one square image with one to four objects, which may cover each other a little.
+    """Draws one square image with one to four objects, which may overlap a little.
 
     Returns:
-        The RGB image, and the class index and box of each object, in the order drawn; boxes are
-        those of `render`.
+        The RGB image, and the class index and the box, as in `render`, of each object.
     """
     canvas_px = (side_px * SUPERSAMPLING, side_px * SUPERSAMPLING)
     canvas, mean = _background(rng, canvas_px)
     objects = []
     for centre, radius_px in _places(rng, canvas_px[0]):
         label = int(rng.integers(len(CLASSES)))
-        bent, depths = _bend(rng, list(CLASSES.values())[label])
-        outlines = [centre + radius_px * p / d for p, d in zip(bent, depths, strict=True)]
-        box = _paste_object(rng, canvas, outlines, _contrasting_colour(rng, mean))
-        objects.append((label, box))
-    if rng.random() < 0.2:
-        _cover(rng, canvas, rng.random(2) * canvas_px)
-    _scatter(rng, canvas, rng.integers(0, 3))
+        outlines = [centre + radius_px * points for points in _bend(rng, label)]
+        objects.append((label, _paste_object(rng, canvas, outlines, mean)))
     return _photograph(rng, canvas), objects
 
 
 def _places(rng: Rng, side_px: int) -> list[tuple[np.ndarray, float]]:
-    """Centres and radii of one to four objects, wholly on the canvas or nearly so."""
-    places: list[tuple[np.ndarray, float]] = []
-    wanted = rng.integers(1, 5)
+    """Centres and radii of one to four objects, nearly completely on the canvas."""
+    places, wanted = [], rng.integers(1, 5)
     for _ in range(20):  # where there is no room for another, there are fewer
         radius_px = rng.uniform(0.12, 0.28) * side_px
         centre = rng.uniform(0.9 * radius_px, side_px - 0.9 * radius_px, size=2)
@@ -255,8 +234,11 @@ def _places(rng: Rng, side_px: int) -> list[tuple[np.ndarray, float]]:
     return places
 
 
-def _photograph(rng: Rng, canvas: Image.Image) -> Image.Image:
-    """The image of a canvas, at times blurred, and noisy."""
+def _photograph(rng: Rng, canvas: Image.Image, centre: np.ndarray | None = None) -> Image.Image:
+    """The noisy image of a canvas, at times blurred, or covered at its centre or anywhere."""
+    if rng.random() < 0.2:
+        _cover(rng, canvas, rng.random(2) * canvas.size if centre is None else centre)
+    _scatter(rng, canvas, rng.integers(0, 3))
     image = canvas.reduce(SUPERSAMPLING)
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6)))
@@ -296,24 +278,27 @@ def _draw_split(data: Path, split: str, seed: int, per_class: int, bar: tqdm) ->
 
 
 @contextmanager
-def _drawing(root: Path, content: str, settings: dict[str, object]) -> Iterator[bool]:
-    """Locks the folder and yields whether its `content` is still to be drawn.
+def _drawing(
+    root: Path, content: str, settings: dict[str, object], images: int, progress: bool
+) -> Iterator[tqdm | None]:
+    """Locks the folder; yields a progress bar if its `content` is still to be drawn, or None.
 
     Raises:
         ValueError: `root` holds anything else.
     """
     marked = json.dumps(settings).encode() + b"\n"
     if _is_drawn(root, content, marked):  # before the lock, which writes to the folder
-        yield False
+        yield None
         return
     root.mkdir(parents=True, exist_ok=True)
     with lock(root):
-        is_missing = not _is_drawn(root, content, marked)
-        if is_missing:
-            write_atomic(root / UNFINISHED, lambda path: path.write_bytes(marked))
-        yield is_missing
-        if is_missing:
-            (root / UNFINISHED).replace(root / MARKER)
+        if _is_drawn(root, content, marked):
+            yield None
+            return
+        write_atomic(root / UNFINISHED, lambda path: path.write_bytes(marked))
+        with progress_bar(total=images, unit=" images", disable=not progress) as bar:
+            yield bar
+        (root / UNFINISHED).replace(root / MARKER)
 
 
 def _is_drawn(root: Path, content: str, settings: bytes) -> bool:
@@ -355,15 +340,14 @@ def draw(
     """
     root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
     settings = {"version": VERSION, "seed": seed, "per_class": counts}
-    data, total = root / "ILSVRC" / "Data" / "CLS-LOC", len(CLASSES) * sum(counts.values())
-    with _drawing(root, "ILSVRC", settings) as is_missing:
-        if is_missing:
+    data, images = root / "ILSVRC" / "Data" / "CLS-LOC", len(CLASSES) * sum(counts.values())
+    with _drawing(root, "ILSVRC", settings, images, progress) as bar:
+        if bar is not None:
             names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
             (root / "LOC_synset_mapping.txt").write_text(names)
-            with progress_bar(total=total, unit=" images", disable=not progress) as bar:
-                for split in SPLITS:
-                    solution = _draw_split(data, split, seed, counts[split], bar)
-                    (root / f"LOC_{split}_solution.csv").write_text(solution)
+            for split in SPLITS:
+                solution = _draw_split(data, split, seed, counts[split], bar)
+                (root / f"LOC_{split}_solution.csv").write_text(solution)
     return data
 
 
@@ -385,15 +369,12 @@ def draw_scenes(
     """
     root, counts = Path(root), {"train": train_images, "val": val_images}
     settings = {"version": VERSION, "seed": seed, "scenes": counts}
-    with _drawing(root, "annotations", settings) as is_missing:
-        if is_missing:
-            total = sum(counts.values())
-            with progress_bar(total=total, unit=" images", disable=not progress) as bar:
-                for number, split in enumerate(SPLITS):
-                    found = _draw_scenes(root / split, number, seed, counts[split], bar)
-                    path = root / "annotations" / f"instances_{split}.json"
-                    path.parent.mkdir(exist_ok=True)
-                    path.write_text(json.dumps(found))
+    with _drawing(root, "annotations", settings, sum(counts.values()), progress) as bar:
+        if bar is not None:
+            (root / "annotations").mkdir(exist_ok=True)
+            for number, split in enumerate(SPLITS):
+                found = _draw_scenes(root / split, number, seed, counts[split], bar)
+                (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(found))
     return root
 
 
@@ -412,8 +393,7 @@ def _draw_scenes(folder: Path, number: int, seed: int, count: int, bar: tqdm) ->
             of_what = {"image_id": index + 1, "category_id": label + 1, "iscrowd": 0}
             annotations.append({"id": len(annotations) + 1, **of_what, **box})
         bar.update()
-    names = [words.split(",")[0] for words in CLASSES]
-    categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
+    categories = [{"id": k + 1, "name": name.split(",")[0]} for k, name in enumerate(CLASSES)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
