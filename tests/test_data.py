@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from helpers import ROOT
 from PIL import Image
 from torchvision import transforms
 
-from utils.data import begin, eval_loader, folders, train_loader
+from utils.cli import DataError
+from utils.data import begin, eval_loader, folders, open_val_data, train_loader
 from utils.data.folders import (
     Batch,
     CorruptImageError,
@@ -34,23 +36,43 @@ images_dir = pytest.fixture(lambda folders: folders)  # the module has the fixtu
 
 
 def test_every_image_is_found_with_its_label(images_dir, tmp_path):
-    """Other files are ignored; a class without an image is an error."""
+    """Links and any names too; other files are ignored, a pipe above all, which would block."""
     root = tmp_path / "copy"
     shutil.copytree(images_dir, root)
+    folder = root / "train" / "n00000000"
     for name in (".DS_Store", "._0.JPEG", "notes.txt"):
-        (root / "train" / "n00000000" / name).write_bytes(b"x")
+        (folder / name).write_bytes(b"x")
+    (folder / "folder.JPEG").mkdir()
+    os.mkfifo(folder / "pipe.JPEG")
+    for name in ("a b.jpg", "caf\udce9\udcff.JPEG", "15.jpeg"):
+        (folder / name).symlink_to("3.JPEG")
     opened = open_folders(root, TINY)
     assert opened.classes == ["n00000000", "n00000001", "n00000002"]
-    assert len(opened.val) == 18
-    paths = [opened.train.path(i) for i in range(len(opened.train))]
-    assert paths == sorted(root.glob("train/*/[0-9]*.JPEG"))
+    assert (len(opened.train), len(opened.val)) == (51, 18)
+    paths = [opened.train.path(i) for i in range(51)]
+    assert paths == sorted(paths)
     for i, path in enumerate(paths):
         image, label = opened.train[Key(0, i)]
         assert label == int(path.parent.name[-1])
         assert (image.shape, image.dtype) == ((3, 24, 24), torch.uint8)
-    for path in (root / "val" / "n00000001").iterdir():
-        path.unlink()
-    with pytest.raises(ValueError, match="n00000001: no image in this class folder"):
+
+
+def test_broken_folders_are_named(images_dir, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(images_dir, root)
+    folder = root / "train" / "n00000000"
+    (folder / "1.JPEG").unlink()
+    (folder / "1.JPEG").symlink_to("gone.JPEG")
+    (folder / "2.JPEG").unlink()
+    (folder / "2.JPEG").symlink_to("2.JPEG")
+    opened = open_folders(root, TINY)
+    corrupt = opened.train.__getitems__([Key(0, i) for i in range(48)]).corrupt
+    assert [Path(str(error).split(":")[0]).name for error in corrupt] == ["1.JPEG", "2.JPEG"]
+    with pytest.raises(DataError, match=r"3 classes, the checkpoint has 2; .* has 1 \(n00000002\)"):
+        open_val_data(root, opened.classes[:2], TINY)
+    shutil.rmtree(root / "val" / "n00000001")
+    (root / "val" / "n00000001").mkdir()
+    with pytest.raises(DataError, match="n00000001: no image in this class folder"):
         open_folders(root, TINY)
 
 

@@ -126,10 +126,10 @@ def test_other_files_stay_and_are_reported(tmp_path, capsys, more):
     assert main(options(tmp_path, *more)) == 0
     folders = {B: "folder", C: "folder"}  # not empty, A is removed
     assert contents(val) == (flat_tree() | folders if more else sorted_tree()) | extra
-    second = f"{B}/{ONE}.JPEG" if more else f"{ONE}.JPEG"
+    copy = f"{B}/{ONE}.JPEG" if more else f"{ONE}.JPEG"
     assert capsys.readouterr().out.splitlines()[1:] == [
-        f"left alone, not named in the CSV: 2 ({C}/{ONE}.JPEG, 'stray\\udcff.JPEG')",
-        f"left alone, same bytes already in place: 1 ({second})",
+        "left alone, not in the CSV or already in place: 3 "
+        f"({', '.join(sorted([copy, f'{C}/{ONE}.JPEG']))}, 'stray\\udcff.JPEG')"
     ]
 
 
@@ -182,28 +182,32 @@ BAD_TREES = {
     "no csv": (replace("solution.csv", lambda path: None), 2, "solution.csv is not a file"),
     "bad csv": (replace("solution.csv", Path.touch), 1, "columns []"),
     "no val": (lambda folder: (folder / "val").rename(folder / "away"), 2, "val is not a folder"),
-    "one image missing": (replace(f"val/{ONE}.JPEG", lambda path: None), 1, "missing: 1 ("),
+    "one image missing": (
+        replace(f"val/{ONE}.JPEG", lambda path: None),
+        1,
+        "images of the CSV missing: 1 (",
+    ),
     "image in another class folder": (
         lambda folder: (folder / f"val/{ONE}.JPEG").rename(folder / f"val/{C}/{ONE}.JPEG"),
         1,
-        "missing: 1 (",
+        "images of the CSV missing: 1 (",
     ),
     "other bytes in the class folder": (
         lambda folder: write(folder / f"val/{B}/{ONE}.JPEG", b"something else"),
         1,
-        "different bytes: 1 (",
+        "differ from those in place, and are not overwritten: 1 (",
     ),
     "class folder is a file": (lambda folder: write(folder / f"val/{B}", b""), 1, f"1 ({B})"),
     "class folder is a link": (
         lambda folder: (folder / "val" / B).symlink_to("../elsewhere"),
         1,
-        f"in the way: 1 ({B})",
+        f"no links: 1 ({B})",
     ),
     "image is a folder": (replace(f"val/{ONE}.JPEG", Path.mkdir), 1, f"1 ({ONE}.JPEG)"),
     "image is a link": (
         replace(f"val/{ONE}.JPEG", lambda path: path.symlink_to(f"{C}/{TWO}.JPEG")),
         1,
-        f"in the way: 1 ({ONE}.JPEG)",
+        f"no links: 1 ({ONE}.JPEG)",
     ),
     "target is a folder": (
         lambda folder: (folder / f"val/{B}/{ONE}.JPEG").mkdir(parents=True),

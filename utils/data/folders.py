@@ -125,7 +125,7 @@ class ImageFiles(Dataset):
 def _image_names(folder: Path, class_name: str) -> list[bytes]:
     """The image files of a class, sorted, as "class/name"; broken links are reported when read."""
     with os.scandir(folder / class_name) as entries:
-        files = [e.name for e in entries if e.is_file() or e.is_symlink()]
+        files = [e.name for e in entries if e.is_symlink() or e.is_file()]
     names = [n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     if not names:
         raise LayoutError(f"{folder / class_name}: no image in this class folder")

@@ -81,7 +81,10 @@ def sort_val(
     summary += f" into {'the flat folder' if undo else 'class folders'}"
     if dry_run and moves:
         summary += f", as {moves[0][0]} to {moves[0][1]}"
-    return "\n".join([f"{summary}; {len(labels) - len(moves)} already there", *left_alone])
+    summary += f"; {len(labels) - len(moves)} already there"
+    if left_alone:
+        summary += f"\nleft alone, not in the CSV or already in place: {summarize(left_alone)}"
+    return summary
 
 
 def plan(
@@ -90,13 +93,12 @@ def plan(
     """Plans the moves in a folder that may be half sorted.
 
     Returns:
-        The moves, and lines about images that are left alone: those that the CSV does not name,
-        and second copies, with the same bytes, of an image that is already in place.
+        The moves, and the images that are left alone: not in the CSV, or a second copy, with the
+        same bytes, of one that is already in place.
 
     Raises:
-        LayoutError: an image is missing, its target has other bytes, or something else has a name
-            that is needed. So do links: a relative one would break, a folder may be on another
-            volume.
+        LayoutError: an image is missing, its target has other bytes, or a name is taken. Links are
+            not accepted: a relative one would break, a folder may be on another volume.
     """
     val_dir = Path(val_dir)
     found = _scan(val_dir)
@@ -105,41 +107,28 @@ def plan(
         pairs = [(nested, flat) for flat, nested in pairs]
     named = {wnid: "folder" for wnid in labels.values()}
     named |= {path: "file" for pair in pairs for path in pair}
-    twice = [(a, b) for a, b in pairs if found.get(a) == found.get(b) == "file"]
-    for problem, paths, advice in (
-        (
-            "names in the way",
-            [path for path, kind in named.items() if found.get(path, kind) != kind],
-            "an image must be a plain file and a class folder a real folder, no links",
-        ),
-        (
-            "images of the CSV missing",
-            [a for a, b in pairs if not found.keys() & {a, b}],
-            "each must be directly in this folder or in its class folder",
-        ),
-        (
-            "same image with different bytes",
-            [f"{a} and {b}" for a, b in twice if not filecmp.cmp(val_dir / a, val_dir / b, False)],
-            "nothing is overwritten; take the wrong ones away",
-        ),
-    ):
+    copies = [(a, b) for a, b in pairs if found.get(a) == found.get(b) == "file"]
+    taken = [path for path, kind in named.items() if found.get(path, kind) != kind]
+    missing = [source for source, target in pairs if not found.keys() & {source, target}]
+    differing = [a for a, b in copies if not filecmp.cmp(val_dir / a, val_dir / b, shallow=False)]
+    for problem, paths in {
+        "names in the way; images must be plain files, class folders real folders, no links": taken,
+        "images of the CSV missing": missing,
+        "images differ from those in place, and are not overwritten": differing,
+    }.items():
         if paths:
-            raise LayoutError(f"{val_dir}: {problem}: {summarize(paths)}: {advice}")
+            raise LayoutError(f"{val_dir}: {problem}: {summarize(paths)}")
     unnamed = [p for p in found.keys() - named if found[p] != "folder" and _is_image(p)]
-    left_alone = {
-        "not named in the CSV": sorted(unnamed),
-        "same bytes already in place": [source for source, _ in twice],
-    }
     moves = [(source, target) for source, target in pairs if target not in found]
-    return moves, [f"left alone, {why}: {summarize(p)}" for why, p in left_alone.items() if p]
+    return moves, sorted([*unnamed, *(source for source, _ in copies)])
 
 
 def apply(moves: Moves, val_dir: str | Path, *, progress: bool = False) -> None:
     """Renames each source to its target, never over an existing file.
 
     Raises:
-        LayoutError: a target has appeared or a source has disappeared since the plan, or the
-            system refuses. No image is lost, and a second run resumes.
+        LayoutError: the files have changed since the plan, or the system refuses. No image is
+            lost, and a second run resumes.
     """
     val_dir = Path(val_dir)
     for folder in sorted({(val_dir / target).parent for _, target in moves}):
