@@ -18,20 +18,12 @@ from utils.records import write_atomic
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 RAW, EMA, TRAIN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 FAMILIES = {"#0072B2": "o", "#E69F00": "s", "#56B4E9": "^", "#CC79A7": "D", "#000000": "v"}
+COLOURS = (RAW, EMA, TRAIN, "#000000", "#CC79A7", "#56B4E9", "#E69F00", GREY, RAW, EMA)
+DASHES = ((5, 1), (3, 1, 1, 1), (1, 1), (4, 2, 1, 2), (2, 2), (6, 1, 1, 1))
+STYLES = ("-", "--", "-.", ":", *((0, dashes) for dashes in DASHES))
 LINES = [
     {"color": colour, "marker": marker, "ls": style}
-    for colour, marker, style in (
-        ("#0072B2", "o", "-"),
-        ("#D55E00", "s", "--"),
-        ("#009E73", "^", "-."),
-        ("#000000", "D", ":"),
-        ("#CC79A7", "v", (0, (5, 1))),
-        ("#56B4E9", "P", (0, (3, 1, 1, 1))),
-        ("#E69F00", "X", (0, (1, 1))),
-        (GREY, "*", (0, (4, 2, 1, 2))),
-        ("#0072B2", "<", (0, (2, 2))),
-        ("#D55E00", ">", (0, (6, 1, 1, 1))),
-    )
+    for colour, marker, style in zip(COLOURS, "os^DvPX*<>", STYLES, strict=True)
 ]
 EFFECTS = {"higher": "#0072B2", "lower": "#D55E00"}  # other verdicts are grey
 LABEL_SIDES = {  # where the name of a point is: offset in points, alignment
@@ -59,7 +51,6 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
     loss.set(xlabel="epoch", ylabel="cross-entropy loss")
     top1.set(xlabel="epoch", ylabel="validation top-1 (%)")
     for axes in (loss, top1):
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
@@ -84,7 +75,6 @@ def plot_bands(
             low, high = over_seeds.min(), over_seeds.max()
             axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, lw=0)
         axes.set(xlabel=x_label, ylabel=label)
-        axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     look = {"frameon": False, "title": "mean, min to max over seeds"}
     handles, labels = all_axes[0].get_legend_handles_labels()
@@ -103,7 +93,7 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     """
     names = list(next(iter(found.values())).index)
     height = 0.9 + 0.36 * len(names)
-    figure, all_axes = _panels(len(found), height, sharex=True, sharey=True)
+    figure, all_axes = _panels(len(found), height, grid="x", sharex=True, sharey=True)
     for axes, (title, table) in zip(all_axes, found.items(), strict=True):
         axes.axvline(0, color="black", lw=0.8)
         for y, row in enumerate(table.loc[names].itertuples()):
@@ -111,7 +101,6 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
             axes.plot([row.low, row.high], [y, y], color=colour, lw=2)
             axes.plot(row.difference, y, "o", color=colour, mfc=fill)
         axes.set(xlabel=x_label, title=title)
-        axes.grid(alpha=0.3, axis="x")
         _name_rows(axes, names)
     return figure
 
@@ -124,7 +113,8 @@ def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
         by: the column whose values are the figure's rows.
     """
     names, series = list(dict.fromkeys(rows[by])), list(dict.fromkeys(rows.implementation))
-    figure, (axes,) = _panels(1, height=1 + 0.2 * len(names) * len(series), width=8)
+    height = 1 + 0.2 * len(names) * len(series)
+    figure, (axes,) = _panels(1, height, width=8, grid="x")
     axes.axvline(1, color="black", lw=0.8)
     for k, label in enumerate(series):
         points = rows[rows.implementation == label]
@@ -164,7 +154,6 @@ def plot_trade_offs(
             look = {**style, "ls": "", "ms": 6, "capsize": 3 if "std" in points else 0}
             axes.errorbar(points[column], points["mean"], points.get("std"), label=name, **look)
         axes.set(xlabel=label, xscale=scale)
-        axes.grid(alpha=0.3)
         if scale == "linear":
             axes.set_xlim(0, 1.1 * table[column].max())
             axes.xaxis.get_major_locator().set_params(nbins=5)
@@ -190,6 +179,7 @@ def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figu
     """
     figure, (axes,) = _panels(1, height=5.6)
     axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="multiply-accumulates at 224 px (GMACs)", ylabel="parameters (millions)")
     axes.margins(0.08)
     points = table.assign(millions=table.parameters / 1e6)
     families = zip(points.groupby("family"), FAMILIES.items(), strict=False)
@@ -197,23 +187,23 @@ def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figu
         axes.plot(rows.gmacs_224, rows.millions, marker, color=colour, label=family)
     for side, names in labels.items():
         shift, align = LABEL_SIDES[side]
-        for row in points.loc[list(names)].itertuples():
-            point = row.gmacs_224, row.millions
-            axes.annotate(row.Index, point, shift, textcoords="offset points", size=9, **align)
-    axes.set(xlabel="multiply-accumulates at 224 px (GMACs)", ylabel="parameters (millions)")
+        for name, x, y in points.loc[list(names), ["gmacs_224", "millions"]].itertuples():
+            axes.annotate(name, (x, y), shift, textcoords="offset points", size=9, **align)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
 
 
 def _panels(
-    count: int, height: float, width: float = 9, **share: bool
+    count: int, height: float, width: float = 9, grid: str = "both", **share: bool
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure of that size in inches, with `count` panels beside each other."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False, **share)[0]
+    panels = figure.subplots(1, count, squeeze=False, **share)[0]
+    for axes in panels:
+        axes.grid(alpha=0.3, axis=grid)
+    return figure, panels
 
 
 def _styled(groups: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -288,18 +278,10 @@ def _draw_box(axes: Axes, box: list[float], **look: Any) -> None:
 def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
     """Text inside the box's top, on the side of the image's middle, so that it is not cut off."""
     x1, y1, x2, _ = box
-    on_right = x1 + x2 > sum(axes.get_xlim())
-    axes.annotate(
-        text,
-        (x2 - 0.5 if on_right else x1 - 0.5, y1 - 0.5),
-        (-1.5 if on_right else 1.5, -1.5),
-        textcoords="offset points",
-        size=6,
-        color="white",
-        ha="right" if on_right else "left",
-        va="top",
-        bbox={"color": color, "pad": 0.6, "lw": 0},
-    )
+    x, shift, side = (x1, 1.5, "left") if x1 + x2 <= sum(axes.get_xlim()) else (x2, -1.5, "right")
+    look = {"size": 6, "color": "white", "ha": side, "va": "top"}
+    look["bbox"] = {"color": color, "pad": 0.6, "lw": 0}
+    axes.annotate(text, (x - 0.5, y1 - 0.5), (shift, -1.5), textcoords="offset points", **look)
 
 
 def plot_maps(
