@@ -196,7 +196,7 @@ def run_detection_study(
         for row in itertools.chain(*rows.values()):
             validate_recorded(output, row, settings)
         missing = [job for job in jobs if not rows[job]]
-        for job in progress_bar(missing, unit=" runs", smoothing=0):
+        for job in progress_bar(missing, unit=" runs", smoothing=0, disable=not missing):
             rows[job] = [_run(study, *job, runs_dir) | settings]
             write_table(output, list(itertools.chain(*rows.values())))
     return pd.DataFrame(itertools.chain(*rows.values()))

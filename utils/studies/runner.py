@@ -161,9 +161,9 @@ def run_study(
     each = _in_processes(missing, processes, targets)
     if processes == 1:
         each = ((job, *_run(job, targets[0])) for job in missing)
-    options = {"total": len(missing), "unit": " runs", "desc": study.name, "smoothing": 0}
+    options = {"unit": " runs", "desc": study.name, "smoothing": 0, "disable": not missing}
     with closing(each):
-        for job, found, curve in progress_bar(each, **options):
+        for job, found, curve in progress_bar(each, total=len(missing), **options):
             rows[job.key], curves[job.key] = found, curve
             write()
     return pd.DataFrame(write())
