@@ -25,7 +25,6 @@ from utils.training import loop
 from utils.training.checkpoint import save_checkpoint
 from utils.training.loop import (
     DivergedError,
-    LossMeter,
     Trainer,
     dry_run,
     ema_decay_at,
@@ -241,17 +240,23 @@ def test_ema_against_ten_lines():
     assert not torch.equal(moved, torch.zeros_like(moved))
 
 
-def test_meter_names_the_first_bad_step():
-    meter = LossMeter(CPU)
-    for step, loss in enumerate((1.0, 3.0)):
-        meter.add(torch.tensor(loss), step)
-    assert meter.mean() == 2.0
-    meter.check()
-    for step, loss in enumerate((math.nan, 1.0, math.inf), start=2):
-        meter.add(torch.tensor(loss), step, [7, step])
+def test_the_first_bad_step_is_named_with_its_images():
+    trainer = Trainer(make_model(), TINY, steps_per_epoch=9, num_classes=3)
+    for step, loss in enumerate((1.0, 3.0, math.nan, 1.0, math.inf)):
+        if step == 2:
+            assert trainer.mean_loss() == 2.0
+            trainer.synchronize()
+        trainer.loss_sum += loss
+        trainer.recent.append((step, torch.tensor(loss), [7, step]))
+        trainer.step += 1
     with pytest.raises(DivergedError, match="not finite at step 2;") as error:
-        meter.check()
+        trainer.synchronize()
     assert (error.value.step, error.value.indices) == (2, [7, 2])
+    trainer.loss_sum.zero_()
+    trainer.recent.clear()
+    next(trainer.model.parameters()).data.fill_(math.nan)
+    with pytest.raises(DivergedError, match="a weight is not finite"):
+        trainer.synchronize()
 
 
 def test_a_run_that_diverges_names_its_images_and_writes_no_checkpoint(folders, tmp_path):

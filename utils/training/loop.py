@@ -13,11 +13,10 @@ import shlex
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -122,7 +121,6 @@ class Trainer:
 
     Attributes:
         metrics, speed: one row per epoch so far.
-        meter: the losses of the current epoch.
         skipped: one message per unreadable image that was skipped, with its path.
     """
 
@@ -174,7 +172,10 @@ class Trainer:
         )
         self.skip_corrupt = skip_corrupt
         self.step = 0
-        self.meter = LossMeter(self.device)
+        self.loss_sum = torch.zeros((), device=self.device)  # of the current epoch
+        self.loss_sums = distributed.gather(self.loss_sum)  # of all processes, if synchronized
+        # Step, loss and images of the steps since the last synchronization.
+        self.recent: list[tuple[int, Tensor, Sequence[int]]] = []
         self.train_time_s = 0.0  # of the current epoch
         self.metrics: list[dict[str, float]] = []
         self.speed: list[dict[str, float]] = []
@@ -190,7 +191,8 @@ class Trainer:
         self.schedule.step()
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(self.step, self.recipe.ema_decay))
         self.ema.update_parameters(self.model)
-        self.meter.add(loss, self.step, batch.indices)
+        self.loss_sum += loss
+        self.recent.append((self.step, loss, batch.indices))
         self.step += 1
         return loss
 
@@ -230,7 +232,7 @@ class Trainer:
             "metrics": self.metrics,
             "speed": self.speed,
             "skipped": list(self.skipped),
-            "under_way": {"train_time_s": self.train_time_s, **self.meter.state_dict()},
+            "under_way": {"train_time_s": self.train_time_s, "loss_sums": self.loss_sums},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,13 +242,16 @@ class Trainer:
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
         self.skipped = dict.fromkeys(state["skipped"])
         self.train_time_s = state["under_way"]["train_time_s"]
-        self.meter.load_state_dict(state["under_way"])
+        self.loss_sums = state["under_way"]["loss_sums"].to(self.device)
+        self.loss_sum = self.loss_sums[distributed.rank()].clone()
 
     def end_epoch(self, metrics: dict[str, float], speed: dict[str, float]) -> None:
         """Ends the current epoch by adding its rows."""
         self.metrics.append(metrics)
         self.speed.append(speed)
-        self.meter, self.train_time_s = LossMeter(self.device), 0.0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.loss_sums = torch.zeros_like(self.loss_sums)
+        self.train_time_s = 0.0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step."""
@@ -262,6 +267,10 @@ class Trainer:
         """Completed steps of the current epoch."""
         return self.step - self.epoch * self.steps_per_epoch
 
+    def mean_loss(self) -> float:
+        """Mean loss of this process in the current epoch; waits for the device."""
+        return self.loss_sum.item() / self.step_in_epoch
+
     def synchronize(self) -> None:
         """Waits for the device and the other processes, so that `state_dict` covers all of them.
 
@@ -270,59 +279,24 @@ class Trainer:
                 processes.
         """
         self.skipped = distributed.union(self.skipped)
+        self.loss_sums = distributed.gather(self.loss_sum)
         with torch.no_grad():
-            norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
-        self.meter.check(bad_weights=~torch.isfinite(norms).all())
+            norms = torch._foreach_norm(list(self.model.parameters()))
+        bad = ~torch.isfinite(torch.stack([self.loss_sum, *norms])).all()
+        if distributed.sum_over_processes(bad.float()):
+            self._raise_diverged()
+        self.recent.clear()
 
-
-class LossMeter:
-    """Mean loss, summed on the device and read rarely; keeps the first step that is not finite."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sum = torch.zeros((), device=device)
-        self.sums = torch.zeros(distributed.world_size(), device=device)  # at the last `check`
-        self.bad_step = torch.full((), -1, device=device)
-        self.count = 0
-        # Images of the steps since the last check.
-        self.recent: deque[tuple[int, Sequence[int]]] = deque(maxlen=2 * PROGRESS_STEPS)
-
-    def add(self, loss: Tensor, step: int, indices: Sequence[int] = ()) -> None:
-        self.sum += loss
-        self.count += 1
-        self.recent.append((step, indices))
-        is_first_bad = ~torch.isfinite(loss) & (self.bad_step < 0)
-        self.bad_step.masked_fill_(is_first_bad, step)
-
-    def check(self, bad_weights: Tensor | bool = False) -> None:
-        """Reads the losses of all processes and keeps them for `state_dict`; waits for the device.
-
-        Raises:
-            DivergedError: a loss was NaN or infinite, or there are `bad_weights`.
-        """
-        self.sums = distributed.gather(self.sum)
-        bad = ((self.bad_step >= 0) | bad_weights).float()
-        if not distributed.sum_over_processes(bad):
-            return
+    def _raise_diverged(self) -> NoReturn:
+        """DivergedError with the first bad step of all processes and its images."""
         advice = "try a lower --lr-per-1024 or --precision float32, in another --output-dir"
-        step = int(self.bad_step)
-        found = distributed.gather_objects((step, list(dict(self.recent).get(step, ()))))
-        step = min((step for step, _ in found if step >= 0), default=None)
-        if step is None:
+        own = [(step, indices) for step, loss, indices in self.recent if not loss.isfinite()]
+        found = [each[0] for each in distributed.gather_objects(own) if each]
+        if not found:
             raise DivergedError(f"a weight is not finite; {advice}")
-        indices = [i for at, some in found if at == step for i in some]
+        step = min(step for step, _ in found)
+        indices = [i for each, some in found if each == step for i in some]
         raise DivergedError(f"the loss is not finite at step {step}; {advice}", step, indices)
-
-    def mean(self) -> float:
-        """Mean over this process's steps; waits for the device."""
-        return self.sum.item() / self.count
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sum of every process at the last `check`, and the count."""
-        return {"loss_sums": self.sums, "loss_count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums = state["loss_sums"].to(self.sum.device)
-        self.sum, self.count = self.sums[distributed.rank()].clone(), state["loss_count"]
 
 
 def train_one_epoch(
@@ -346,14 +320,14 @@ def train_one_epoch(
             raise CorruptImageError(f"{batch.corrupt[0]}; so are all other images of its batch")
         trainer.train_step(batch)
         if trainer.step % PROGRESS_STEPS == 0:
-            trainer.meter.check()
+            trainer.synchronize()
             if progress is not None:
-                progress.set_postfix_str(f"loss {trainer.meter.mean():.3f}", refresh=False)
+                progress.set_postfix_str(f"loss {trainer.mean_loss():.3f}", refresh=False)
         if progress is not None:
             progress.update(trainer.recipe.batch_size)
         after_step()
     trainer.synchronize()
-    mean = torch.tensor(trainer.meter.mean(), device=trainer.device, dtype=torch.float64)
+    mean = torch.tensor(trainer.mean_loss(), device=trainer.device, dtype=torch.float64)
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
 
 
