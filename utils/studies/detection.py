@@ -95,7 +95,7 @@ def _to_device(batch: BoxedBatch, device: torch.device) -> tuple[list[Tensor], l
 
 
 def _validate_losses(losses: list[Tensor], step: int) -> None:
-    if not torch.stack(losses).isfinite().all():
+    if not torch.stack(losses).isfinite().all():  # waits for the device
         raise DivergedError(f"the loss is not finite before step {step}; try a lower lr", step)
 
 
@@ -146,22 +146,15 @@ def mean_average_precision(found: Iterable[Target], targets: Iterable[Target]) -
 
 @dataclass(frozen=True)
 class DetectionStudy:
-    """The settings that both variants share.
-
-    Args:
-        options: the backbone's options.
-        data_dir: folder with boxes, see `utils.data.boxes.open_boxes`.
-        classifier_recipe: trains each seed's classifier on `sample_dir`, a folder of classes.
-        checkpoint: a trained classifier to take for every seed instead.
-    """
+    """The settings that both variants share."""
 
     backbone: str
     options: dict[str, Any]
     recipe: DetectorRecipe
-    data_dir: Path
-    sample_dir: Path | None
+    data_dir: Path  # with boxes, see `utils.data.boxes.open_boxes`
+    sample_dir: Path | None  # of classes, to train each seed's classifier
     classifier_recipe: Recipe
-    checkpoint: Path | None = None
+    checkpoint: Path | None = None  # a classifier for every seed, instead of training
 
 
 def run_detection_study(

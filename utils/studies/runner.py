@@ -42,19 +42,13 @@ RunKey = tuple[str, int]  # value of the factor, seed
 
 @dataclass(frozen=True)
 class Variant:
-    """One value of a study's factor.
-
-    Args:
-        options: the backbone's options for this value.
-        recipe: what the value changes in the study's recipe.
-        test_sizes_px: sides of the test crop in addition to the recipe's; a row each.
-    """
+    """One value of a study's factor."""
 
     value: str
     backbone: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    test_sizes_px: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the backbone
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # changes in the study's recipe
+    test_sizes_px: tuple[int, ...] = ()  # sides of test crops beside the recipe's; a row each
 
     @property
     def network(self) -> str:
@@ -68,9 +62,6 @@ class Study:
 
     Args:
         name: names the study's CSV and its folder of runs.
-        factor: what the variants differ in.
-        baseline: the value that the others are compared with.
-        recipe: the recipe of every run, except for what a variant changes.
         weights: the weights whose accuracy is compared, EMA ("ema") or last ("raw").
         extra_evaluations: other evaluations of the baseline's runs, compared with the baseline:
             a name to the weights and the side of the test crop in pixels.
@@ -78,8 +69,8 @@ class Study:
     """
 
     name: str
-    factor: str
-    baseline: str
+    factor: str  # what the variants differ in
+    baseline: str  # the value that the others are compared with
     recipe: Recipe
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
@@ -119,7 +110,7 @@ def run_study(
     processes: int = 1,
     devices: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Trains the missing runs of a study and writes its tables after every run.
+    """Trains the missing runs of a study; returns its table of results.
 
     A run whose rows are in `output` is finished, even if its folder is gone; a trained run without
     rows is only evaluated. An unfinished run resumes from its last complete epoch. A failed run is
@@ -128,13 +119,10 @@ def run_study(
     Args:
         data_dir: folder with train/ and val/.
         runs_dir: gets a folder per run, `<study>/<value>-seed<seed>`.
-        output: the CSV, one row per run and test size. `curves_path(output)` gets one row per run
-            and epoch. Runs of other seeds or values of the study that are there are kept.
+        output: the CSV, one row per run and test size; `curves_path(output)` gets one row per run
+            and epoch. Both are written after every run. Other runs of the study in it are kept.
         processes: runs that train at the same time; they share the CPU's threads evenly.
         devices: such as ("cuda:0", "cuda:1"), assigned to the processes in turn.
-
-    Returns:
-        The table of results.
 
     Raises:
         ValueError: wrong arguments; the folder of a run holds another run; `output` is not a record
@@ -143,21 +131,11 @@ def run_study(
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     targets = [pick_device(name) for name in devices or (None,)]
-    jobs = [_Job(study, *run, data_dir, Path(runs_dir)) for run in study.runs()]
-    rows = read_record(output, study.name)
-    order = dict.fromkeys([*(job.key for job in jobs), *rows])
-    missing = _missing(jobs, rows, output, targets[0])
-    path = curves_path(output)
+    jobs = list(_jobs(study, data_dir, Path(runs_dir)))
+    rows, path = read_record(output, study.name), curves_path(output)
     curves = _by_run(pd.read_csv(path, dtype=TEXT)) if path.exists() else {}
-
-    def write() -> list[Row]:
-        """Writes both tables, in the order of the study's runs."""
-        table = [row for key in order for row in rows.get(key, [])]
-        write_table(output, table)
-        if any(curves.values()):
-            write_table(path, [row for key in order for row in curves.get(key, [])])
-        return table
-
+    order = dict.fromkeys([*(job.key for job in jobs), *rows])
+    missing = _missing(study, jobs, rows, output, targets[0])
     each = _in_processes(missing, processes, targets)
     if processes == 1:
         each = ((job, *_run(job, targets[0])) for job in missing)
@@ -165,8 +143,10 @@ def run_study(
     with closing(each):
         for job, found, curve in progress_bar(each, total=len(missing), **options):
             rows[job.key], curves[job.key] = found, curve
-            write()
-    return pd.DataFrame(write())
+            write_table(output, [row for key in order for row in rows.get(key, [])])
+            if any(curves.values()):
+                write_table(path, [row for key in order for row in curves.get(key, [])])
+    return pd.DataFrame([row for key in order for row in rows.get(key, [])])
 
 
 def finished(table: pd.DataFrame) -> pd.DataFrame:
@@ -222,58 +202,48 @@ def _slug(value: str) -> str:
 class _Job:
     """One run of a study, with everything that a process needs to train it."""
 
-    study: Study
-    variant: Variant
+    key: RunKey
     seed: int
+    recipe: Recipe
+    sizes_px: list[int]  # sides of the test crop, the recipe's first: a row each
+    tuning: bool
     data_dir: str | Path
-    runs_dir: Path
+    run_dir: Path
+    facts: Row  # the columns that identify it among the runs of all studies
+    config: Row  # what identifies it in its folder, beside the recipe and the seed
 
-    @property
-    def key(self) -> RunKey:
-        return self.variant.value, self.seed
 
-    @property
-    def run_dir(self) -> Path:
-        return self.runs_dir / self.study.name / f"{_slug(self.variant.value)}-seed{self.seed}"
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.study.recipe_of(self.variant)
-
-    @property
-    def sizes_px(self) -> list[int]:
-        """Sides of the test crop, the recipe's first: a row each."""
-        return [self.recipe.eval_crop_px, *self.variant.test_sizes_px]
-
-    @property
-    def config(self) -> Row:
-        """What identifies the run in its folder, beside the recipe and the seed."""
-        options = {**self.variant.options, **self.recipe.backbone_options}
-        of_study = {"study": self.study.name, "value": self.variant.value}
-        return {**of_study, "backbone": self.variant.backbone, "options": options}
-
-    @property
-    def facts(self) -> Row:
-        """The columns that identify the run among the runs of all studies."""
-        return {
-            "study": self.study.name,
-            "factor": self.study.factor,
-            "value": self.variant.value,
-            "seed": self.seed,
-            "network": self.variant.network,
-        }
+def _jobs(study: Study, data_dir: str | Path, runs_dir: Path) -> Iterator[_Job]:
+    for variant, seed in study.runs():
+        recipe, value = study.recipe_of(variant), variant.value
+        options = {**variant.options, **recipe.backbone_options}
+        names = {"study": study.name, "factor": study.factor, "value": value}
+        yield _Job(
+            (value, seed),
+            seed,
+            recipe,
+            [recipe.eval_crop_px, *variant.test_sizes_px],
+            study.tuning,
+            data_dir,
+            runs_dir / study.name / f"{_slug(value)}-seed{seed}",
+            {**names, "seed": seed, "network": variant.network},
+            {"study": study.name, "value": value, "backbone": variant.backbone, "options": options},
+        )
 
 
 def _missing(
-    jobs: list[_Job], rows: dict[RunKey, list[Row]], output: str | Path, device: torch.device
+    study: Study,
+    jobs: list[_Job],
+    rows: dict[RunKey, list[Row]],
+    output: str | Path,
+    device: torch.device,
 ) -> list[_Job]:
     """The jobs without a recorded row for each of their test sizes.
 
     Raises:
         ValueError: the folder of a run holds another run, or recorded rows have other settings.
     """
-    study, data_dir = jobs[0].study, jobs[0].data_dir
-    data = open_folders(data_dir, study.recipe)
+    data = open_folders(jobs[0].data_dir, study.recipe)
     held_out = hold_out(data, study.recipe, HOLD_OUT_EVERY)
     val_images = len((held_out if study.tuning else data).val)
     tested = {key: [row["test_crop_px"] for row in found] for key, found in rows.items()}
@@ -284,7 +254,7 @@ def _missing(
         path = job.run_dir / "config.json"
         there = json.loads(path.read_text()) if path.exists() else config
         validate_same_run(job.run_dir, {key: there.get(key) for key in config}, config)
-        settings = {"network": job.variant.network, "val_images": val_images}
+        settings = {"network": job.facts["network"], "val_images": val_images}
         settings |= {name: getattr(job.recipe, name) for name in ("epochs", "train_crop_px")}
         if missing:  # one study has one type
             settings["autocast"] = dtype_name(autocast_dtype(device, job.recipe.precision))
@@ -306,28 +276,31 @@ def _in_processes(
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     context.set_forkserver_preload([__name__])
     threads = max(1, torch.get_num_threads() // processes)
-    waiting, free = list(jobs), [devices[k % len(devices)] for k in range(processes)]
-    running = {}
+    waiting, running = iter(jobs), {}
+
+    def start_next(device: torch.device) -> None:
+        if job := next(waiting, None):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (job, device, threads, sender)
+            process = context.Process(target=_run_and_send, args=arguments, daemon=True)
+            process.start()
+            sender.close()  # now the pipe ends when the process does
+            running[receiver] = job, device, process
+
     try:
-        while waiting or running:
-            while waiting and free:
-                job, device = waiting.pop(0), free.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                arguments = (job, device, threads, sender)
-                process = context.Process(target=_run_and_send, args=arguments, daemon=True)
-                process.start()
-                sender.close()  # now the pipe ends when the process does
-                running[receiver] = job, device, process
-            for receiver in wait(list(running)):
-                job, device, process = running.pop(receiver)
-                try:
-                    rows, curve = receiver.recv()
-                except EOFError:
-                    process.join()
-                    reason = f"its process was killed (exit code {process.exitcode})"
-                    rows, curve = _failed(job, f"{reason}, perhaps because memory ran out"), []
-                free.append(device)
-                yield job, rows, curve
+        for k in range(processes):
+            start_next(devices[k % len(devices)])
+        while running:
+            receiver = wait(list(running))[0]
+            job, device, process = running.pop(receiver)
+            try:
+                rows, curve = receiver.recv()
+            except EOFError:
+                process.join()
+                reason = f"its process was killed (exit code {process.exitcode})"
+                rows, curve = _failed(job, f"{reason}, perhaps because memory ran out"), []
+            start_next(device)
+            yield job, rows, curve
     finally:
         for _, _, process in running.values():
             process.terminate()
@@ -362,9 +335,8 @@ def _train(job: _Job, device: torch.device) -> Trainer:
     """Trains a run to its end, on all training images but the held-out slice."""
     data = hold_out(open_folders(job.data_dir, job.recipe, job.seed), job.recipe, HOLD_OUT_EVERY)
     torch.manual_seed(job.seed)
-    model = create_classifier(job.variant.backbone, len(data.classes), **job.config["options"])
     return fit(
-        model,
+        create_classifier(job.config["backbone"], len(data.classes), **job.config["options"]),
         data,
         job.recipe,
         job.run_dir,
@@ -379,7 +351,7 @@ def _train(job: _Job, device: torch.device) -> Trainer:
 def _evaluate(job: _Job, trainer: Trainer, crop_px: int) -> Row:
     """Accuracy of a trained run at one test size, its costs, and how it was made."""
     data = open_folders(job.data_dir, job.recipe.tested_at(crop_px))
-    images = (hold_out(data, job.recipe, HOLD_OUT_EVERY) if job.study.tuning else data).val
+    images = (hold_out(data, job.recipe, HOLD_OUT_EVERY) if job.tuning else data).val
     loader = make_loader(images, EvalBatches(len(images), 64), 0, trainer.device.type == "cuda")
     result, speed = trainer.evaluate(loader), pd.DataFrame(trainer.speed)
     config = json.loads((job.run_dir / "config.json").read_text())

@@ -140,24 +140,20 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     return costs.pivot_table("value", "network", "quantity", "median", sort=False)
 
 
-def cost_ratios(costs: pd.DataFrame, quantity: str, baseline: str) -> pd.DataFrame:
-    """Costs over the baseline's of the same round: `median`, `min` and `max` of each network."""
-    rows = costs[costs.quantity == quantity]
-    by_round = rows.pivot(index="round", columns="network", values="value")
-    return by_round.div(by_round[baseline], axis=0).agg(["median", "min", "max"]).T
-
-
 def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
-    """`cost_ratios` of each value of a study to its baseline, a block of columns per quantity."""
+    """Costs of each value of a study over the baseline's of the same round.
+
+    Returns:
+        Indexed by value; for each quantity the columns `median`, `min` and `max` over rounds.
+    """
     networks = {variant.value: variant.network for variant in study.variants}
-    quantities = ("latency", "inference", "training", "inference peak", "training peak")
-    blocks = {
-        quantity: cost_ratios(costs, quantity, networks[study.baseline])
-        .loc[list(networks.values())]
-        .set_axis(pd.Index(networks, name=study.factor))
-        for quantity in quantities
-    }
-    return pd.concat(blocks, axis=1)
+    found = {}
+    for quantity in ("latency", "inference", "training", "inference peak", "training peak"):
+        rows = costs[costs.quantity == quantity]
+        by_round = rows.pivot(index="round", columns="network", values="value")
+        ratios = by_round.div(by_round[networks[study.baseline]], axis=0)[list(networks.values())]
+        found[quantity] = ratios.set_axis(list(networks), axis=1).agg(["median", "min", "max"]).T
+    return pd.concat(found, axis=1).rename_axis(study.factor)
 
 
 def with_costs(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
