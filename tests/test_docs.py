@@ -201,13 +201,6 @@ def test_flags_in_the_text_exist(capsys):
         assert set(FLAG.findall(" ".join(inline_code(path)))) <= known, path
 
 
-def test_tests_named_in_the_text_exist():
-    tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
-    for path in DOCUMENTS:
-        named = re.findall(r"`(test_\w+)`", TEXTS[path])
-        assert [name for name in named if f"def {name}(" not in tests] == [], path
-
-
 def test_findings_in_the_readme_are_in_the_results():
     """Differences with their intervals and ratios with their ranges, as the tables print them."""
     findings = TEXTS["README.md"].partition("## Findings")[2].partition("\n## ")[0]
