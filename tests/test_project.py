@@ -10,7 +10,6 @@ import sys
 import tomllib
 import zipfile
 from email.parser import Parser
-from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -32,23 +31,15 @@ DEPENDENCIES = [*BASE, *EXTRAS["lab"], *EXTRAS["test"]]
 
 # ---- who imports whom --------------------------------------------------------------------------
 
-SUPPORT = ("utils.cli", "utils.records", "utils.recipe", "utils.distributed")
-DATA = ("utils.data*", "utils.measure", "utils.plotting")
-TRAINING = ("utils.training*", "backbones*")
-# Files, and what of this project they may import; the first pattern that matches a file counts.
-RULES = {
-    "backbones/*": ("backbones*",),
-    "utils/records.py": ("utils.cli",),
-    **dict.fromkeys([f"utils/{name}.py" for name in ("__init__", "cli", "recipe")], ()),
-    "utils/distributed.py": (),
-    "utils/data/*": (*SUPPORT, "utils.data*"),
-    "utils/measure.py": SUPPORT,
-    "utils/plotting.py": (*SUPPORT, *DATA),
-    "utils/training/*": (*SUPPORT, *DATA, *TRAINING),
-    "utils/*": ("utils*", "backbones*"),
-    "scripts/*": ("utils*", "backbones*"),
-    "notebooks/*": ("utils*", "backbones*"),
-}
+# A file may import files of this project from its own line and those above it.
+LAYERS = (
+    ("utils.cli", "utils.records", "utils.recipe", "utils.distributed"),
+    ("utils.data", "utils.measure", "utils.plotting"),
+    ("backbones",),  # which import nothing from above: its dependencies are torch and torchvision
+    ("utils.training",),
+    ("utils.studies", "utils.benchmark", "utils.exporting", "utils.notebook"),
+    ("scripts", "notebooks"),
+)
 DECLARED = {each.name for each in DEPENDENCIES}
 PROVIDERS = packages_distributions()
 NOT_A_DEPENDENCY = {*sys.stdlib_module_names, "IPython", "google"}  # of a notebook, of Colab
@@ -60,6 +51,10 @@ FILES = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".ipynb")
 ]
+
+
+def layer(name):
+    return next((i for i, names in enumerate(LAYERS) if name.startswith(names)), 0)
 
 
 def code_of(file):
@@ -93,15 +88,19 @@ def module_file(name):
 
 @pytest.mark.parametrize("file", FILES)
 def test_imports(file):
-    """RULES; families do not import each other; other packages are declared dependencies."""
+    """LAYERS; families do not import each other; other packages are declared dependencies."""
+    module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     names = imported(code_of(file))
     ours = {name for name in names if name.split(".")[0] in OURS}
-    allowed = next(rule for pattern, rule in RULES.items() if fnmatch(file, pattern))
-    assert {name for name in ours if not any(fnmatch(name, each) for each in allowed)} == set()
-    if file.replace("/", ".").removesuffix(".py") in FAMILIES:
-        assert not ours & FAMILIES
-    declared = {"torch", "torchvision"} if file.startswith("backbones") else DECLARED
-    declared |= {"safetensors"} if file == "backbones/weights.py" else set()
+    assert {name for name in ours if layer(name) > layer(module)} == set()
+    assert not ours & {"scripts", "notebooks", "tests"}
+    declared = DECLARED
+    if file.startswith("backbones/"):
+        assert all(name.startswith("backbones") for name in ours)
+        assert module not in FAMILIES or not ours & FAMILIES
+        declared = {"torch", "torchvision"}
+    if module == "backbones.weights":
+        declared |= {"safetensors"}  # imported when such a file is loaded
     for root in {name.split(".")[0] for name in names - ours} - NOT_A_DEPENDENCY:
         assert declared & {name.lower() for name in PROVIDERS[root]}, root
 
