@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from utils.cli import summarize
 from utils.data.folders import (
     EvalBatches,
     ImageFiles,
@@ -13,8 +14,8 @@ from utils.data.folders import (
     make_loader,
     open_folders,
     open_val,
-    validate_classes,
 )
+from utils.data.imagenet import LayoutError, check_layout
 from utils.data.shards import ShardBatches, Shards, is_shards, open_shards
 from utils.distributed import world_size
 from utils.recipe import Recipe
@@ -32,11 +33,18 @@ def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
 
 
 def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles | Shards:
-    """Opens the validation images, whose classes must be `classes`."""
-    if not is_shards(str(data_dir)):
-        return open_val(data_dir, classes, recipe)
-    _, val, found = open_shards(str(data_dir), recipe)
-    validate_classes(data_dir, found, classes)
+    """Opens the validation images; LayoutError if their classes are not those of a checkpoint."""
+    if is_shards(str(data_dir)):
+        _, val, found = open_shards(str(data_dir), recipe)
+    else:
+        found = check_layout(data_dir)
+        val = open_val(data_dir, found, recipe)
+    if found != classes:
+        differing = summarize(sorted(set(found) ^ set(classes)))
+        raise LayoutError(
+            f"{data_dir}: {len(found)} classes, the checkpoint has {len(classes)}; only one of the "
+            f"two has {differing}"
+        )
     return val
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from utils.cli import DataError, summarize
+from utils.cli import DataError
 from utils.data.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.data.transforms import (
     MEAN_RGB,
@@ -62,7 +62,7 @@ def seeded(*words: int) -> Iterator[None]:
 
 
 class Key(NamedTuple):
-    """An item that a sampler requests; it carries the epoch to the workers."""
+    """What a sampler requests of a dataset; it carries the epoch to the workers."""
 
     epoch: int
     index: int
@@ -85,8 +85,7 @@ class ImageFiles(Dataset):
 
     Args:
         classes: names of the class folders; their order numbers the labels.
-        transform: from an image of `open_image` and its random.Random to uint8 `[3, H, W]`. It may
-            run in several threads.
+        transform: may run in several threads.
         seed: of the transform's random numbers.
 
     Raises:
@@ -297,24 +296,9 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
 
 
 def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles:
-    """Opens the validation images of `data_dir`, whose classes must be `classes`.
-
-    Raises:
-        LayoutError: as `open_folders`, or other classes.
-    """
-    validate_classes(data_dir, check_layout(data_dir), classes)
+    """Opens `data_dir/val` with the recipe's validation transform."""
     transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
     return ImageFiles(Path(data_dir) / "val", classes, transform)
-
-
-def validate_classes(data_dir: str | Path, found: list[str], classes: list[str]) -> None:
-    """LayoutError if the classes found are not those of a checkpoint."""
-    if found != classes:
-        differing = sorted(set(found) ^ set(classes))
-        raise LayoutError(
-            f"{data_dir}: {len(found)} classes, the checkpoint has {len(classes)}; only one of the "
-            f"two has {summarize(differing)}"
-        )
 
 
 def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
@@ -332,13 +316,11 @@ def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
     for label, name in enumerate(data.classes):
         if not held_out[labels == label].any():
             raise LayoutError(f"{data.train.folder / name}: fewer than {every} images to cut from")
-    splits = []
-    for chosen in (~held_out, held_out):
-        images = copy.copy(data.train)
-        images.names, images.labels = data.train.names[chosen], labels[chosen]
-        splits.append(images)
-    splits[1].transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
-    return Splits(*splits, data.classes)
+    train, val = copy.copy(data.train), copy.copy(data.train)
+    train.names, train.labels = data.train.names[~held_out], labels[~held_out]
+    val.names, val.labels = data.train.names[held_out], labels[held_out]
+    val.transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    return Splits(train, val, data.classes)
 
 
 class Preprocess:

@@ -72,10 +72,7 @@ Transform = Callable[..., Tensor]
 
 
 def open_image(path: str | Path, content: bytes | None = None) -> OpenImage:
-    """Reads an image file and its header.
-
-    Args:
-        content: the file's bytes if they are not at `path`, which then only names them.
+    """Reads an image file, or its `content`, and parses the header.
 
     Raises:
         CorruptImageError: the file is missing or not an image.
@@ -99,7 +96,6 @@ def pixels(image: OpenImage, min_px: tuple[int, int] | None = None) -> np.ndarra
     which ImageNet contains. As usual on ImageNet, the EXIF orientation is not applied.
 
     Args:
-        image: from `open_image`, or any image of Pillow's.
         min_px: a sufficient width and height: a JPEG file may be decoded at half of its size or
             less, but not below these. None for the full size.
 
@@ -161,8 +157,7 @@ def _random_box(
 
     Args:
         size: height and width of the image.
-        areas: range of the box's share of the image.
-        aspects: range of width to height.
+        areas, aspects: ranges of the box's share of the image and of width to height.
         margin: pixels by which the box must be smaller than the image.
     """
     height, width = size
