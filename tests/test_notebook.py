@@ -1,12 +1,10 @@
 """The parameters of notebooks: a wrong value ends in one line, and papermill sets right ones."""
 
-import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -14,8 +12,6 @@ from helpers import ROOT, run_check
 from IPython.core.interactiveshell import InteractiveShell
 
 from utils import notebook
-from utils.data import sample
-from utils.data.imagenet import check_layout
 from utils.recipe import DetectorRecipe
 
 # A call, its arguments, and words of the line.
@@ -92,11 +88,7 @@ def test_right_values_pass(folders, number, monkeypatch):
         chosen = run_check(number, data_dir=str(folders), **values)["chosen"]
         assert (chosen.batch_size, chosen.epochs) == (8, 2)
         assert chosen.warmup_epochs <= 1
-
-
-def test_the_warm_up_takes_half_of_the_epochs_at_most():
     assert notebook.make_detector_recipe(1) == DetectorRecipe(epochs=1, warmup_epochs=0.5)
-    assert notebook.make_recipe("quick", 4, width=None).warmup_epochs == 1
 
 
 def test_a_folder_that_is_not_the_layout(tmp_path):
@@ -123,18 +115,6 @@ def test_a_folder_of_other_files_is_no_output(tmp_path):
             notebook.run_folder(tmp_path / path, "03", "config.json")
     (tmp_path / "config.json").touch()
     assert notebook.run_folder(str(tmp_path), "03", "config.json") == tmp_path
-
-
-def test_two_at_once_share_one_sample(tmp_path, monkeypatch):
-    """Both find it complete and sorted."""
-    draw = functools.partial(sample.draw, train_per_class=8, val_per_class=4)
-    monkeypatch.setattr(sample, "draw", draw)
-    monkeypatch.setattr(notebook, "SAMPLE", tmp_path)
-    with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(notebook.data_folder, ["", ""])
-    assert one == other
-    assert len(check_layout(one)) == len(sample.CLASSES)
-    assert len(list(one.glob("*/*/*.JPEG"))) == 12 * len(sample.CLASSES)
 
 
 def test_papermill_trains_on_a_folder(folders, tmp_path):

@@ -19,26 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
-def accuracy_rows():
-    """The rows of the Imagenette runs: mean and standard deviation over seeds."""
+def test_the_runs_on_imagenette_are_quoted_from_their_record():
+    """Mean and standard deviation over seeds, a row per test size."""
     table = pd.read_csv(ROOT / "results" / "imagenette_cspdarknet19.csv")
-    for size_px, group in table.groupby("test_crop_px"):
-        cells = [
-            f"{group[name].mean():.1f} ± {group[name].std():.1f}"
-            for name in ("raw_top1_pct", "ema_top1_pct", "ema_top5_pct")
-        ]
-        yield f"| {size_px} px | {' | '.join(cells)} | {group.seed.nunique()} |"
-
-
-def test_readme_quotes_the_records():
-    rows = list(accuracy_rows())
-    assert len(rows) >= 4
-    for row in rows:
-        assert row in RESULTS
+    for size_px, rows in table.groupby("test_crop_px"):
+        columns = ("raw_top1_pct", "ema_top1_pct", "ema_top5_pct")
+        cells = [f"{rows[name].mean():.1f} ± {rows[name].std():.1f}" for name in columns]
+        assert f"| {size_px} px | {' | '.join(cells)} | {rows.seed.nunique()} |" in RESULTS
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
-def test_studies_are_recorded_whole(study):
+def test_a_study_is_recorded_completely(study):
     """Every value with the same seeds, at least three, at its test sizes, and every epoch of it."""
     path = ROOT / "results" / f"study_{study.name}.csv"
     table = pd.read_csv(path)
@@ -57,13 +48,12 @@ def test_studies_are_recorded_whole(study):
     counts = curves.groupby(["value", "seed"]).epoch.agg(["size", "max"])
     for variant in study.variants:
         recipe = study.recipe_of(variant)
-        of_arm = counts.loc[variant.value]
-        assert of_arm.index.tolist() == seeds
-        assert (of_arm == recipe.epochs).all(axis=None)
+        of_variant = counts.loc[variant.value]
+        assert of_variant.index.tolist() == seeds
+        assert (of_variant == recipe.epochs).all(axis=None)
         with torch.device("meta"):
-            net = create_classifier(
-                variant.backbone, 10, **variant.options, **recipe.backbone_options
-            )
+            options = {**variant.options, **recipe.backbone_options}
+            net = create_classifier(variant.backbone, 10, **options)
         declared = {
             "network": variant.network,
             "epochs": recipe.epochs,
@@ -107,7 +97,7 @@ def test_records_say_how_they_were_made():
         assert not table.isna().any().any(), path.name
 
 
-def test_the_detection_study_is_recorded_whole():
+def test_the_detection_study_is_recorded_completely():
     """Five seeds of both variants, by the recipe and the counts that docs/results.md names."""
     table = pd.read_csv(ROOT / "results" / "detection_sample.csv")
     variants = ("from scratch", "pretrained")

@@ -278,7 +278,6 @@ def test_the_slice_is_cut_from_training_alone(folders):
     ("change", "words"),
     [
         ({"baseline": "none"}, "baseline='none' is not one of"),
-        ({"variants": (RELU, RELU)}, "share a folder"),
         ({"variants": (RELU, Variant("Relu!", "darknet19"))}, "share a folder"),
     ],
 )
