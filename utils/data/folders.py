@@ -159,7 +159,7 @@ def readable(
     """
     for batch in batches:
         if isinstance(batch, DataError):
-            raise batch
+            raise type(batch)(str(batch))  # `raise batch` would keep the loader in a cycle
         if batch.corrupt and not skip_corrupt:
             raise CorruptImageError(f"{batch.corrupt[0]}; --skip-corrupt leaves such files out")
         skipped.update((str(error), None) for error in batch.corrupt)

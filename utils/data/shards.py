@@ -164,10 +164,11 @@ class ShardBatches(IterableDataset):
     """This process's batches of one pass over the shards.
 
     Every epoch lays the shards end to end in a new order. Each process reads an equal contiguous
-    part of this series, and each of its workers a part of that, through a shuffle buffer. In
-    training the last images, fewer than a batch, are left out; in evaluation each image comes once.
-    The order depends on the seed, the epoch and the numbers of processes and workers; the rest of
-    an epoch after a resume has an order of its own. A shard's DataError comes in place of a batch.
+    part of this series, and each of its workers a part of that, through a shuffle buffer: were
+    complete shards dealt, a small one would come many times in an epoch of equal steps. In training
+    the last images, fewer than a batch, are left out; in evaluation each image comes once. The
+    order depends on the seed, the epoch and the numbers of processes and workers; the rest of an
+    epoch after a resume has a new order. A shard's DataError comes in place of a batch.
     """
 
     def __init__(self, shards: Shards, batch_size: int, train: bool) -> None:
@@ -218,17 +219,17 @@ def make_shards(
 ) -> str:
     """Packs `data_dir/train` and `data_dir/val` into shards and returns a summary.
 
-    The same files and options give the same bytes. A shard appears complete or not at all, so the
-    same command resumes after a kill. At the end SHA256SUMS lists the shards in the format of
-    sha256sum; from then on the command packs again what does not match its checksum.
+    The same files and options give the same bytes, and each shard appears complete or not at all:
+    the same command resumes after a kill. At its end it writes SHA256SUMS, in the format of
+    sha256sum; run again, it packs damaged shards again.
 
     Raises:
-        DataError: from `open_folders`; or `output_dir` has shards of other files or options.
+        DataError: from `open_folders`, or `output_dir` has shards of other files or options.
     """
     jobs, packed = list(_plan(data_dir, images_per_shard, seed)), 0
     output_dir.mkdir(parents=True, exist_ok=True)
     with lock(output_dir):
-        sums = _read_sums(output_dir) if (output_dir / SUMS).exists() else {}
+        sums = _read_sums(output_dir)
         for index, images in progress_bar(jobs, unit=" shards"):
             name = f"{index['split']}-{index['shard']:06d}.tar"
             path = output_dir / name
@@ -251,21 +252,19 @@ def _plan(data_dir: Path, images_per_shard: int, seed: int) -> Iterator[tuple[Sa
     for split, images in (("train", data.train), ("val", data.val)):
         firsts = range(0, len(images), images_per_shard)
         counts = [min(images_per_shard, len(images) - first) for first in firsts]
-        index = {"classes": data.classes, "seed": seed, "files": files}
         for shard in range(len(counts)):
-            own = {"format": 1, "split": split, "shard": shard, "counts": counts}
-            yield own | index, images
+            index = {"format": 1, "split": split, "shard": shard, "counts": counts}
+            yield index | {"classes": data.classes, "seed": seed, "files": files}, images
 
 
 def _pack(index: Sample, images: ImageFiles, path: Path) -> None:
-    shard, counts, order = index["shard"], index["counts"], np.arange(len(images))
+    order, starts = np.arange(len(images)), np.cumsum([0, *index["counts"]])
     if index["split"] == "train":
         order = np.random.default_rng((PACK_STREAM, index["seed"])).permutation(order)
-    first = sum(counts[:shard])
     # Times, owners and modes are fixed, and so the bytes.
     with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0) as tar:
         tar.write({"__key__": "__meta__/index", "json": index})
-        for key in range(first, first + counts[shard]):
+        for key in range(starts[index["shard"]], starts[index["shard"] + 1]):
             name, label = bytes(images.names[order[key]]), images.labels[order[key]]
             sample = {"jpg": images.path(order[key]).read_bytes(), "cls": label, "path": name}
             tar.write({"__key__": f"{key:09d}", **sample})
@@ -275,12 +274,10 @@ def verify_shards(output_dir: Path) -> str:
     """Compares all shards with their checksums and returns a summary.
 
     Raises:
-        FileNotFoundError: packing has not ended yet.
-        DataError: a shard is missing or damaged.
+        DataError: a shard is missing or damaged, or packing has not ended yet.
     """
-    sums = _read_sums(output_dir)
-    if not sums:
-        raise DataError(f"{output_dir / SUMS}: lists no shard; pack the folder again")
+    if not (sums := _read_sums(output_dir)):
+        raise DataError(f"{output_dir / SUMS}: missing, or lists no shard; pack the folder again")
     for name in progress_bar(sums, unit=" shards"):
         path = output_dir / name
         if not path.exists() or _sha256(path) != sums[name]:
@@ -289,8 +286,8 @@ def verify_shards(output_dir: Path) -> str:
 
 
 def _read_sums(output_dir: Path) -> dict[str, str]:
-    lines = re.findall(r"([0-9a-f]{64})  (\S+)\n", (output_dir / SUMS).read_text())
-    return {name: digest for digest, name in lines}
+    text = (output_dir / SUMS).read_text() if (output_dir / SUMS).exists() else ""
+    return {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (\S+)\n", text)}
 
 
 def _sha256(path: Path) -> str:
