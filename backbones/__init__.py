@@ -1,4 +1,4 @@
-"""Convolutional backbones that give their feature maps at every stride.
+"""Convolutional backbones that return their feature maps at every stride.
 
 >>> import backbones, torch
 >>> net = backbones.create("cspdarknet53")
@@ -43,21 +43,21 @@ def create(
     name: str,
     *,
     weights: str | os.PathLike | WeightsEnum | Mapping[str, Tensor] | None = None,
-    **overrides,
+    **overrides: Any,
 ) -> Backbone:
-    """Builds a backbone, with random weights unless told otherwise.
+    """Builds a backbone, with random weights by default.
 
     Args:
         name: one of `list_models()`.
-        weights: a path, the name of torchvision's weights ("IMAGENET1K_V2", "DEFAULT"), or a state
-            dict; see `backbones.weights.load_weights`. `weights_report` of the backbone tells what
+        weights: a path, the name of torchvision's weights ("IMAGENET1K_V2", "DEFAULT") or a state
+            dict; see `backbones.weights.load_weights`. The backbone's `weights_report` says what
             was loaded, with the file's SHA-256.
         overrides: keyword arguments of the family's network class, such as `out_indices`,
             `in_channels`, `width`, `act` or `split`.
 
     Raises:
         ValueError: an unknown name, override or value; the message lists what is accepted. Or
-            weights that cannot be found, trusted or matched (`WeightsError`).
+            weights that cannot be found, verified or matched (`WeightsError`).
     """
     if not isinstance(name, str) or name not in _MODELS:
         nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.5) or list_models()
@@ -74,7 +74,7 @@ def create(
 
 
 def create_classifier(name: str, num_classes: int, **options: Any) -> Classifier:
-    """A `Classifier` on the backbone that `create` makes of this name and these options."""
+    """A `Classifier` on `create(name, **options)`."""
     return Classifier(create(name, **options), num_classes)
 
 
@@ -83,8 +83,8 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in _MODELS if fnmatchcase(name, pattern))
 
 
-def _keywords(network: type) -> list[str]:
-    """Keyword-only arguments of a network class, those of its parents included."""
-    signatures = [inspect.signature(c.__init__) for c in network.__mro__ if c is not Backbone]
-    parameters = [p for s in signatures for p in s.parameters.values()]
+def _keywords(network: type[Backbone]) -> list[str]:
+    """Keyword-only arguments of a network class and its parents."""
+    classes = [each for each in network.__mro__ if issubclass(each, Backbone)]
+    parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
     return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))

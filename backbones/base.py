@@ -11,26 +11,29 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Backbone(nn.Module):
-    """A stem and a chain of stages; every stage ends in the map of one stride.
+    """A stem and a chain of stages; every stage ends in the feature map of one stride.
 
-    A subclass builds `self.stem` and `self.stages` after calling this constructor, and builds only
-    the first `self.num_stages` stages; or it overrides `parts`. Where `stem_gives_map`, the first
-    map is the stem's. Nothing here runs a forward pass: channels and strides come from the
-    configuration.
+    A subclass builds `self.stem` and the first `self.num_stages` stages in `self.stages` after
+    calling this constructor; or it overrides `parts`. If `stem_gives_map`, the first feature map is
+    the stem's. Construction runs no forward pass: channels and strides come from the configuration.
 
     Args:
-        channels: channels of each map of the whole network, fine to coarse.
+        channels: channels of each feature map of the complete network, fine to coarse.
         strides: pixels of the image per pixel of each of those maps, each twice the one before.
         out_indices: which maps `forward` returns; negative indices count from the end, None means
             all. Stages after the last one picked are not built.
         in_channels: channels of the images, at least 1.
-        gradient_checkpointing: keep only the maps between stages while training and compute the
-            rest again in the backward pass: less memory, one more forward pass, equal gradients.
+        gradient_checkpointing: in training, keep only the maps between stages and recompute the
+            rest in the backward pass: less memory, one more forward pass, the same gradients.
 
     Attributes:
         channels: channels of each returned map.
         strides: stride of each returned map.
-        weights_report: of the weights loaded last (`backbones.weights.Report`), None before.
+        left_out: prefixes of the complete network's keys that this network does not have.
+        weights_report: the `backbones.weights.Report` of the weights loaded last, None before.
+
+    Raises:
+        ValueError: another value of a keyword argument.
     """
 
     stem_gives_map = False
@@ -40,28 +43,23 @@ class Backbone(nn.Module):
         channels: Sequence[int],
         strides: Sequence[int],
         *,
-        out_indices: Sequence[int] | None,
-        in_channels: int,
-        gradient_checkpointing: bool,
+        out_indices: Sequence[int] | None = None,
+        in_channels: int = 3,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if not is_integer(in_channels) or in_channels < 1:
-            raise ValueError(f"in_channels={in_channels!r} must be an integer of at least 1")
-        if not isinstance(gradient_checkpointing, bool):
-            raise ValueError(
-                f"gradient_checkpointing={gradient_checkpointing!r} must be True or False"
-            )
+        validate_count("in_channels", in_channels)
+        validate_choice("gradient_checkpointing", gradient_checkpointing, (True, False))
         self.out_indices = _resolve_indices(out_indices, len(channels))
         self.channels = tuple(channels[i] for i in self.out_indices)
         self.strides = tuple(strides[i] for i in self.out_indices)
-        self.num_stages = self.out_indices[-1] + (0 if self.stem_gives_map else 1)
-        every_stage = range(len(channels) - (1 if self.stem_gives_map else 0))
-        # Prefixes of the state dict's keys in the whole network that are not in this one.
-        self.left_out = tuple(f"stages.{i}." for i in every_stage[self.num_stages :])
+        self.num_stages = self.out_indices[-1] + 1 - self.stem_gives_map
+        stages = range(len(channels) - self.stem_gives_map)
+        self.left_out = tuple(f"stages.{i}." for i in stages[self.num_stages :])
         self.in_channels = in_channels
         self.gradient_checkpointing = gradient_checkpointing
         self._frozen_stages: int | None = None
-        self.weights_report: object | None = None  # set by backbones.weights.load_weights
+        self.weights_report: object | None = None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of `images`, fine to coarse.
@@ -73,12 +71,11 @@ class Backbone(nn.Module):
             One map `[N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])]` per stride.
 
         Raises:
-            ValueError: `images` has another rank, channel count or an integer type.
+            ValueError: `images` has another number of dimensions or channels, or an integer type.
         """
         self.validate_images(images)
-        run = _run
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            run = _run_checkpointed
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        run = _run_checkpointed if recompute else _run
         x, maps = images, []
         for part in self.parts():
             x = run(part, x)
@@ -88,18 +85,18 @@ class Backbone(nn.Module):
         return [maps[i] for i in self.out_indices]
 
     def parts(self) -> list[list[nn.Module]]:
-        """The stem, then each stage: the modules that it runs one after another."""
+        """The stem, then each stage, as the modules that it runs in order."""
         return [[self.stem], *([stage] for stage in self.stages)]
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """What turns the coarsest map, averaged over its pixels, into `num_classes` logits."""
+        """Maps the coarsest feature map, averaged over its pixels, to `num_classes` logits."""
         return nn.Linear(self.channels[-1], num_classes)
 
     def freeze(self, num_stages: int | None) -> "Backbone":
-        """Stops the stem and the first `num_stages` stages from learning; returns self.
+        """Freezes the stem and the first `num_stages` stages; returns self.
 
-        Their parameters take no gradient and their BatchNorm layers keep their statistics, also
-        after a later `.train()`. `freeze(0)` freezes the stem alone, `freeze(None)` frees
+        Their parameters take no gradient and their BatchNorm layers keep their statistics, even
+        after a later `.train()`. `freeze(0)` freezes the stem alone, `freeze(None)` unfreezes
         everything, and a later call replaces an earlier one.
 
         Raises:
@@ -117,52 +114,56 @@ class Backbone(nn.Module):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Sets training mode everywhere but in what is frozen."""
+        """Sets training mode, except for frozen stages, which stay in eval mode."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
         return self
 
     def _frozen_modules(self) -> list[nn.Module]:
-        if self._frozen_stages is None:
-            return []
-        return [module for part in self.parts()[: self._frozen_stages + 1] for module in part]
+        count = 0 if self._frozen_stages is None else self._frozen_stages + 1
+        return [module for part in self.parts()[:count] for module in part]
 
     def validate_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor):
-            raise ValueError(
-                f"images are a {type(images).__name__}; expected a tensor [N, C, H, W]"
-            )
-        shape = tuple(images.shape)
-        if images.ndim != 4 or shape[1] != self.in_channels:
-            raise ValueError(f"images are {list(shape)}; expected [N, {self.in_channels}, H, W]")
-        if not images.is_floating_point():
-            raise ValueError(
-                f"images are {images.dtype}; expected a floating-point type, normalised"
-            )
+        """Raises ValueError unless `images` are floating point, `[N, in_channels, H, W]`."""
+        given = type(images).__name__
+        if isinstance(images, Tensor):
+            channels_fit = images.ndim == 4 and images.shape[1] == self.in_channels
+            if channels_fit and images.is_floating_point():
+                return
+            given = f"{images.dtype} {list(images.shape)}"
+        expected = f"a floating-point tensor [N, {self.in_channels}, H, W]"
+        raise ValueError(f"images are {given}; expected {expected}, normalised")
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is a whole number, NumPy's too; True and False are none."""
+    """Whether it is an integer, also one of NumPy's, but not True or False."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def validate_count(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is an integer of at least 1."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+
+def validate_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ValueError unless `value` is one of `choices`; 1 is not True."""
+    if not any(value == each and type(value) is type(each) for each in choices):
+        raise ValueError(f"{name}={value!r} must be one of {tuple(choices)}")
+
+
 def _resolve_indices(out_indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """`out_indices` as ascending indices from 0; ValueError for one that no map has."""
+    """`out_indices` as ascending indices from 0."""
     if out_indices is None:
         return tuple(range(count))
-    if not isinstance(out_indices, Sequence):
-        raise ValueError(f"out_indices={out_indices!r} must be a tuple of integers")
-    wrong = [i for i in out_indices if not is_integer(i) or not -count <= i < count]
-    if wrong or not out_indices:
+    indices = []
+    if isinstance(out_indices, Sequence) and all(is_integer(i) for i in out_indices):
+        indices = [int(i) % count for i in out_indices if -count <= i < count]
+    if not indices or len(indices) < len(out_indices) or sorted(set(indices)) != indices:
         raise ValueError(
-            f"out_indices={tuple(out_indices)} must be at least one of -{count} to {count - 1}, "
-            "the maps from fine to coarse"
-        )
-    indices = [int(i) % count for i in out_indices]
-    if sorted(set(indices)) != indices:
-        raise ValueError(
-            f"out_indices={tuple(out_indices)} must name each map once, fine to coarse"
+            f"out_indices={out_indices!r} must be a tuple of integers from -{count} to {count - 1} "
+            "that names each feature map once, fine to coarse"
         )
     return tuple(indices)
 
@@ -174,20 +175,15 @@ def _run(part: list[nn.Module], x: Tensor) -> Tensor:
 
 
 def _run_checkpointed(part: list[nn.Module], x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # traces the part once, so statistics move once
-        return checkpoint(_run, part, x, use_reentrant=False)
-    return checkpoint(
-        _run,
-        part,
-        x,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _fixed_statistics(part)),
-    )
+    # When compiled, a part is traced once and its running statistics are updated once.
+    compiling = torch.compiler.is_compiling()
+    contexts = {} if compiling else {"context_fn": lambda: (nullcontext(), _fix_statistics(part))}
+    return checkpoint(_run, part, x, use_reentrant=False, **contexts)
 
 
 @contextmanager
-def _fixed_statistics(part: list[nn.Module]) -> Iterator[None]:
-    """Keeps the recomputation from moving BatchNorm's running statistics a second time."""
+def _fix_statistics(part: list[nn.Module]) -> Iterator[None]:
+    """Keeps the recomputation from updating BatchNorm's running statistics a second time."""
     norms = [m for module in part for m in module.modules() if isinstance(m, _BatchNorm)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

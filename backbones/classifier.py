@@ -2,16 +2,16 @@
 
 from torch import Tensor, nn
 
-from backbones.base import Backbone, is_integer
+from backbones.base import Backbone, validate_count
 
 
 class Classifier(nn.Module):
-    """The coarsest map of `backbone`, averaged over its pixels, through a head.
+    """The coarsest feature map of `backbone`, averaged over its pixels, then a head.
 
-    The head is one linear layer, or torchvision's own, dropout included, for its networks.
+    The head is one linear layer, or for torchvision's networks torchvision's own with its dropout.
 
     Args:
-        backbone: any backbone; its last map is used.
+        backbone: any backbone; its last feature map is used.
         num_classes: at least 1.
 
     Shape:
@@ -20,11 +20,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
-        if not isinstance(backbone, Backbone):
-            kind = type(backbone).__name__
-            raise ValueError(f"backbone is a {kind}; give a Backbone, such as create's")
-        if not is_integer(num_classes) or num_classes < 1:
-            raise ValueError(f"num_classes={num_classes!r} must be an integer of at least 1")
+        validate_count("num_classes", num_classes)
         self.backbone = backbone
         self.head = backbone.make_head(num_classes)
 

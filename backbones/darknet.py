@@ -7,7 +7,7 @@ Differences from the papers:
 
 - ReLU by default. YOLOv2 and YOLOv3 use `act="leaky_relu"`, YOLOv4 `act="mish"`.
 - Darknet-19 has YOLOv2's depths with YOLOv3's strided convolutions and residual blocks instead of
-  max-pools and plain 3x3 / 1x1 sequences; its count of parameters is that of darknet19.cfg.
+  max-pools and plain 3x3 / 1x1 sequences. It has as many parameters as darknet19.cfg.
 - CSP stages have half the channels in both branches and no bottleneck in the blocks, as
   CSPDarknet-53 has from its second stage on. `layout="darknet"` gives the first stage the full
   width and a bottleneck, and every stage a 1x1 transition before the concatenation, as
@@ -16,21 +16,20 @@ Differences from the papers:
 
 How a CSP stage splits its strided convolution's output (`split`):
 
-- "separate": two 1x1 convolutions, one a branch (YOLOv5, YOLOX, the .cfg files).
-- "slice": one 1x1 convolution whose output is cut in two (timm). The same function as "separate":
-  `convert_split` carries weights across.
-- "partial": no convolution; the map itself is cut in two (CSPNet's figure 2).
+- "separate": two 1x1 convolutions, one per branch (YOLOv5, YOLOX, the .cfg files).
+- "slice": one 1x1 convolution whose output is sliced in two (timm). The same function as
+  "separate": `convert_split` converts the weights exactly.
+- "partial": no convolution; the output itself is sliced in two (CSPNet's figure 2).
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from backbones.base import Backbone
+from backbones.base import Backbone, validate_choice
 from backbones.layers import ConvNormAct, scale_channels
 
 Split = Literal["separate", "slice", "partial"]
@@ -84,7 +83,7 @@ class CSPStage(nn.Module):
     Args:
         split: see the module's docstring.
         wide: whether each part has all of `channels`, not half of them.
-        transition: whether the blocks end in a 1x1 convolution.
+        transition: whether a 1x1 convolution follows the blocks.
 
     Shape:
         `[N, in_channels, H, W]` to `[N, channels, ceil(H / 2), ceil(W / 2)]`.
@@ -105,12 +104,14 @@ class CSPStage(nn.Module):
         self.split = split
         part = channels if wide else channels // 2
         self.conv = ConvNormAct(in_channels, channels, 3, stride=2, act=act)
-        if split == "separate":
-            self.shortcut_conv = ConvNormAct(channels, part, 1, act=act)
-            self.blocks_conv = ConvNormAct(channels, part, 1, act=act)
-        elif split == "slice":
-            self.split_conv = ConvNormAct(channels, 2 * part, 1, act=act)
-            for half in self.split_conv.conv.weight.chunk(2):  # each by its own fan-out, as above
+        # None keeps a name's place, so that parameters have one order, also after `convert_stage`.
+        for name in ("shortcut_conv", "blocks_conv"):
+            separate = ConvNormAct(channels, part, 1, act=act) if split == "separate" else None
+            self.register_module(name, separate)
+        joint = ConvNormAct(channels, 2 * part, 1, act=act) if split == "slice" else None
+        self.register_module("split_conv", joint)
+        if split == "slice":
+            for half in self.split_conv.conv.weight.chunk(2):  # fan-out of a half, as "separate"
                 nn.init.kaiming_normal_(half, mode="fan_out", nonlinearity="relu")
         self.blocks = nn.Sequential(*(Block(part, channels // 2, act) for _ in range(depth)))
         self.transition_conv = ConvNormAct(part, part, 1, act=act) if transition else None
@@ -130,61 +131,43 @@ class CSPStage(nn.Module):
         return self.out_conv(torch.cat((shortcut, x), dim=1))
 
 
-def _darknet_stage(
-    index: int, in_channels: int, channels: int, depth: int, act: str
-) -> DarknetStage:
-    return DarknetStage(in_channels, channels, depth, act)
-
-
 class Darknet(Backbone):
-    """Darknet: a full-resolution stem and five stages, maps at strides 2, 4, 8, 16 and 32.
+    """Darknet: a full-resolution stem and five stages, feature maps at strides 2 to 32.
 
     Args:
-        config: depths of the variant.
-        make_stage: builds one stage from (index, in_channels, channels, depth, act).
+        config: the variant.
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
-        out_indices, in_channels, gradient_checkpointing: see `Backbone`.
+        options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
     """
 
     def __init__(
-        self,
-        config: DarknetConfig,
-        make_stage: Callable[[int, int, int, int, str], nn.Module] = _darknet_stage,
-        *,
-        act: str = "relu",
-        width: float = 1.0,
-        out_indices: Sequence[int] | None = None,
-        in_channels: int = 3,
-        gradient_checkpointing: bool = False,
+        self, config: DarknetConfig, *, act: str = "relu", width: float = 1.0, **options: Any
     ) -> None:
         channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
-        super().__init__(
-            channels[1:],
-            STRIDES,
-            out_indices=out_indices,
-            in_channels=in_channels,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        super().__init__(channels[1:], STRIDES, **options)
         self.config, self.act = config, act
-        self.stem = ConvNormAct(in_channels, channels[0], 3, act=act)
+        self.stem = ConvNormAct(self.in_channels, channels[0], 3, act=act)
         self.stages = nn.ModuleList(
-            make_stage(i, channels[i], channels[i + 1], config.depths[i], act)
-            for i in range(self.num_stages)
+            self.make_stage(i, channels[i], channels[i + 1]) for i in range(self.num_stages)
         )
+
+    def make_stage(self, index: int, in_channels: int, channels: int) -> nn.Module:
+        return DarknetStage(in_channels, channels, self.config.depths[index], self.act)
 
 
 class CSPDarknet(Darknet):
     """Darknet with cross-stage partial stages.
 
     Args:
+        config: the variant.
         split: how a stage splits its input, see the module's docstring.
         layout: "half", or "darknet" for the authors' full-width first stage and transitions.
-        options: `Darknet`'s.
+        options: keyword arguments of `Darknet`.
 
     Raises:
         ValueError: an unknown split or layout, or `layout="darknet"` with `split="partial"`, whose
-            first stage would need twice the channels that there are to cut.
+            first stage would have to slice twice the channels that it has.
     """
 
     def __init__(
@@ -193,42 +176,37 @@ class CSPDarknet(Darknet):
         *,
         split: Split = "separate",
         layout: Layout = "half",
-        **options,
+        **options: Any,
     ) -> None:
-        if split not in get_args(Split):
-            raise ValueError(f"split={split!r} must be one of {get_args(Split)}")
-        if layout not in get_args(Layout):
-            raise ValueError(f"layout={layout!r} must be one of {get_args(Layout)}")
+        validate_choice("split", split, get_args(Split))
+        validate_choice("layout", layout, get_args(Layout))
         if layout == "darknet" and split == "partial":
             raise ValueError('layout="darknet" takes split="separate" or "slice", not "partial"')
+        self._split, self.layout = split, layout  # `make_stage` needs them
+        super().__init__(config, **options)
 
-        def make_stage(index: int, in_channels: int, channels: int, depth: int, act: str):
-            if depth == 0:
-                return ConvNormAct(in_channels, channels, 3, stride=2, act=act)
-            authors = layout == "darknet"
-            wide = authors and index == 0
-            return CSPStage(
-                in_channels, channels, depth, act, split=split, wide=wide, transition=authors
-            )
-
-        super().__init__(config, make_stage, **options)
-        self.layout = layout
+    def make_stage(self, index: int, in_channels: int, channels: int) -> nn.Module:
+        depth = self.config.depths[index]
+        if depth == 0:
+            return ConvNormAct(in_channels, channels, 3, stride=2, act=self.act)
+        authors = self.layout == "darknet"
+        options = {"split": self._split, "wide": authors and index == 0, "transition": authors}
+        return CSPStage(in_channels, channels, depth, self.act, **options)
 
 
 def convert_split(net: nn.Module, split: Literal["separate", "slice"]) -> nn.Module:
     """A copy of `net` whose CSP stages split by `split` and compute the same function.
 
     The two 1x1 convolutions of "separate" are the two halves of the one of "slice", and BatchNorm
-    works channel by channel, so outputs and gradients agree in train and eval mode to rounding.
+    works per channel, so outputs and gradients agree in train and eval mode up to rounding.
 
     Args:
-        net: a CSPDarknet, or any module that holds one.
+        net: a CSPDarknet, or any module that contains one.
 
     Raises:
         ValueError: `split` or a stage of `net` is "partial", which is another function.
     """
-    if split not in ("separate", "slice"):
-        raise ValueError(f'split={split!r} must be "separate" or "slice"')
+    validate_choice("split", split, ("separate", "slice"))
     net = copy.deepcopy(net)
     for stage in net.modules():
         if isinstance(stage, CSPStage) and stage.split != split:
@@ -240,29 +218,34 @@ def convert_stage(stage: CSPStage, split: Literal["separate", "slice"]) -> None:
     """`convert_split` of one stage, in place."""
     if stage.split == "partial":
         raise ValueError('stages with split="partial" compute another function; cannot convert')
-    if split == "slice":
-        parts = stage.shortcut_conv.state_dict(), stage.blocks_conv.state_dict()
-        state = {k: torch.cat((v, parts[1][k])) if v.ndim else v for k, v in parts[0].items()}
-        stage.split_conv = _with_state(stage.shortcut_conv, state)
-        del stage.shortcut_conv, stage.blocks_conv
-    else:
-        state = stage.split_conv.state_dict()
-        halves = {k: v.chunk(2) if v.ndim else (v, v) for k, v in state.items()}
-        for i, name in enumerate(("shortcut_conv", "blocks_conv")):
-            half = {k: v[i].clone() for k, v in halves.items()}
-            setattr(stage, name, _with_state(stage.split_conv, half))
-        del stage.split_conv
+    state = stage.state_dict()
+    convert_keys(state, split)
+    source = stage.shortcut_conv or stage.split_conv
+    for name in ("shortcut_conv", "blocks_conv", "split_conv"):
+        layer = None
+        if f"{name}.conv.weight" in state:
+            layer = copy.deepcopy(source)
+            layer.conv.out_channels = layer.norm.num_features = len(state[f"{name}.conv.weight"])
+            for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+                tensor.data = state[f"{name}.{key}"]
+        setattr(stage, name, layer)
     stage.split = split
-    # In the order of construction: optimizers know parameters by their number.
-    order = ("conv", "shortcut_conv", "blocks_conv", "split_conv", "blocks", "transition_conv")
-    order += ("out_conv",)
-    stage._modules = {name: stage._modules[name] for name in order if name in stage._modules}
 
 
-def _with_state(layer: ConvNormAct, state: dict[str, Tensor]) -> ConvNormAct:
-    """A copy of `layer` that holds `state`, whatever its number of output channels."""
-    layer = copy.deepcopy(layer)
-    layer.conv.out_channels = layer.norm.num_features = len(state["conv.weight"])
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        tensor.data = state[name]
-    return layer
+def convert_keys(state: dict[str, Tensor], split: Split, prefix: str = "") -> None:
+    """Converts the split convolutions in a state dict of one stage to those of `split`, in place.
+
+    Args:
+        state: holds the stage's tensors under keys that begin with `prefix`.
+    """
+    one, first, second = (f"{prefix}{k}." for k in ("split_conv", "shortcut_conv", "blocks_conv"))
+    if split == "slice":
+        for key in [key for key in state if key.startswith(first)]:
+            halves = state.pop(key), state.pop(key.replace(first, second))
+            state[key.replace(first, one)] = torch.cat(halves) if halves[0].ndim else halves[0]
+    elif split == "separate":
+        for key in [key for key in state if key.startswith(one)]:
+            value = state.pop(key)  # BatchNorm's count of batches is a single number
+            halves = value.chunk(2) if value.ndim else (value, value)
+            for name, half in zip((first, second), halves, strict=True):
+                state[key.replace(one, name)] = half.clone()

@@ -7,6 +7,8 @@ from numbers import Real
 
 from torch import Tensor, nn
 
+from backbones.base import validate_choice
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),
     # Darknet's slope (activations.h: 0.1 x), not PyTorch's default of 0.01.
@@ -24,8 +26,8 @@ class ConvNormAct(nn.Sequential):
     """Convolution without bias, batch normalisation, activation.
 
     Maps `[N, in_channels, H, W]` to `[N, out_channels, ceil(H / stride), ceil(W / stride)]` for odd
-    kernels. Weights start from He's normal initialisation with fan-out (arXiv:1502.01852), as
-    torchvision's ResNet does.
+    kernel sizes. Weights are initialised as He et al. do, normal with fan-out (arXiv:1502.01852),
+    like torchvision's ResNet.
 
     Args:
         act: a key of `ACTIVATIONS`; anything else raises ValueError.
@@ -39,8 +41,7 @@ class ConvNormAct(nn.Sequential):
         stride: int = 1,
         act: str = "relu",
     ) -> None:
-        if not isinstance(act, str) or act not in ACTIVATIONS:
-            raise ValueError(f"act={act!r} is not an activation; choose from {sorted(ACTIVATIONS)}")
+        validate_choice("act", act, tuple(ACTIVATIONS))
         conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
         )
@@ -62,21 +63,15 @@ class EffectiveSqueezeExcite(nn.Module):
         self.fc = nn.Conv2d(channels, channels, 1)
         self.gate = nn.Hardsigmoid(inplace=True)
 
-    def gates(self, x: Tensor) -> Tensor:
-        """What each channel is scaled by, 0 to 1: `[N, C, 1, 1]`."""
-        return self.gate(self.fc(x.mean((-2, -1), keepdim=True)))
-
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gates(x)
+        return x * self.gate(self.fc(x.mean((-2, -1), keepdim=True)))
 
 
 def scale_channels(channels: int, width: float) -> int:
-    """`channels * width` rounded to the nearest multiple of 8, at least 8.
-
-    Multiples of 8 fill the vector registers and tensor cores; width 1 changes nothing.
+    """`channels * width` rounded to the nearest multiple of 8, at least 8; width 1 changes nothing.
 
     Raises:
-        ValueError: `width` is no number, or not above 0 and up to 16.
+        ValueError: `width` is not a number above 0 and at most 16.
     """
     if not isinstance(width, Real) or isinstance(width, bool) or not 0 < width <= 16:
         raise ValueError(f"width={width!r} must be a number above 0, at most 16")

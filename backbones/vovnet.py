@@ -5,35 +5,33 @@ VoVNet-19-slim and 99 are those of the authors' code, youngwanLEE/vovnet-detectr
 
 A one-shot aggregation (OSA) block runs 3x3 convolutions in a row and concatenates its input with
 all of their outputs, once, for a 1x1 convolution. Version 2 adds the block's input to its output
-where the channels agree, which is from the second block of a stage on, and gates the channels by
-effective squeeze-excitation (eSE).
+where the channels agree, from the second block of a stage on, and gates the channels by effective
+squeeze-excitation (eSE).
 
 Versions and where they come from:
 
 - Default: version 2, eSE in every block (the authors' code).
-- `ese="last"`: eSE in the last block of each stage alone (timm).
+- `ese="last"`: eSE only in the last block of each stage (timm).
 - `residual=False, ese=False`: version 1.
 
 Two stems, which are two functions with the same number of parameters:
 
 - `stem_stride=2`: the paper's. Three convolutions with strides 2, 1, 1; every stage begins with a
-  3x3 max-pool, padded by one pixel all around as ResNet's is (gau-nernst/vision-toolbox).
-- `stem_stride=4`: the authors' code and timm. The third convolution is strided and stands for the
-  first stage's pool; the other pools begin at the first pixel and are padded behind the last one.
-
-The third convolution belongs to what it halves: to the stem, or to the first stage.
+  3x3 max-pool, padded by one pixel on all sides like ResNet's (gau-nernst/vision-toolbox).
+- `stem_stride=4`: the authors' code and timm. The third convolution has stride 2, replaces the
+  first stage's pool and is part of that stage; the other pools are padded at the end only.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
-from backbones.base import Backbone
+from backbones.base import Backbone, validate_choice
 from backbones.layers import ConvNormAct, EffectiveSqueezeExcite, scale_channels
 
 ESE = Literal[True, False, "last"]
@@ -45,7 +43,7 @@ STRIDES = (2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class VoVNetConfig:
-    """OSA blocks of each stage, convolutions of each block, channels within and after a block."""
+    """OSA blocks per stage, convolutions per block, channels inside and after the blocks."""
 
     depths: tuple[int, int, int, int]
     convs_per_block: int = 5
@@ -66,9 +64,9 @@ class OSABlock(nn.Module):
     """One-shot aggregation: `[N, in_channels, H, W]` to `[N, channels, H, W]`.
 
     Args:
-        depth: 3x3 convolutions in a row, each with `conv_channels` outputs.
-        residual: whether the input is added to the output; needs equal channels.
-        ese: whether the output's channels are gated.
+        depth: number of 3x3 convolutions, each with `conv_channels` outputs.
+        residual: add the input to the output; needs equal channels.
+        ese: gate the output's channels.
     """
 
     def __init__(
@@ -91,15 +89,11 @@ class OSABlock(nn.Module):
         self.out_conv = ConvNormAct(sum(widths), channels, 1, act=act)
         self.ese = EffectiveSqueezeExcite(channels) if ese else None
 
-    def aggregate(self, x: Tensor) -> Tensor:
-        """What the block computes before gates and residual: `[N, channels, H, W]`."""
+    def forward(self, x: Tensor) -> Tensor:
         maps = [x]
         for conv in self.convs:
             maps.append(conv(maps[-1]))
-        return self.out_conv(torch.cat(maps, dim=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.aggregate(x)
+        y = self.out_conv(torch.cat(maps, dim=1))
         if self.ese is not None:
             y = self.ese(y)
         return x + y if self.residual else y
@@ -108,30 +102,30 @@ class OSABlock(nn.Module):
 class TrailingMaxPool(nn.Module):
     """3x3 max-pool whose windows begin at pixels 0, 2, 4, ...: `[N, C, H, W]` to half, rounded up.
 
-    The authors' `MaxPool2d(3, 2, ceil_mode=True)` rounds an odd size down, so that the map's stride
-    would not be what it says; here a pixel of minus infinity behind the last one makes up for it.
-    `torch.jit.trace` and the ONNX exporter built on it would keep the traced size's way; use
+    The authors' `MaxPool2d(3, 2, ceil_mode=True)` rounds an odd size down, which breaks the
+    contract's map sizes; here padding with minus infinity at the end makes up for it.
+    `torch.jit.trace` and the ONNX exporter built on it would fix the traced size's branch; use
     `torch.export` and `torch.onnx.export(dynamo=True)`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # While a graph is traced sizes are symbols, and one graph must serve even and odd ones.
+        # In a traced graph sizes are symbols, and one graph must serve even and odd ones.
         if torch.compiler.is_compiling() or x.shape[-1] % 2 or x.shape[-2] % 2:
             return max_pool2d(pad(x, (0, 2, 0, 2), value=float("-inf")), 3, stride=2)
         return max_pool2d(x, 3, stride=2, ceil_mode=True)
 
 
 class VoVNet(Backbone):
-    """VoVNet: a stem and four stages, maps at strides 2 (the stem's), 4, 8, 16 and 32.
+    """VoVNet: a stem and four stages, feature maps at strides 2 (the stem's), 4, 8, 16 and 32.
 
     Args:
-        config: of the variant.
+        config: the variant.
         residual: whether a block adds its input where the channels agree.
-        ese: whether blocks gate their channels: all, none, or the last of each stage.
+        ese: which blocks gate their channels: all, none, or the last of each stage.
         stem_stride: 2 or 4, see the module's docstring.
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
-        out_indices, in_channels, gradient_checkpointing: see `Backbone`.
+        options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
 
     Raises:
         ValueError: an option has another value.
@@ -148,57 +142,42 @@ class VoVNet(Backbone):
         stem_stride: StemStride = 2,
         act: str = "relu",
         width: float = 1.0,
-        out_indices: Sequence[int] | None = None,
-        in_channels: int = 3,
-        gradient_checkpointing: bool = False,
+        **options: Any,
     ) -> None:
-        if not isinstance(residual, bool):
-            raise ValueError(f"residual={residual!r} must be True or False")
-        if not isinstance(ese, (bool, str)) or ese not in get_args(ESE):
-            raise ValueError(f"ese={ese!r} must be one of {get_args(ESE)}")
-        if stem_stride not in get_args(StemStride):
-            raise ValueError(f"stem_stride={stem_stride!r} must be one of {get_args(StemStride)}")
+        validate_choice("residual", residual, (True, False))
+        validate_choice("ese", ese, get_args(ESE))
+        validate_choice("stem_stride", stem_stride, get_args(StemStride))
         stem = [scale_channels(c, width) for c in STEM_CHANNELS]
         channels = [scale_channels(c, width) for c in config.channels]
-        strided_stage = stem_stride == 4
-        super().__init__(
-            [stem[1] if strided_stage else stem[2], *channels],
-            STRIDES,
-            out_indices=out_indices,
-            in_channels=in_channels,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        in_stem = 3 if stem_stride == 2 else 2
+        super().__init__([stem[in_stem - 1], *channels], STRIDES, **options)
         self.residual, self.ese, self.stem_stride, self.act = residual, ese, stem_stride, act
-        self.stem = nn.Sequential(
-            ConvNormAct(in_channels, stem[0], 3, stride=2, act=act),
-            ConvNormAct(stem[0], stem[1], 3, act=act),
-        )
-        if not strided_stage:
-            self.stem.append(ConvNormAct(stem[1], stem[2], 3, act=act))
+        convs = [
+            ConvNormAct(c_in, c_out, 3, stride=2 if k == 0 else 1, act=act)
+            for k, (c_in, c_out) in enumerate(pairwise([self.in_channels, *stem[:in_stem]]))
+        ]
+        self.stem = nn.Sequential(*convs)
+        self.stages = nn.ModuleList()
         widths = [stem[2], *channels]
-
-        def make_stage(index: int) -> nn.Sequential:
-            if not strided_stage:
+        for i in range(self.num_stages):
+            if stem_stride == 2:
                 halve = nn.MaxPool2d(3, stride=2, padding=1)
-            elif index == 0:
+            elif i == 0:
                 halve = ConvNormAct(stem[1], stem[2], 3, stride=2, act=act)
             else:
                 halve = TrailingMaxPool()
-            blocks = nn.Sequential()
-            for k in range(config.depths[index]):
-                in_width = widths[index + (k > 0)]
-                last = k == config.depths[index] - 1
-                blocks.append(
-                    OSABlock(
-                        in_width,
-                        scale_channels(config.conv_channels[index], width),
-                        widths[index + 1],
-                        config.convs_per_block,
-                        act,
-                        residual=residual and k > 0,
-                        ese=last if ese == "last" else ese,
-                    )
+            depth, conv_channels = config.depths[i], scale_channels(config.conv_channels[i], width)
+            blocks = [
+                OSABlock(
+                    widths[i + (k > 0)],
+                    conv_channels,
+                    widths[i + 1],
+                    config.convs_per_block,
+                    act,
+                    residual=residual and k > 0,
+                    ese=k == depth - 1 if ese == "last" else ese,
                 )
-            return nn.Sequential(OrderedDict(halve=halve, blocks=blocks))
-
-        self.stages = nn.ModuleList(make_stage(i) for i in range(self.num_stages))
+                for k in range(depth)
+            ]
+            stage = OrderedDict(halve=halve, blocks=nn.Sequential(*blocks))
+            self.stages.append(nn.Sequential(stage))

@@ -1,15 +1,14 @@
-"""Weights from anywhere into a backbone or a classifier: found, verified, matched, loaded.
+"""Loads weights from files, by name or from state dicts into a backbone or a classifier.
 
-What the formats are and how they are told apart is said in `backbones.formats`. Some options change
-what a network computes and not its keys: the activation, VoVNet's residuals. Where a format says
-what its networks are, the module's options are held to it.
+`backbones.formats` converts other projects' keys. Some options change what a network computes but
+not its keys, such as the activation; where a format or checkpoint records them, they are compared
+with the network's.
 """
 
-import dataclasses
 import hashlib
+import io
 import logging
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torchvision.models import WeightsEnum, get_model_weights
 
@@ -27,7 +26,6 @@ from backbones.formats import (
     WeightsError,
     adapt_first_conv,
     convert,
-    is_darknet_file,
     match_structure,
     read_darknet,
 )
@@ -37,51 +35,57 @@ _logger = logging.getLogger(__name__)
 
 # Where checkpoints keep a state dict: ours and torchvision's, timm's, Lightning's and others'.
 ENTRIES = ("model", "ema", "model_ema", "state_dict", "state_dict_ema", "ema_state_dict", "net")
-# The first key of each format, by which whatever stands before it is found out.
-FIRST_KEYS = ("stem.conv.weight", "stem.0.conv.weight", "stem.conv1.conv.weight", "conv1.weight")
-FIRST_KEYS += ("features.0.0.weight",)
-# What the checkpoint that a run of utils.training.loop saves has beside the model.
-RUN_KEYS = {"config", "model", "ema", "optimizer"}
-# These change what is computed and no key or shape, so that nothing else would tell.
-_SILENT_OPTIONS = ("act", "residual", "stem_stride")
+# The first key of each format with a prefix before it.
+_WRAPPED = r"(.+\.)(stem\.(0\.|conv1\.)?conv\.weight|conv1\.weight|features\.0\.0\.weight)"
+# Keys of a checkpoint that utils.training saves, beside others.
+_RUN_KEYS = {"config", "model", "ema", "optimizer"}
+# These options change the outputs but no key or shape.
+_SILENT_OPTIONS = {"act", "residual", "stem_stride"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the tensors of a source.
+    """What was loaded from a source and what was not.
 
     Attributes:
         source: path or name, as given.
-        format: of the keys, such as "timm VoVNet".
-        sha256: of the file in hexadecimal, None for a state dict from memory.
-        loaded: number of tensors that were loaded.
-        adapted: the key of the first convolution where it was changed to other image channels.
-        left_out: keys that the source has for what the module left out: a head, later stages.
-        missing, unexpected, misshaped: keys that do not match; all empty if `strict`.
-        differing: options of the module, by name, that are not those the weights were made with.
+        format: format of the keys, such as "timm VoVNet V2".
+        sha256: SHA-256 of the file in hexadecimal, None for a state dict.
+        loaded: number of tensors that match and are loaded.
+        adapted: key of the first convolution if it was adapted to other image channels.
+        left_out: the source's keys for parts that the module does not have: a head, later stages.
+        missing, unexpected, misshaped: keys that do not match, misshaped ones with both shapes.
+        differing: recorded options, by name, that are not the module's.
     """
 
     source: str
     format: str
     sha256: str | None
-    loaded: int = 0
-    adapted: str | None = None
-    left_out: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    misshaped: tuple[str, ...] = ()
+    loaded: int
+    adapted: str | None
+    left_out: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshaped: tuple[str, ...]
     differing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything matches, so that the outputs are those of the source's network."""
+        bad = self.missing or self.unexpected or self.misshaped
+        return not bad and not self.differing.keys() & _SILENT_OPTIONS
 
     def __str__(self) -> str:
         digest = f", SHA-256 {self.sha256}" if self.sha256 else ""
-        text = f"{self.source}: {self.loaded} tensors loaded ({self.format}{digest})"
+        text = f"{self.loaded} tensors match ({self.format}{digest})"
         for name in ("left_out", "missing", "unexpected", "misshaped"):
             if keys := getattr(self, name):
                 text += f"; {len(keys)} {name.replace('_', ' ')}, first {keys[0]}"
         if self.adapted:
             text += f"; {self.adapted} adapted to the image channels"
         if self.differing:
-            text += f"; made with {_keywords(self.differing)}"
+            options = ", ".join(f"{name}={value!r}" for name, value in self.differing.items())
+            text += f"; these weights were made with {options}"
         return text
 
 
@@ -96,288 +100,196 @@ def load_weights(
 ) -> Report:
     """Loads weights into a backbone or a classifier; what does not match is an error.
 
-    A backbone takes the weights of a classifier and leaves the head out, and with `out_indices`
-    the stages that it does not have. A first convolution for RGB images is adapted to the
-    backbone's `in_channels`: summed over the channels for one, repeated and rescaled for others.
+    A backbone takes a classifier's weights without the head, and with `out_indices` without the
+    stages that it does not have. A first convolution for RGB images is adapted to the backbone's
+    `in_channels`: summed over the channels for one, repeated and rescaled for others.
 
     Args:
-        module: gets the weights.
+        module: the network to load into.
         source: a path (.pt, .pth, .safetensors, Darknet's .weights or .conv.N), the name of
             torchvision's weights for this network ("IMAGENET1K_V2", "DEFAULT") or the member of
-            its enumeration, or a state dict. Only a name may touch the network, and only if the
-            file is not in torch.hub's cache.
-        entry: which state dict of a checkpoint that holds several, such as "model". A run's
-            checkpoint gives its averaged weights, "ema", unless told otherwise.
-        prefix: use only the keys below it, such as "module.".
-        sha256: the file's, in hexadecimal, 8 digits or more; checked before anything is read.
-        strict: whether anything that does not match is an error. Otherwise what does match is
-            loaded, and the report tells of the rest.
+            its enumeration, or a state dict. Only a name can cause a download, if the file is not
+            in torch.hub's cache.
+        entry: which state dict of a checkpoint that holds several, such as "model". Defaults to
+            the EMA weights, "ema", of a run's checkpoint.
+        prefix: use only the keys that begin with it, such as "module.".
+        sha256: the file's, in hexadecimal, 8 digits or more; verified before anything is parsed.
+        strict: whether anything that does not match is an error. Otherwise what matches is loaded
+            and the report lists the rest.
 
     Raises:
-        WeightsError: a file that is not there, broken, of another hash, or would run code when
+        WeightsError: a file that is missing, broken, of another hash, or would run code when
             loaded; weights that do not match; a name that cannot be downloaded.
     """
-    if not isinstance(module, (Backbone, Classifier)):
-        kind = type(module).__name__
-        raise WeightsError(f"weights go into a Backbone or a Classifier, not into a {kind}")
-    if any(tensor.is_meta for tensor in module.state_dict().values()):
-        raise WeightsError("the module is on the meta device; make it elsewhere, or to_empty() it")
-    for name, value in (("entry", entry), ("prefix", prefix), ("sha256", sha256)):
-        if not isinstance(value, (str, type(None))):
-            raise WeightsError(f"{name}={value!r} must be a string")
     backbone = module.backbone if isinstance(module, Classifier) else module
-    if isinstance(source, Mapping):
-        if sha256 is not None:
+    name, digest, content = "state dict", None, source
+    try:
+        if not isinstance(source, Mapping):
+            name = str(source)
+            path, published = _find(source, backbone)
+            data = path.read_bytes()
+            digest = _verify(data, sha256, published)
+            darknet = re.search(r"\.(weights|conv\.\d+)$", path.name, re.IGNORECASE)
+            content = data if darknet else _parse(data, path.suffix)
+        elif sha256:
             raise WeightsError("sha256 is that of a file; a state dict has none")
-        name, digest, file = "state dict", None, source
-    else:
-        path, published = _find(source, backbone)
-        name, digest = str(source), _checked_digest(path, sha256, published)
-        file = None if is_darknet_file(path) else _read_file(path)
-    if file is not None:
-        picked = _pick(name, file, entry, prefix)
-        form, state, options = convert(picked)
-        options = {**options, **_options_of_run(file)}
-    elif entry or prefix:
-        raise WeightsError(f"{name}: a Darknet file has no entries and no prefixes")
-    else:
-        form, (state, options) = "Darknet", read_darknet(path, backbone, strict)
-        picked = state
-    report, state, bad = _match(module, backbone, state, options, Report(name, form, digest))
-    if (strict and bad) or not report.loaded:
-        hints = _hints(report, picked)
-        raise WeightsError("; ".join([_describe(report, state, module.state_dict()), *hints]))
-    target = module.state_dict()
-    keys = target.keys() & state.keys() - set(report.misshaped)
-    module.load_state_dict({key: state[key] for key in keys}, strict=False)
+        if isinstance(content, bytes):
+            form, (state, options) = "Darknet", read_darknet(content, backbone, strict)
+        else:
+            picked = _pick(content, entry, prefix)
+            form, state, options = convert(picked)
+            options = {**options, **_recorded_options(content)}
+        report, tensors = _match(module, backbone, state, options, (name, form, digest))
+        if not report.loaded or (strict and not report.complete):
+            raise WeightsError("; ".join([f"do not match: {report}", *_hints(report, state)]))
+    except (WeightsError, OSError) as error:
+        raise WeightsError(f"{name}: {error}") from error
+    module.load_state_dict(tensors, strict=False)
     backbone.weights_report = report
-    _logger.info("%s", report)
+    _logger.info("%s: %s", name, report)
     return report
 
 
-# ---- finding and verifying ---------------------------------------------------------------------
-
-
 def _find(source: str | os.PathLike | WeightsEnum, backbone: Backbone) -> tuple[Path, str | None]:
-    """The file of a path or of a name, and the start of the hash that its publisher gave."""
-    if isinstance(source, WeightsEnum):
-        name = backbone.architecture if isinstance(backbone, TorchvisionPort) else None
-        if name is None or source not in get_model_weights(name):
-            raise WeightsError(f"{source} are weights of another network")
-        return _find_by_name(source.name, backbone)
-    if not isinstance(source, (str, os.PathLike)):
-        kind = type(source).__name__
-        raise WeightsError(f"weights must be a path, a name or a state dict, not {kind}")
-    text = os.fsdecode(source)
-    if "://" in text:
-        raise WeightsError(f"{text}: an address; download it and give the file's path")
-    path = Path(text)
-    try:
+    """The file, and the first digits of its SHA-256 if its publisher names them."""
+    members: Mapping[str, WeightsEnum] = {}
+    if isinstance(backbone, TorchvisionPort):
+        members = get_model_weights(backbone.architecture).__members__
+    if not isinstance(source, WeightsEnum):
+        path = Path(source)
         if path.is_file():
             return path, None
-        what = "is a folder" if text and path.is_dir() else "there is no such file"
-    except (OSError, ValueError) as error:  # too long, or with a null byte
-        what = _first_line(error)
-    if isinstance(source, str) and re.fullmatch(r"\w+", text):
-        return _find_by_name(text, backbone)
-    raise WeightsError(f"{text or 'empty path'}: {what}; give a file with weights")
-
-
-def _find_by_name(name: str, backbone: Backbone) -> tuple[Path, str | None]:
-    if not isinstance(backbone, TorchvisionPort):
-        kind = type(backbone).__name__
-        raise WeightsError(
-            f"{name!r} is no file, and {kind} has no weights by name; give the path of a file"
-        )
-    known = get_model_weights(backbone.architecture)
-    if name not in known.__members__:
-        raise WeightsError(
-            f"{backbone.architecture} has no weights called {name!r}, and there is no such file; "
-            f"choose from {', '.join(known.__members__)}"
-        )
-    url = known[name].url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        source = members.get(str(source))
+    if source not in members.values():
+        names = ", ".join(members) or "none"
+        raise WeightsError(f"not a file; names of weights for this network: {names}")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
     published = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)
+    digits = published and published[1]
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), published and published[1])
+            torch.hub.download_url_to_file(source.url, str(path), digits)
         except (OSError, RuntimeError) as error:  # no network; another hash
             raise WeightsError(
-                f"{name} of {backbone.architecture} is not here and cannot be downloaded "
-                f"({_first_line(error)}); download {url} elsewhere and put it at {path}"
+                f"not in the cache, and the download failed ({error}); put {source.url} at {path}"
             ) from error
-    return path, published and published[1]
+    return path, digits
 
 
-def _checked_digest(path: Path, sha256: str | None, published: str | None) -> str:
-    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
-        raise WeightsError(f"sha256={sha256!r} must be 8 to 64 hexadecimal digits")
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
-    for expected in (sha256, published):
-        if expected and not digest.startswith(expected.lower()):
+def _verify(data: bytes, *expected: str | None) -> str:
+    """The SHA-256 of a file, which must begin with each of `expected`."""
+    digest = hashlib.sha256(data).hexdigest()
+    for digits in expected:
+        if digits is not None and (len(digits) < 8 or not digest.startswith(digits.lower())):
             raise WeightsError(
-                f"{path}: has SHA-256 {digest}, expected {expected.lower()}; it is damaged or "
-                "another file: delete it and fetch it again"
+                f"has SHA-256 {digest}, expected {digits.lower()} (8 digits or more); if it is "
+                "damaged, delete it and download it again"
             )
     return digest
 
 
-# ---- reading -----------------------------------------------------------------------------------
-
-
-def _read_file(path: Path) -> Any:
-    if path.suffix.lower() == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise WeightsError(f"{path}: needs `pip install safetensors`") from error
-        read = load_file
-    else:
-
-        def read(file: Path) -> Any:
-            return torch.load(file, map_location="cpu", weights_only=True)
-
+def _parse(data: bytes, suffix: str) -> Any:
+    """What a PyTorch or safetensors file holds."""
     try:
-        return read(path)
-    except Exception as error:  # whatever a parser stumbles over in a broken file
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and found:
-            raise WeightsError(
-                f"{path}: refused, since loading {found[1]} could run code; save a state dict of "
-                "tensors alone"
-            ) from error
-        what = "a TorchScript archive" if "TorchScript" in str(error) else "damaged or another file"
-        raise WeightsError(f"{path}: not a file of weights, {what}; save a state dict") from error
+        if suffix.lower() == ".safetensors":
+            from safetensors.torch import load
+
+            return load(data)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise WeightsError("needs `pip install safetensors`") from error
+    except Exception as error:  # the parsers raise all kinds for a broken file
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"loading {code[1]} could run code" if code else "damaged or of another kind"
+        raise WeightsError(f"not a file of weights, {reason}; save a state dict") from error
 
 
-def _pick(name: str, loaded: Any, entry: str | None, prefix: str | None) -> dict[str, Tensor]:
-    """The state dict in what was read: keys below `prefix`, tensors alone."""
-    if not isinstance(loaded, Mapping):
-        raise WeightsError(f"{name}: holds a {type(loaded).__name__}, not a state dict")
-    if entry is None and loaded.keys() >= RUN_KEYS:
+def _pick(content: Any, entry: str | None, prefix: str | None) -> dict[str, Tensor]:
+    """The state dict in what was read, with the keys below `prefix`."""
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"not a state dict but {type(content).__name__} of {len(content)} items")
+    if entry is None and content.keys() >= _RUN_KEYS:
         entry = "ema"
-    if entry is not None:
-        if not isinstance(loaded.get(entry), Mapping):
-            there = ", ".join(str(k) for k, v in loaded.items() if isinstance(v, Mapping)) or "none"
-            raise WeightsError(f"{name}: has no state dict {entry!r}; it has {there}")
-        loaded = loaded[entry]
-    for key, value in loaded.items():
+    state = content if entry is None else content.get(entry)
+    if not isinstance(state, Mapping):
+        entries = [key for key, value in content.items() if isinstance(value, Mapping)]
+        raise WeightsError(f"has no state dict {entry!r}; it has {entries}")
+    for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            inside = [each for each in ENTRIES if isinstance(loaded.get(each), Mapping)]
+            inside = [each for each in ENTRIES if isinstance(state.get(each), Mapping)]
             hint = f": load_weights(..., entry={inside[0]!r})" if inside else ""
-            raise WeightsError(f"{name}: not a state dict, {key!r} is no name of a tensor{hint}")
-        if is_lazy(value) or value.layout != torch.strided or value.is_nested or value.is_quantized:
-            raise WeightsError(f"{name}: {key} is not a plain dense tensor")
-        if value.is_meta or value.is_complex():
-            what = "on the meta device, without values" if value.is_meta else "complex"
-            raise WeightsError(f"{name}: {key} is {what}")
-    if not prefix and "n_averaged" in loaded:  # torch.optim.swa_utils.AveragedModel
+            raise WeightsError(f"not a state dict, {key!r} is not the name of a tensor{hint}")
+        if is_lazy(value) or value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise WeightsError(f"{key} is not a dense tensor with values")
+    if not prefix and "n_averaged" in state:  # torch.optim.swa_utils.AveragedModel
         prefix = "module."
-    below = [key for key in loaded if key.startswith(prefix or "")]
-    if prefix and not below:
-        first = next(iter(loaded), "none")
-        raise WeightsError(f"{name}: no key begins with {prefix!r}; the first is {first!r}")
-    if not below:
-        raise WeightsError(f"{name}: not a state dict, it is empty")
-    return {key.removeprefix(prefix or ""): loaded[key] for key in below}
+    picked = {
+        k.removeprefix(prefix or ""): v for k, v in state.items() if k.startswith(prefix or "")
+    }
+    if not picked:
+        raise WeightsError(f"no key begins with {prefix!r}; the first is {next(iter(state))!r}")
+    return picked
 
 
-def _options_of_run(file: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Options of the backbone that a run's checkpoint tells of."""
-    config = file.get("config") if file.keys() >= RUN_KEYS else None
-    options = config.get("options") if isinstance(config, Mapping) else None
-    return options if isinstance(options, Mapping) else {}
-
-
-# ---- loading -----------------------------------------------------------------------------------
+def _recorded_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options of the backbone that a run's checkpoint records."""
+    config = content.get("config") if content.keys() >= _RUN_KEYS else None
+    return config.get("options", {}) if isinstance(config, Mapping) else {}
 
 
 def _match(
-    module: nn.Module,
+    module: Backbone | Classifier,
     backbone: Backbone,
     state: dict[str, Tensor],
     options: Mapping[str, Any],
-    report: Report,
-) -> tuple[Report, dict[str, Tensor], bool]:
-    """The report, the tensors under the module's keys, and whether anything does not match."""
+    origin: tuple[str, str, str | None],
+) -> tuple[Report, dict[str, Tensor]]:
+    """The report, and the tensors to load under the module's keys.
+
+    Args:
+        origin: source, format and SHA-256 for the report.
+    """
     state = dict(state)
     match_structure(state, backbone)
     adapted = adapt_first_conv(state, backbone)
-    left_out = [key for key in state if key.startswith(backbone.left_out)]
-    if module is backbone:
-        left_out += [key for key in state if key.startswith("head.")]
-    for key in left_out:
-        del state[key]
+    absent = backbone.left_out if module is not backbone else (*backbone.left_out, "head.")
+    left_out = tuple(key for key in state if key.startswith(absent))
+    state = {key: value for key, value in state.items() if key not in left_out}
     if module is not backbone:
         state = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in state.items()}
     target = module.state_dict()
-    known = [key for key in state if key in target]
-    misshaped = [key for key in known if not _fits(state[key], target[key])]
-    report = dataclasses.replace(
-        report,
-        loaded=len(known) - len(misshaped),
+    known = {
+        key: (_kind(value), _kind(target[key])) for key, value in state.items() if key in target
+    }
+    tensors = {key: state[key] for key, (theirs, ours) in known.items() if theirs == ours}
+    report = Report(
+        *origin,
+        loaded=len(tensors),
         adapted=adapted,
-        left_out=tuple(left_out),
-        # Batches are not counted in old and foreign files, and matter to no fixed momentum.
-        missing=tuple(
-            k for k in target if k not in state and not k.endswith("num_batches_tracked")
-        ),
+        left_out=left_out,
+        # Old and foreign files do not count batches, which only matters without a momentum.
+        missing=tuple(k for k in target if k not in state and "num_batches_tracked" not in k),
         unexpected=tuple(key for key in state if key not in target),
-        misshaped=tuple(misshaped),
+        misshaped=tuple(f"{k} {a}, here {b}" for k, (a, b) in known.items() if a != b),
         differing={k: v for k, v in options.items() if getattr(backbone, k, v) != v},
     )
-    silent = any(option in report.differing for option in _SILENT_OPTIONS)
-    return report, state, bool(report.missing or report.unexpected or misshaped or silent)
-
-
-def _fits(value: Tensor, target: Tensor) -> bool:
-    return value.shape == target.shape and value.is_floating_point() == target.is_floating_point()
-
-
-def _describe(report: Report, state: dict[str, Tensor], target: Mapping[str, Tensor]) -> str:
-    """One line of what does not match, and what may be the reason."""
-    parts = [f"{len(report.missing)} keys missing", f"{len(report.unexpected)} unexpected"]
-    parts += [f"{len(report.misshaped)} of another shape"]
-    text = f"{report.source}: {report.format} weights do not match: {', '.join(parts)}"
-    for name in ("missing", "unexpected"):
-        if keys := getattr(report, name):
-            text += f"; first {name}: {keys[0]}"
-    if report.misshaped:
-        key = report.misshaped[0]
-        text += f"; first of another shape: {key} {_kind(state[key])}, here {_kind(target[key])}"
-    return text
+    return report, tensors
 
 
 def _kind(tensor: Tensor) -> str:
+    """Shape, and type unless it is floating point: precisions are converted."""
     number = "" if tensor.is_floating_point() else f" of {str(tensor.dtype).removeprefix('torch.')}"
     return f"{list(tensor.shape)}{number}"
 
 
-def _hints(report: Report, picked: Mapping[str, Tensor]) -> list[str]:
+def _hints(report: Report, state: Mapping[str, Tensor]) -> list[str]:
+    """What may help with a mismatch."""
     hints = []
-    if report.differing:
-        hints.append(f"these weights were made with {_keywords(report.differing)}")
-    for key in picked:
-        first = next((each for each in FIRST_KEYS if key.endswith(f".{each}")), None)
-        if key in FIRST_KEYS or key.startswith(("backbone.stem.", "stages.", "layer")):
-            break
-        if first:
-            hints.append(f"load_weights(..., prefix={key.removesuffix(first)!r}) takes its keys")
-            break
+    wrapped = [found[1] for key in state if (found := re.fullmatch(_WRAPPED, key))]
+    if wrapped and report.format == "backbone" and not report.loaded:
+        hints.append(f"load_weights(..., prefix={wrapped[0]!r}) takes the keys below it")
     bad = [*report.missing, *report.unexpected, *report.misshaped]
     if bad and all(key.startswith("head.") for key in bad):
         hints.append("only the head differs: load_weights(model.backbone, ...) leaves it as it is")
     return hints
-
-
-def _keywords(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

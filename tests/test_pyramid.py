@@ -1,4 +1,4 @@
-"""Detectors on every backbone: the feature pyramid, its anchors, and a step of training."""
+"""Detectors on backbones: the feature pyramid, its anchors, and a step of training."""
 
 import pytest
 import torch
@@ -27,30 +27,21 @@ def scene(channels=3):
     return [torch.rand(channels, 64, 64), torch.rand(channels, 64, 48)], [first, empty]
 
 
-def take_a_step(model, channels=3):
-    """One step of SGD moves the backbone's first weights; all losses and weights are finite."""
-    images, targets = scene(channels)
-    first = next(model.backbone.backbone.parameters())
-    before = first.detach().clone()
-    losses = model.train()(images, targets)
+@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
+@pytest.mark.parametrize(
+    ("name", "channels"), [*((name, 3) for name in FAMILIES), ("darknet19", 1), ("darknet19", 5)]
+)
+def test_detectors_train(make, name, channels):
+    """All losses and gradients are finite, and the first weights of the backbone have one."""
+    picked = (2, 3, 4) if make is retinanet else (1, 2, 3, 4)
+    model = make(narrow(name, out_indices=picked, in_channels=channels), 3, **SMALL)
+    assert len(model.transform.image_mean) == len(model.transform.image_std) == channels
+    losses = model.train()(*scene(channels))
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                assert parameter.grad.isfinite().all()
-                parameter -= 1e-3 * parameter.grad
-    assert not torch.equal(first, before)
-
-
-@pytest.mark.parametrize("name", backbones.list_models())
-def test_every_backbone_takes_a_step_in_a_retinanet(name):
-    take_a_step(retinanet(narrow(name), 3, **SMALL))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_backbone_of_each_family_takes_a_step_in_a_faster_rcnn(name):
-    take_a_step(faster_rcnn(narrow(name, out_indices=(1, 2, 3, 4)), 3, **SMALL))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert next(model.backbone.backbone.parameters()).grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("make", [retinanet, faster_rcnn])
@@ -66,7 +57,7 @@ def test_detections_lie_within_their_images(make):
 
 
 def test_the_pyramid_has_a_level_per_map():
-    """Sizes of ceil(size / stride); the coarsest is its map through two convolutions."""
+    """Sizes are ceil(size / stride); the coarsest level is its map through two convolutions."""
     pyramid, images = Pyramid(narrow("vovnet19_slim"), 16).eval(), torch.rand(1, 3, 72, 104)
     levels = pyramid(images)
     shapes = [tuple(level.shape) for level in levels.values()]
@@ -84,14 +75,14 @@ def test_anchors_follow_the_strides(strides):
     assert net.strides == strides
     anchors = retinanet(net, 3, **SMALL).anchor_generator.sizes
     assert [sizes[0] for sizes in anchors] == [4 * strides[0] * 2**k for k in range(5)]
-    if strides[0] == 8:  # as of its retinanet_resnet50_fpn_v2
+    if strides[0] == 8:  # those of its retinanet_resnet50_fpn_v2
         assert anchors == _default_anchorgen().sizes
     proposals = faster_rcnn(net, 3, **SMALL).rpn.anchor_generator.sizes
     assert proposals == tuple((8 * strides[0] * 2**k,) for k in range(4))
 
 
-def test_regions_are_read_at_the_scales_that_torchvision_infers():
-    """From images whose sizes the strides divide; ours are known before the first image."""
+def test_regions_are_pooled_at_the_scales_that_torchvision_infers():
+    """It infers them from images whose sizes the strides divide; ours are known before."""
     model = faster_rcnn(narrow("resnet18", out_indices=(1, 2, 3, 4)), 3, **SMALL).eval()
     known = model.roi_heads.box_roi_pool
     scales, levels = known.scales, vars(known.map_levels)
@@ -102,22 +93,10 @@ def test_regions_are_read_at_the_scales_that_torchvision_infers():
 
 
 @pytest.mark.parametrize("make", [retinanet, faster_rcnn])
-def test_images_of_other_channels(make):
-    for channels in (1, 5):
-        model = make(narrow("darknet19", in_channels=channels), 3, **SMALL)
-        assert len(model.transform.image_mean) == len(model.transform.image_std) == channels
-        take_a_step(model, channels)
-    mean = [0.1, 0.2, 0.3]
-    assert make(narrow("darknet19"), 3, image_mean=mean, **SMALL).transform.image_mean == mean
-
-
-@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
-def test_what_makes_no_detector_is_refused(make):
+def test_bad_options_are_refused(make):
     net = narrow("resnet18")
     with pytest.raises(ValueError, match=r"strides \(4, 16\) skip one; .* out_indices=\(2, 3, 4\)"):
         make(narrow("resnet18", out_indices=(1, 3)), 3)
-    with pytest.raises(ValueError, match="backbone is a Conv2d; give a Backbone"):
-        make(torch.nn.Conv2d(3, 8, 1), 3)
     for bad in (0, True, 2.0):
         with pytest.raises(ValueError, match=f"num_classes={bad} must be an integer"):
             make(net, bad)
@@ -125,7 +104,7 @@ def test_what_makes_no_detector_is_refused(make):
             make(net, 3, out_channels=bad)
     with pytest.raises(ValueError, match="image_std has 1 numbers; the backbone takes 3 channels"):
         make(net, 3, image_std=[0.5])
-    with pytest.raises(ValueError, match="image_mean has 3 numbers; the backbone takes 1 channels"):
-        make(narrow("resnet18", in_channels=1), 3, image_mean=[0.5] * 3)
     with pytest.raises(ValueError, match="out_channels=48 must be a multiple of 32"):
         retinanet(net, 3, out_channels=48)
+    mean = [0.1, 0.2, 0.3]
+    assert make(net, 3, image_mean=mean, **SMALL).transform.image_mean == mean

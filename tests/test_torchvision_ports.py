@@ -7,7 +7,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import backbones
 from backbones.classifier import Classifier
-from backbones.torchvision_ports import INVERTED_RESIDUALS, RESNETS, STRIDES
+from backbones.torchvision_ports import INVERTED_RESIDUALS, RESNETS
 from backbones.weights import load_weights
 from utils.measure import count_macs
 
@@ -79,10 +79,6 @@ def test_keys_are_torchvisions(name):
     assert set(part.state_dict()) < whole
 
 
-def test_strides_double():
-    assert STRIDES == (2, 4, 8, 16, 32)
-
-
 @pytest.mark.parametrize("name", RESNETS + INVERTED_RESIDUALS)
 def test_parameters_and_macs_are_the_published_ones(name):
     """torchvision publishes them with its weights, at the size that those are tested at."""
@@ -102,12 +98,3 @@ def test_a_head_is_made_for_what_is_there():
         model = Classifier(backbones.create("mobilenet_v3_small", **options), 7)
         assert isinstance(model.head, torch.nn.Linear)
         assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
-
-
-def test_other_taps_are_refused():
-    with pytest.raises(ValueError, match="tap='end' must be one of"):
-        backbones.create("mobilenet_v2", tap="end")
-    with pytest.raises(ValueError, match="resnet18 takes no 'tap'; it takes out_indices"):
-        backbones.create("resnet18", tap="block")
-    with pytest.raises(ValueError, match="resnet18 takes no 'width'"):
-        backbones.create("resnet18", width=0.5)
