@@ -274,7 +274,8 @@ def _in_processes(
     # Neither CUDA nor OpenMP survives a fork of this process; a fork server has started neither.
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    context.set_forkserver_preload([__name__])
+    # Nothing of ours: the server does not know this sys.path, and could find another `utils`.
+    context.set_forkserver_preload(["torch", "torchvision", "pandas"])
     threads = max(1, torch.get_num_threads() // processes)
     waiting, running = iter(jobs), {}
 

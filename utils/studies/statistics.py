@@ -203,12 +203,8 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
     columns = {"top-1 (%)": summary.apply(mean_std, axis=1)}
     columns |= {**_compared(differences(study, table), summary.index), "n": summary.n}
     for quantity in ("inference", "training"):
-        columns[f"{quantity} time over the baseline's"] = [
-            "1"
-            if value == study.baseline
-            else f"{row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f})"
-            for value, row in ratios[quantity].loc[summary.index].iterrows()
-        ]
+        text = ratios[quantity].apply("{median:.2f} ({min:.2f} to {max:.2f})".format_map, axis=1)
+        columns[f"{quantity} time over the baseline's"] = text[summary.index]
     return pd.DataFrame(columns).rename_axis(study.factor).reset_index()
 
 
