@@ -73,8 +73,8 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def inodes_of(folder, names):
-    return {name: (folder / name).stat().st_ino for name in names}
+def mtimes_of(folder, names):
+    return {name: (folder / name).stat().st_mtime_ns for name in names}
 
 
 def keep(image, rng=None):
@@ -142,7 +142,7 @@ def flip(path, place, mask=0xFF):
 def test_a_second_run_packs_damaged_shards_only(images, packed, copied, capsys):
     verify = ["--verify", "--output-dir", str(copied)]
     assert main(verify) == 0
-    before = inodes_of(copied, os.listdir(copied))
+    before = mtimes_of(copied, os.listdir(copied))
     damage = {
         THREE: lambda path: path.write_bytes(b""),  # not even its index is left
         "train-000004.tar": Path.unlink,
@@ -155,7 +155,7 @@ def test_a_second_run_packs_damaged_shards_only(images, packed, copied, capsys):
         assert main(command(images, copied)) == 0
         assert "13 shards: packed 1, 12 were there already" in capsys.readouterr().out
     assert files_of(copied) == files_of(packed)
-    after = inodes_of(copied, os.listdir(copied))
+    after = mtimes_of(copied, os.listdir(copied))
     assert {name for name in after if after[name] != before[name]} == {*damage, "SHA256SUMS"}
 
 
@@ -180,10 +180,10 @@ def test_kill_9_and_a_rerun_give_the_bytes_of_one_run(images, packed, tmp_path, 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     complete = {name: data for name, data in files_of(out).items() if name.endswith(".tar")}
     assert complete.items() <= files_of(packed).items()  # no partial file under a shard's name
-    inodes = inodes_of(out, complete)
+    before = mtimes_of(out, complete)
     assert main(command(images, out)) == 0
     assert files_of(out) == files_of(packed)
-    assert inodes_of(out, complete) == inodes
+    assert mtimes_of(out, complete) == before
 
 
 def test_a_full_disk_is_named_and_packing_resumes_where_there_is_room(
@@ -299,11 +299,15 @@ def pack_another_set(folder):
     return folder / "other"
 
 
-def relabel(folder):
-    """A label that is no class's, of the second image in the fourth training shard."""
-    content = (folder / THREE).read_bytes()
-    at = content.index(b"000000016.cls") + 512
-    (folder / THREE).write_bytes(content[:at] + b"3" + content[at + 1 :])
+def change(name, before, offset, after):
+    """Overwrites bytes of a shard, at an offset from those that are `before` them."""
+
+    def prepare(folder):
+        content = (folder / name).read_bytes()
+        at = content.index(before) + offset
+        (folder / name).write_bytes(content[:at] + after + content[at + len(after) :])
+
+    return prepare
 
 
 SOME = "{train-{000000..000006},val-{000000..000003}}.tar"
@@ -322,7 +326,11 @@ ERRORS = {
         BOTH, lambda f: (pack_another_set(f) / VAL).replace(f / VAL),
         f"{VAL}: not packed together with {FIRST}",
     ),
-    "a class too many": (BOTH, relabel, f"{THREE}: 000000016: damaged"),
+    "a class too many": (
+        BOTH, change(THREE, b"000000016.cls", 512, b"3"), f"{THREE}: 000000016: damaged"
+    ),
+    "the future": (BOTH, change(FIRST, b'"format": 1', 10, b"2"), f"{FIRST}: .*this version"),
+    "half an index": (BOTH, change(FIRST, b'"counts": ', 0, b"?"), f"{FIRST}: not a complete"),
     "pipe fails": (f"pipe:false {BOTH}", None, f"pipe:false {FIRST}: .* exit status 1"),
     "pipe fails late": (f"pipe:head -c 4096 {BOTH}; exit 3", None, "tar; exit 3: .* status 3"),
     "unknown protocol": (f"gopher://host/{BOTH}", None, f"gopher://host/{FIRST}: "),

@@ -31,18 +31,7 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from utils.cli import DataError, printable, progress_bar
-from utils.data.folders import (
-    ORDER_STREAM,
-    Batch,
-    CorruptImageError,
-    ImageFiles,
-    TrainBatches,
-    collate,
-    in_threads,
-    open_folders,
-    sample_rng,
-    stream_seed,
-)
+from utils.data import folders
 from utils.data.transforms import Transform, eval_transform, open_image, train_transform
 from utils.distributed import rank, world_size
 from utils.recipe import Recipe
@@ -148,16 +137,16 @@ class Shards:
                 raise DataError(f"{self.path(index)}: damaged; copy or pack the shard again")
             yield sample
 
-    def decode(self, epoch: int, sample: Sample) -> tuple[Tensor, int] | CorruptImageError:
+    def decode(self, epoch: int, sample: Sample) -> tuple[Tensor, int] | folders.CorruptImageError:
         """Image and label, or the error, as of `ImageFiles`."""
         index = int(sample["__key__"])
         name = f"{self.path(index)} ({printable(os.fsdecode(sample['path']))})"
         try:
             image = open_image(name, sample["jpg"])
-            rng = sample_rng(self.seed, epoch, index)
+            rng = folders.sample_rng(self.seed, epoch, index)
             return self.transform(image, rng), self.labels[sample["cls"]]
-        except CorruptImageError as error:
-            return CorruptImageError(str(error))
+        except folders.CorruptImageError as error:
+            return folders.CorruptImageError(str(error))
 
 
 class ShardBatches(IterableDataset):
@@ -174,7 +163,7 @@ class ShardBatches(IterableDataset):
     def __init__(self, shards: Shards, batch_size: int, train: bool) -> None:
         self.shards, self.train, count = shards, train, len(shards)
         if train:
-            count = len(TrainBatches(count, batch_size, shards.seed)) * batch_size
+            count = len(folders.TrainBatches(count, batch_size, shards.seed)) * batch_size
         # Here, as a worker has no process group.
         self.first, self.last = (count * each // world_size() for each in (rank(), rank() + 1))
         self.batch_size = max(1, batch_size // world_size())
@@ -187,7 +176,7 @@ class ShardBatches(IterableDataset):
         """Sets the epoch of the next pass, and how many of its steps are done."""
         self.position.copy_(torch.tensor([epoch, first_step]))
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
+    def __iter__(self) -> Iterator[folders.Batch | DataError]:
         epoch, first_step = self.position.tolist()
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -198,7 +187,7 @@ class ShardBatches(IterableDataset):
             return
         order, shuffle = range(len(self.shards.urls)), None
         if self.train:
-            seed = stream_seed(ORDER_STREAM, self.shards.seed, epoch, first_step)
+            seed = folders.stream_seed(folders.ORDER_STREAM, self.shards.seed, epoch, first_step)
             order = np.random.default_rng(seed).permutation(order)
             shuffle = detshuffle(BUFFER_IMAGES, seed=seed)
         end = min(starts[-1] + self.batch_size, self.last)
@@ -209,9 +198,9 @@ class ShardBatches(IterableDataset):
         except DataError as error:
             yield error
 
-    def _make_batch(self, epoch: int, samples: list[Sample]) -> Batch:
-        decoded = in_threads(partial(self.shards.decode, epoch), samples)
-        return collate(decoded, [int(sample["__key__"]) for sample in samples])
+    def _make_batch(self, epoch: int, samples: list[Sample]) -> folders.Batch:
+        decoded = folders.in_threads(partial(self.shards.decode, epoch), samples)
+        return folders.collate(decoded, [int(sample["__key__"]) for sample in samples])
 
 
 def make_shards(
@@ -245,9 +234,9 @@ def make_shards(
     return f"{len(jobs)} shards: packed {packed}, {len(jobs) - packed} were there already"
 
 
-def _plan(data_dir: Path, images_per_shard: int, seed: int) -> Iterator[tuple[Sample, ImageFiles]]:
-    """The index of each shard, and the images of its split."""
-    data = open_folders(data_dir, Recipe())
+def _plan(data_dir: Path, images_per_shard: int, seed: int) -> Iterator[tuple]:
+    """The index of each shard, and the `ImageFiles` of its split."""
+    data = folders.open_folders(data_dir, Recipe())
     files = hashlib.sha256(data.train.names.tobytes() + data.val.names.tobytes()).hexdigest()
     for split, images in (("train", data.train), ("val", data.val)):
         firsts = range(0, len(images), images_per_shard)
@@ -257,7 +246,7 @@ def _plan(data_dir: Path, images_per_shard: int, seed: int) -> Iterator[tuple[Sa
             yield index | {"classes": data.classes, "seed": seed, "files": files}, images
 
 
-def _pack(index: Sample, images: ImageFiles, path: Path) -> None:
+def _pack(index: Sample, images: folders.ImageFiles, path: Path) -> None:
     order, starts = np.arange(len(images)), np.cumsum([0, *index["counts"]])
     if index["split"] == "train":
         order = np.random.default_rng((PACK_STREAM, index["seed"])).permutation(order)
