@@ -29,17 +29,14 @@ from utils import benchmark
 from utils.distributed import pick_device
 from utils.records import command_line, describe_machine, provenance
 
-COMPARED = ("inference", "step", "input")
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add, count, names = parser.add_argument, int_at_least(1), ", ".join(benchmark.SHARED)
-    add("--task", nargs="+", default=COMPARED, choices=(*COMPARED, "costs"), help="what to measure "
-        "(default: inference step input)")  # fmt: skip
+    add, count, compared = parser.add_argument, int_at_least(1), list(benchmark.IMPLEMENTATIONS)
+    add("--task", nargs="+", default=compared, choices=[*compared, "costs"],
+        help="what to measure (default: inference step input)")  # fmt: skip
     add("--backbones", nargs="+", default=["cspdarknet53", "resnet50"], choices=benchmark.SHARED,
-        metavar="NAME", help=f"of inference and step, from {names} (default: cspdarknet53 "
-        "resnet50)")  # fmt: skip
+        help="of inference and step (default: cspdarknet53 resnet50)")  # fmt: skip
     add("--batch-size", type=count, nargs="+", default=[8], help="images per call (default: 8)")
     add("--image-px", type=count, default=224, help="side of the images (default: 224)")
     add("--width", type=float, default=1.0, help="factor on the channels, for costs (default: 1)")

@@ -56,13 +56,6 @@ def test_rounds_are_interleaved_and_calls_repeated():
     assert "".join(made) == "aabb" + "a" * 31 + "bb" + "bb" + "a" * 31 + "a" * 31 + "bb"
 
 
-@needs_linux
-def test_peak_memory_is_that_of_the_call():
-    ballast = np.ones(25 << 20)  # this process's own does not count
-    assert peak_memory(partial, np.ones, 8 << 20, calls=2) / 2**20 == pytest.approx(64, abs=4)
-    assert len(ballast)
-
-
 @needs_onednn
 def test_a_compiled_baseline_has_frozen_weights():
     """The graph, which `forward` compiles, calls oneDNN's convolution with packed weights."""
@@ -155,16 +148,13 @@ def test_script_compares_implementations(tmp_path, capsys, quick):
     table = pd.read_csv(path)
     assert not table.isna().any().any()
     assert (table.value > 0).all()
-    fast = benchmark.dtype_name(benchmark.autocast_dtype(torch.device("cpu"), "bf16"))
-    expected = {
-        "inference": ["timm float32"]
-        + [f"{x} {d}" for d in {"float32": 0, fast: 1} for x in ("ours", "timm channels_last")]
-        + ["torchvision float32", "ONNX Runtime float32"],
-        "step": ["torchvision float32", f"timm {fast}", f"ours {fast}"],
-        "input": ["torchvision float32", "ours float32"],
-    }
-    found = table[table["round"] == 1].groupby("task", sort=False).implementation.apply(list)
-    assert found.to_dict() == expected
+    assert table["round"].value_counts().nunique() == 1
+    found = table[table["round"] == 1].groupby("task").implementation.apply(list)
+    assert found["input"] == ["torchvision float32", "ours float32"]
+    assert [name.split()[0] for name in found["step"]] == ["torchvision", "timm", "ours"]
+    assert found["inference"][0] == "timm float32"
+    assert {"torchvision float32", "ONNX Runtime float32"} < set(found["inference"])
+    assert not any("compiled" in name for name in found["inference"])
     assert set(table[table.task == "input"].threads) == {1}
     assert "ONNX Runtime float32" in capsys.readouterr().out
     assert len(benchmark.speed_table(benchmark.read_benchmark(path))) == 3
@@ -188,6 +178,13 @@ def test_script_measures_costs(tmp_path, monkeypatch, quick):
     assert found["darknet53", "parameters"].item() == pytest.approx(count / 1e6, rel=1e-5)
 
 
+@needs_linux
+def test_peak_memory_is_that_of_the_call():
+    ballast = np.ones(25 << 20)  # this process's own does not count
+    assert peak_memory(partial, np.ones, 8 << 20, calls=2) / 2**20 == pytest.approx(64, abs=4)
+    assert len(ballast)
+
+
 def record(values, **columns):
     """Rows of a run as the script writes them: implementations with the seconds of their rounds."""
     facts = dict.fromkeys(benchmark.RUN, "x") | {"task": "inference", "unit": "ms/image", **columns}
@@ -209,8 +206,9 @@ def test_ratios_are_taken_within_rounds():
     assert found.loc[("inference", "ours"), columns].tolist() == [2, 1, 3]
     assert found.loc[("inference", "ONNX"), columns].tolist() == [2, 2, 3]
     (row,) = benchmark.speed_table(table).to_dict("records")
-    assert row["ours"] == "ours: 2.00 (1.00 to 3.00), 50 images/s"
-    assert row["fastest baseline"] == "ONNX: 2.00 (2.00 to 3.00), 100 images/s"
+    ours, baseline = (row[f"{who}, times the reference"] for who in ("ours", "fastest baseline"))
+    assert ours == "ours: 2.00 (1.00 to 3.00), 50.0 images/s"
+    assert baseline == "ONNX: 2.00 (2.00 to 3.00), 100.0 images/s"
     other = record(values, hardware="another machine", network="y")
     assert benchmark.speed_table(pd.concat([table, other])).network.tolist() == ["y"]
 

@@ -42,12 +42,11 @@ NUM_CLASSES = 10
 PEAK_ROUNDS = 3
 EMA_STEPS = 32  # the default of torchvision's --model-ema-steps
 
-_DARKNET = {"act": "leaky_relu_0.01"}
 _VOVNET = {"ese": "last", "stem_stride": 4}
 # Our names to timm's, with the options that make ours the same function.
 SHARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "cspdarknet53": ("cspdarknet53", {"layout": "darknet", **_DARKNET}),
-    "darknet53": ("darknet53", _DARKNET),
+    "cspdarknet53": ("cspdarknet53", {"layout": "darknet", "act": "leaky_relu_0.01"}),
+    "darknet53": ("darknet53", {"act": "leaky_relu_0.01"}),
     "vovnet19_slim": ("ese_vovnet19b_slim", _VOVNET),
     **{f"vovnet{depth}": (f"ese_vovnet{depth}b", _VOVNET) for depth in (39, 57, 99)},
     **{f"resnet{depth}": (f"resnet{depth}", {}) for depth in (18, 50)},
@@ -57,15 +56,21 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
 # What each task compares; the first is the reference of ratios.
 IMPLEMENTATIONS = {
     "inference": (
-        *("timm float32", "ours float32", "timm channels_last float32"),
-        *("ours bfloat16", "timm channels_last bfloat16"),
-        *("ours compiled float32", "timm channels_last compiled float32"),
-        *("ours compiled bfloat16", "timm channels_last compiled bfloat16"),
-        *("torchvision float32", "ONNX Runtime float32"),
+        "timm float32",
+        "ours float32",
+        "timm channels_last float32",
+        "ours bfloat16",
+        "timm channels_last bfloat16",
     ),
     "step": ("torchvision float32", "timm bfloat16", "ours bfloat16"),
     "input": ("torchvision float32", "ours float32"),
 }
+COMPILED = (
+    "ours compiled float32",
+    "timm channels_last compiled float32",
+    "ours compiled bfloat16",
+    "timm channels_last compiled bfloat16",
+)
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,6 @@ class Case:
         return images.to(self.device), labels.to(self.device)
 
 
-Prepare = Callable[[Case], measure.Call]
-
-
 def run(case: Case, rounds: int, compile: bool = False, peaks: bool = False) -> Rows:
     """Measures the implementations of a task.
 
@@ -115,22 +117,22 @@ def run(case: Case, rounds: int, compile: bool = False, peaks: bool = False) -> 
     """
     if case.task == "costs":
         return costs(case, rounds, peaks)
-    names = IMPLEMENTATIONS[case.task]
+    names = list(IMPLEMENTATIONS[case.task])
+    if case.task == "inference":
+        names += COMPILED if compile else []
+        names += ["torchvision float32"] if case.network.startswith("resnet") else []
+        names += ["ONNX Runtime float32"] if case.device == "cpu" else []
     if autocast_dtype(torch.device(case.device), "bf16") is None:  # emulated, so slow
         names = dict.fromkeys(name.replace("bfloat16", "float32") for name in names)
-    if case.task == "inference":
-        has_torchvision = case.network.startswith("resnet")
-        wanted = {"compiled": compile, "torchvision": has_torchvision, "ONNX": case.device == "cpu"}
-        names = [name for name in names if all(wanted[w] for w in wanted if w in name)]
     torch.compiler.reset()  # a ninth graph of timm's forward would silently run uncompiled
     cases = [replace(case, implementation=name) for name in names]
     prepare = {"inference": inference_call, "step": step_call, "input": input_call}[case.task]
     # The second training step needs the most memory: the first has allocated the momentum.
-    return measure_cases(prepare, cases, rounds, case.task, peak_calls=2 * peaks)
+    return measure_cases(prepare, cases, rounds, case.task, 2 * (peaks and case.task != "input"))
 
 
 def measure_cases(
-    prepare: Prepare, cases: Sequence[Case], rounds: int, quantity: str, peak_calls: int = 0
+    prepare: Callable[[Case], Any], cases: list[Case], rounds: int, quantity: str, peak_calls: int
 ) -> Rows:
     """Times calls in interleaved rounds, and measures their peak memory one after another.
 
@@ -305,12 +307,8 @@ def torchvision_loader(folder: str | Path, recipe: Recipe) -> DataLoader:
     return DataLoader(dataset, recipe.batch_size, shuffle=True, drop_last=True)
 
 
-def costs(case: Case, rounds: int, peaks: bool = False) -> Rows:
-    """Parameters, GMACs, times and peak memory of the studies' networks, interleaved.
-
-    Args:
-        case: gives the sizes; its network is ignored.
-    """
+def costs(case: Case, rounds: int, peaks: bool) -> Rows:
+    """Parameters, GMACs, times and peak memory of the studies' networks; `case` gives the sizes."""
     dtype = dtype_name(autocast_dtype(torch.device(case.device), case.recipe.precision))
     ours = replace(case, implementation=f"ours {dtype}")
     cases, rows = [replace(ours, network=name) for name in networks()], []
@@ -319,9 +317,8 @@ def costs(case: Case, rounds: int, peaks: bool = False) -> Rows:
         macs = measure.count_macs(net, case.image_px, case.image_px)
         rows += tidy(each, "parameters", "million", [measure.count_parameters(net) / 1e6])
         rows += tidy(each, "multiply-accumulates", "GMACs", [macs / 1e9])
-    rows += measure_cases(
-        evaluation_call, [replace(e, batch_size=1) for e in cases], rounds, "latency"
-    )
+    single = [replace(each, batch_size=1) for each in cases]
+    rows += measure_cases(evaluation_call, single, rounds, "latency", 0)
     rows += measure_cases(evaluation_call, cases, rounds, "inference", int(peaks))
     return rows + measure_cases(step_call, cases, rounds, "training", int(peaks))
 
@@ -378,11 +375,12 @@ def speed_table(table: pd.DataFrame) -> pd.DataFrame:
     found = ratios(table[table.hardware.isin(table.hardware.tail(1))])
     found["text"] = [
         f"{row.implementation}: {row.ratio_median:.2f} ({row.ratio_min:.2f} to "
-        f"{row.ratio_max:.2f}), {1e3 / row.value:.3g} images/s"
+        f"{row.ratio_max:.2f}), {1e3 / row.value:.1f} images/s"
         for row in found.itertuples()
     ]
-    is_ours = found.implementation.str.startswith("ours")
-    found["whose"] = is_ours.map({True: "ours", False: "fastest baseline"})
-    best = found.loc[found.groupby([*RUN, "whose"], sort=False).ratio_median.idxmax()]
+    titles = {True: "ours, times the reference", False: "fastest baseline, times the reference"}
+    found["title"] = found.implementation.str.startswith("ours").map(titles)
+    best = found.loc[found.groupby([*RUN, "title"], sort=False).ratio_median.idxmax()]
     runs = ["task", "network", "batch_size", "image_px"]
-    return best.pivot(index=runs, columns="whose", values="text").reset_index()
+    shown = best.pivot(index=runs, columns="title", values="text")
+    return shown.reindex(columns=titles.values()).reset_index()

@@ -27,8 +27,7 @@ def count_parameters(module: nn.Module) -> int:
 def count_macs(module: nn.Module, height_px: int, width_px: int, channels: int = 3) -> int:
     """Counts the multiply-accumulates of convolutions and linear layers for one image.
 
-    Runs a copy of `module` on the meta device, from shapes alone. A MAC is two floating point
-    operations, which `FlopCounterMode` counts.
+    Runs a copy of `module` on the meta device. `FlopCounterMode` counts two operations per MAC.
     """
     shadow = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -115,8 +114,8 @@ def peak_memory(prepare: Callable[..., Call], *args: Any, calls: int = 1) -> int
     """Measures by how many bytes a call raises the resident memory of its process at its peak.
 
     The call runs in a new process, because freed memory often stays with a process and would hide
-    what a second call needs. Linux's count includes the scratch memory of kernels, which a count of
-    tensors misses. Repeat it: allocators make it vary by some per cent.
+    what a second call needs. Linux counts the scratch memory of kernels, too. Allocators make the
+    result vary by some per cent, so repeat it.
 
     Args:
         prepare: a function of a module; returns the call. What it allocates, such as a network's
