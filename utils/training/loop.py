@@ -245,9 +245,35 @@ class Trainer:
         self.loss_sums = state["under_way"]["loss_sums"].to(self.device)
         self.loss_sum = self.loss_sums[distributed.rank()].clone()
 
-    def end_epoch(self, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        """Ends the current epoch by adding its rows."""
-        self.metrics.append(metrics)
+    def end_epoch(self, train_loss: float, batches: Iterable[Batch]) -> None:
+        """Evaluates the raw and the EMA weights, and ends the current epoch with its rows.
+
+        Raises:
+            DivergedError: a validation loss is not finite.
+        """
+        start_s = time.perf_counter()
+        # Each process has BatchNorm statistics of its own images; those of rank 0 are saved.
+        distributed.broadcast_buffers(self.model, self.ema)
+        row = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "first_lr": self.lr_at(self.epoch * self.steps_per_epoch),
+            "train_loss": train_loss,
+        }
+        for prefix, result in self.evaluate(batches).items():
+            row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
+        if not all(math.isfinite(value) for value in row.values()):
+            raise DivergedError(
+                f"the loss is not finite on the validation images, after step {self.step - 1}"
+            )
+        self.skipped = distributed.union(self.skipped)
+        speed = {
+            "epoch": self.epoch + 1,
+            "train_time_s": self.train_time_s,
+            "eval_time_s": time.perf_counter() - start_s,
+            "train_images_per_s": self.steps_per_epoch * self.recipe.batch_size / self.train_time_s,
+        }
+        self.metrics.append(row)
         self.speed.append(speed)
         self.loss_sum = torch.zeros_like(self.loss_sum)
         self.loss_sums = torch.zeros_like(self.loss_sums)
@@ -315,6 +341,7 @@ def train_one_epoch(
         DivergedError: the loss is not finite.
     """
     trainer.net.train()
+    start_s = time.perf_counter() - trainer.train_time_s  # which is above 0 after a resume
     for batch in readable(batches, trainer.skip_corrupt, trainer.skipped):
         if not len(batch.labels):
             raise CorruptImageError(f"{batch.corrupt[0]}; so are all other images of its batch")
@@ -325,8 +352,10 @@ def train_one_epoch(
                 progress.set_postfix_str(f"loss {trainer.mean_loss():.3f}", refresh=False)
         if progress is not None:
             progress.update(trainer.recipe.batch_size)
+        trainer.train_time_s = time.perf_counter() - start_s
         after_step()
     trainer.synchronize()
+    trainer.train_time_s = time.perf_counter() - start_s
     mean = torch.tensor(trainer.mean_loss(), device=trainer.device, dtype=torch.float64)
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
 
@@ -484,147 +513,84 @@ def fit(
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         )
-        _Run(
-            trainer,
-            data,
-            *loaders,
-            run_dir,
-            config,
-            progress=stack.enter_context(bar),
-            stop=stack.enter_context(StopRequest(catch_signals, timeout_s + distributed.MARGIN_S)),
-            checkpoint_steps=checkpoint_steps,
-            keep_every=keep_every,
-            tensorboard=tensorboard,
-            quiet=quiet,
-        ).train()
+        bar = stack.enter_context(bar)
+        stop = stack.enter_context(StopRequest(catch_signals, timeout_s + distributed.MARGIN_S))
+        save = functools.partial(_save, trainer, run_dir, config, keep_every)
+        after_step = functools.partial(_after_step, trainer, stop, save, checkpoint_steps)
+        stack.enter_context(_stopping(trainer, data, run_dir, stop, save))
+        while trainer.epoch < recipe.epochs:
+            bar.set_description_str(f"epoch {trainer.epoch + 1}/{recipe.epochs}")
+            begin(loaders[0], trainer.epoch, trainer.step_in_epoch)
+            train_loss = train_one_epoch(trainer, loaders[0], bar, after_step)
+            trainer.end_epoch(train_loss, stop.watch(loaders[1]))
+            save()
+            if distributed.rank() == 0:
+                _report(trainer, None if quiet else bar, run_dir if tensorboard else None)
     return trainer
 
 
-@dataclasses.dataclass
-class _Run:
-    """The loop over epochs: trains, evaluates, saves, reports and stops."""
+def _save(trainer: Trainer, run_dir: Path, config: dict[str, Any], keep_every: int) -> None:
+    if distributed.rank() == 0:
+        save_checkpoint(run_dir, {"config": config, **trainer.state_dict()}, keep_every)
 
-    trainer: Trainer
-    data: Splits
-    train_loader: DataLoader
-    val_loader: DataLoader
-    run_dir: Path
-    config: dict[str, Any]
-    progress: tqdm
-    stop: StopRequest
-    checkpoint_steps: int
-    keep_every: int
-    tensorboard: bool
-    quiet: bool
 
-    def train(self) -> None:
-        """Trains to the last epoch, or until a signal comes."""
-        trainer = self.trainer
-        resume = (
-            f"run the same command with --output-dir {shlex.quote(str(self.run_dir))} to resume"
-        )
-        try:
-            while trainer.epoch < trainer.recipe.epochs:
-                self._evaluate_epoch(self._train_epoch())
-                self._save()
-                self._report()
-        except _StopRequested:
-            self._save()
-            cause = self.stop.signal or "a signal to another process"
-            raise Stopped(f"{cause}, saved at step {trainer.step}; {resume}") from None
-        except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(f"{resume} from the last checkpoint") from error
-        except DivergedError as error:
-            if error.step is None:
-                raise
-            raise self._with_images(error) from error
+def _after_step(
+    trainer: Trainer, stop: StopRequest, save: Callable[[], None], checkpoint_steps: int
+) -> None:
+    """Stops the run after this step, or saves it, if it is time."""
+    stopping = stop.agreed()
+    due = checkpoint_steps and trainer.step % checkpoint_steps == 0
+    # The last step of an epoch is saved together with its evaluation.
+    if stopping or (due and trainer.step_in_epoch < trainer.steps_per_epoch):
+        trainer.synchronize()
+        if stopping:
+            raise _StopRequested
+        save()
 
-    def _train_epoch(self) -> float:
-        """Trains the current epoch to its end; returns its mean loss."""
-        trainer = self.trainer
-        self.progress.set_description_str(f"epoch {trainer.epoch + 1}/{trainer.recipe.epochs}")
-        begin(self.train_loader, trainer.epoch, trainer.step_in_epoch)
-        start_s = time.perf_counter() - trainer.train_time_s  # which is above 0 after a resume
-        after_step = functools.partial(self._after_step, start_s)
-        train_loss = train_one_epoch(trainer, self.train_loader, self.progress, after_step)
-        trainer.train_time_s = time.perf_counter() - start_s
-        return train_loss
 
-    def _after_step(self, start_s: float) -> None:
-        trainer, stopping = self.trainer, self.stop.agreed()
-        trainer.train_time_s = time.perf_counter() - start_s
-        due = self.checkpoint_steps and trainer.step % self.checkpoint_steps == 0
-        # The last step of an epoch is saved together with its evaluation.
-        if stopping or (due and trainer.step_in_epoch < trainer.steps_per_epoch):
-            trainer.synchronize()
-            if stopping:
-                raise _StopRequested
-            self._save()
-
-    def _evaluate_epoch(self, train_loss: float) -> None:
-        """Evaluates the raw and the EMA weights and ends the epoch."""
-        trainer, start_s = self.trainer, time.perf_counter()
-        # Each process has BatchNorm statistics of its own images; those of rank 0 are saved.
-        distributed.broadcast_buffers(trainer.model, trainer.ema)
-        results = trainer.evaluate(self.stop.watch(self.val_loader))
-        row = {
-            "epoch": trainer.epoch + 1,
-            "step": trainer.step,
-            "first_lr": trainer.lr_at(trainer.epoch * trainer.steps_per_epoch),
-            "train_loss": train_loss,
-        }
-        for prefix, result in results.items():
-            row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
-        if not all(math.isfinite(value) for value in row.values()):
-            raise DivergedError(
-                f"the loss is not finite on the validation images, after step {trainer.step - 1}"
-            )
-        trainer.skipped = distributed.union(trainer.skipped)
-        images = trainer.steps_per_epoch * trainer.recipe.batch_size
-        speed = {
-            "epoch": trainer.epoch + 1,
-            "train_time_s": trainer.train_time_s,
-            "eval_time_s": time.perf_counter() - start_s,
-            "train_images_per_s": images / trainer.train_time_s,
-        }
-        trainer.end_epoch(row, speed)
-
-    def _save(self) -> None:
+@contextlib.contextmanager
+def _stopping(
+    trainer: Trainer, data: Splits, run_dir: Path, stop: StopRequest, save: Callable[[], None]
+) -> Iterator[None]:
+    """Saves a run that is stopped, and completes the message of what ended it."""
+    resume = f"run the same command with --output-dir {shlex.quote(str(run_dir))} to resume"
+    try:
+        yield
+    except _StopRequested:
+        save()
+        cause = stop.signal or "a signal to another process"
+        raise Stopped(f"{cause}, saved at step {trainer.step}; {resume}") from None
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{resume} from the last checkpoint") from error
+    except DivergedError as error:
+        if error.step is None:
+            raise
+        images = [str(data.train.path(i)) for i in error.indices]
+        learning_rate, path = trainer.lr_at(error.step), run_dir / DIVERGED
         if distributed.rank() == 0:
-            checkpoint = {"config": self.config, **self.trainer.state_dict()}
-            save_checkpoint(self.run_dir, checkpoint, self.keep_every)
-
-    def _report(self) -> None:
-        """Prints and logs the last epoch."""
-        if distributed.rank() > 0:
-            return
-        row, speed = self.trainer.metrics[-1], self.trainer.speed[-1]
-        if not self.quiet:
-            self.progress.write(
-                f"epoch {row['epoch']:3d}/{self.trainer.recipe.epochs}  "
-                f"train loss {row['train_loss']:.3f}  val top-1 raw {row['val_top1_pct']:5.1f} %  "
-                f"EMA {row['ema_val_top1_pct']:5.1f} %  "
-                f"({speed['train_images_per_s']:.0f} images/s)"
-            )
-        if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
-
-            with SummaryWriter(self.run_dir) as writer:
-                for name, value in {**row, **speed}.items():
-                    writer.add_scalar(name, value, row["epoch"])
-
-    def _with_images(self, error: DivergedError) -> DivergedError:
-        """The error with its learning rate and the names of the images of its step."""
-        images = [str(self.data.train.path(i)) for i in error.indices]
-        learning_rate, path = self.trainer.lr_at(error.step), self.run_dir / DIVERGED
-        if distributed.rank() == 0:
-            with contextlib.suppress(OSError):
-                record = {"step": error.step, "learning_rate": learning_rate, "images": images}
-                write_json(path, record)
-        return DivergedError(
+            record = {"step": error.step, "learning_rate": learning_rate, "images": images}
+            write_json(path, record)
+        raise DivergedError(
             f"{error}; learning rate {learning_rate:.4g}, images {summarize(images)}, all listed "
             f"in {path}"
+        ) from error
+
+
+def _report(trainer: Trainer, bar: tqdm | None, log_dir: Path | None) -> None:
+    """Prints the last epoch above the bar, and logs it for TensorBoard."""
+    row, speed = trainer.metrics[-1], trainer.speed[-1]
+    if bar is not None:
+        bar.write(
+            f"epoch {row['epoch']:3d}/{trainer.recipe.epochs}  train loss {row['train_loss']:.3f}"
+            f"  val top-1 raw {row['val_top1_pct']:5.1f} %  EMA {row['ema_val_top1_pct']:5.1f} %"
+            f"  ({speed['train_images_per_s']:.0f} images/s)"
         )
+    if log_dir is not None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+        with SummaryWriter(log_dir) as writer:
+            for name, value in {**row, **speed}.items():
+                writer.add_scalar(name, value, row["epoch"])
 
 
 def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
@@ -686,15 +652,23 @@ def dry_run(
         f"schedule: {recipe.epochs} epochs, {total} steps, learning rate {rates}",
         f"device: {device}, processes: {distributed.world_size()}, workers of each: {workers}",
     ]
+    marks_s = [time.perf_counter()]
+
+    def after_step() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks_s.append(time.perf_counter())
+
     begin(loaders[0], 0)
-    train = functools.partial(train_one_epoch, trainer)
-    times_s = [
-        *_batch_times_s(loaders[0], train, device),
-        *_batch_times_s(loaders[1], trainer.evaluate, device),
-    ]
+    batches = itertools.islice(loaders[0], 4 + 2 * workers)  # two of each worker are ready early
+    train_one_epoch(trainer, batches, after_step=after_step)
+    times_s = [end_s - start_s for start_s, end_s in itertools.pairwise(marks_s)]
+    start_s, eval_steps = time.perf_counter(), max(1, min(4, len(loaders[1])))
+    trainer.evaluate(itertools.islice(loaders[1], eval_steps))
+    eval_step_s = (time.perf_counter() - start_s) / eval_steps
     # The slowest process sets the pace.
-    times_s = distributed.gather(torch.tensor(times_s, device=device)).amax(0).tolist()
-    first_s, step_s, _, eval_step_s = times_s
+    paces_s = torch.tensor([times_s[0], min(times_s[-3:]), eval_step_s], device=device)
+    first_s, step_s, eval_step_s = distributed.gather(paces_s).amax(0).tolist()
     epoch_s, eval_s = steps * step_s, len(loaders[1]) * eval_step_s
     total_s = recipe.epochs * (epoch_s + eval_s)
     lines += [
@@ -705,26 +679,3 @@ def dry_run(
     if distributed.rank() == 0:
         print("\n".join(lines))
     return total_s
-
-
-def _batch_times_s(
-    loader: DataLoader,
-    work: Callable[[Iterable[Batch]], Any],
-    device: torch.device,
-    timed: int = 3,
-) -> tuple[float, float]:
-    """Seconds of the first batch, and the mean of the last `timed` ones, with the wait for them."""
-    marks_s = [time.perf_counter()]
-
-    def batches() -> Iterator[Batch]:
-        # Each worker has two batches ready when the second is asked for.
-        for batch in itertools.islice(loader, 1 + 2 * loader.num_workers + timed):
-            yield batch
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            marks_s.append(time.perf_counter())
-
-    work(batches())
-    times_s = [end_s - start_s for start_s, end_s in itertools.pairwise(marks_s)] or [0.0]
-    later_s = times_s[1:][-timed:] or times_s
-    return times_s[0], sum(later_s) / len(later_s)
