@@ -158,7 +158,11 @@ def test_crops_are_drawn_as_random_resized_crop_draws_them(size, min_area):
     rng, blank = random.Random(0), torch.empty(1, *size)
     draw = partial(classic.RandomResizedCrop.get_params, blank, [min_area, 1.0], [3 / 4, 4 / 3])
     ours = [transforms.draw_crop(rng, *size, min_area) for _ in range(DRAWS)]
-    assert_same_distribution(ours, [draw() for _ in range(DRAWS)], size)
+    theirs = [draw() for _ in range(DRAWS)]
+    assert_same_distribution(ours, theirs, size)
+    for limit in (min, max):
+        extremes = [limit(w / h for _, _, h, w in boxes) for boxes in (ours, theirs)]
+        assert extremes[0] == pytest.approx(extremes[1], rel=0.015)
 
 
 @pytest.mark.parametrize("size", [(10, 300), (300, 10), (7, 400), (1, 9), (1, 1)])
