@@ -163,7 +163,7 @@ def tidy(case: Case, quantity: str, unit: str, values: Sequence[float]) -> Rows:
 def inference_call(case: Case) -> measure.Call:
     """Feature maps of random images by random weights.
 
-    timm's fastest form gets images in the type and memory format of its weights, while ours
+    timm's channels_last forms get images in the dtype and memory format of their weights; ours
     converts them in each call.
     """
     (images, _), name, words = case.batch(), case.network, case.implementation.split()
@@ -274,9 +274,9 @@ def input_call(case: Case) -> measure.Call:
 
 
 def draw_jpegs(folder: Path, count: int = 128) -> None:
-    """Draws JPEG files of ImageNet's usual size, 500 x 375 pixels and about 110 kB.
+    """Draws images of the embedded sample as JPEG files of ImageNet's size: 500 x 375 px, 110 kB.
 
-    They show what the embedded sample shows, enlarged, with a camera's grain, which fills the file.
+    Enlarged images compress too well; noise, like that of a camera, makes up for it.
     """
     folder.mkdir(parents=True)
     for i in range(count):
