@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", nargs="+", default=compared, choices=[*compared, "costs"],
         help="what to measure (default: inference step input)")  # fmt: skip
     add("--backbones", nargs="+", default=["cspdarknet53", "resnet50"], choices=benchmark.SHARED,
-        help="of inference and step (default: cspdarknet53 resnet50)")  # fmt: skip
+        metavar="NAME", help="of inference and step (default: cspdarknet53 resnet50)")  # fmt: skip
     add("--batch-size", type=count, nargs="+", default=[8], help="images per call (default: 8)")
     add("--image-px", type=count, default=224, help="side of the images (default: 224)")
     add("--width", type=float, default=1.0, help="factor on the channels, for costs (default: 1)")
