@@ -3,11 +3,9 @@
     python scripts/run_notebooks.py                  # all of notebooks/
     python scripts/run_notebooks.py notebooks/03*.ipynb
 
-Committed outputs come from here alone, so none is left over from cells run by hand.
+All committed outputs come from this script, never from cells that were run by hand.
 """
 
-import base64
-import io
 import os
 import sys
 import time
@@ -21,7 +19,6 @@ from utils.cli import DataError, Parser
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from PIL import Image
 
 from utils.records import write_atomic
 
@@ -29,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def execute(path: Path) -> list[str]:
-    """Runs a notebook in its own folder, saves it, and returns what a reader would trip over."""
+    """Runs a notebook in its own folder, saves it and returns what it wrote to stderr."""
     try:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-    except Exception as error:  # not JSON, no notebook of any version, and more
+    except Exception as error:  # not JSON, or not a notebook of any version
         raise DataError(f"{path}: not a notebook ({type(error).__name__})") from error
     NotebookClient(
         notebook,
@@ -44,31 +41,13 @@ def execute(path: Path) -> list[str]:
         coalesce_streams=True,
     ).execute()
     notebook.metadata = {
-        # Names alone: versions of this machine would change with every run.
+        # No versions, which would differ between machines.
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-    for output in outputs:
-        if "image/png" in output.get("data", {}):
-            output.data["image/png"] = shrink(output.data["image/png"])
-    write_atomic(path, lambda aside: nbformat.write(notebook, aside))
-    return [out.text.strip() for out in outputs if out.get("name") == "stderr"]
-
-
-def shrink(png: str, plenty_bytes: int = 40_000) -> str:
-    """A base64 PNG with a palette of 64 colours: a quarter of the bytes, hardly seen.
-
-    A chart, which stays below `plenty_bytes` with 256 of them, gets those: with 64, all in bands
-    and edges, two of its lines may come out in one colour.
-    """
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    for colours in (256, 64):
-        buffer = io.BytesIO()
-        image.quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-        if buffer.tell() < plenty_bytes:
-            break
-    return base64.b64encode(buffer.getvalue()).decode()
+    write_atomic(path, lambda temporary: nbformat.write(notebook, temporary))
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output.text.strip() for output in outputs if output.get("name") == "stderr"]
 
 
 def main(argv: list[str] | None = None) -> int:

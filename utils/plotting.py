@@ -228,13 +228,13 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
         images: PIL images, or uint8 tensors `[3, H, W]`.
     """
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(9, 9 / columns * rows * 1.18), layout="constrained")
+    figure = Figure(figsize=(7.2, 7.2 / columns * rows * 1.18), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
         axes.set_anchor("N")  # aligns the titles of a row
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
         axes.imshow(image.permute(1, 2, 0) if isinstance(image, Tensor) else image)
-        lines = [textwrap.fill(line, 150 // columns) for line in title.splitlines()]
+        lines = [textwrap.fill(line, 120 // columns) for line in title.splitlines()]
         axes.set_title("\n".join(lines), fontsize=8)  # as wide as its column
     return figure
 
