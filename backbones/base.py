@@ -31,9 +31,6 @@ class Backbone(nn.Module):
         strides: stride of each returned map.
         left_out: prefixes of the complete network's keys that this network does not have.
         weights_report: the `backbones.weights.Report` of the weights loaded last, None before.
-
-    Raises:
-        ValueError: another value of a keyword argument.
     """
 
     stem_gives_map = False
@@ -133,7 +130,7 @@ class Backbone(nn.Module):
                 return
             given = f"{images.dtype} {list(images.shape)}"
         expected = f"a floating-point tensor [N, {self.in_channels}, H, W]"
-        raise ValueError(f"images are {given}; expected {expected}, normalised")
+        raise ValueError(f"images are {given}; expected {expected}")
 
 
 def is_integer(value: object) -> bool:

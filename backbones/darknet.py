@@ -38,6 +38,7 @@ Layout = Literal["half", "darknet"]
 STEM_CHANNELS = 32
 STAGE_CHANNELS = (64, 128, 256, 512, 1024)
 STRIDES = (2, 4, 8, 16, 32)
+SPLIT_CONVS = ("shortcut_conv", "blocks_conv", "split_conv")
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,13 @@ class CSPStage(nn.Module):
         self.split = split
         part = channels if wide else channels // 2
         self.conv = ConvNormAct(in_channels, channels, 3, stride=2, act=act)
-        # None keeps a name's place, so that parameters have one order, also after `convert_stage`.
-        for name in ("shortcut_conv", "blocks_conv"):
-            separate = ConvNormAct(channels, part, 1, act=act) if split == "separate" else None
-            self.register_module(name, separate)
-        joint = ConvNormAct(channels, 2 * part, 1, act=act) if split == "slice" else None
-        self.register_module("split_conv", joint)
-        if split == "slice":
+        for name in SPLIT_CONVS:  # keeps their place, so that `convert_stage` keeps the order
+            self.register_module(name, None)
+        if split == "separate":
+            self.shortcut_conv = ConvNormAct(channels, part, 1, act=act)
+            self.blocks_conv = ConvNormAct(channels, part, 1, act=act)
+        elif split == "slice":
+            self.split_conv = ConvNormAct(channels, 2 * part, 1, act=act)
             for half in self.split_conv.conv.weight.chunk(2):  # fan-out of a half, as "separate"
                 nn.init.kaiming_normal_(half, mode="fan_out", nonlinearity="relu")
         self.blocks = nn.Sequential(*(Block(part, channels // 2, act) for _ in range(depth)))
@@ -162,12 +163,9 @@ class CSPDarknet(Darknet):
     Args:
         config: the variant.
         split: how a stage splits its input, see the module's docstring.
-        layout: "half", or "darknet" for the authors' full-width first stage and transitions.
+        layout: "half", or "darknet" for the authors' full-width first stage and transitions, which
+            "partial" cannot have: it would slice twice the channels that there are.
         options: keyword arguments of `Darknet`.
-
-    Raises:
-        ValueError: an unknown split or layout, or `layout="darknet"` with `split="partial"`, whose
-            first stage would have to slice twice the channels that it has.
     """
 
     def __init__(
@@ -221,7 +219,7 @@ def convert_stage(stage: CSPStage, split: Literal["separate", "slice"]) -> None:
     state = stage.state_dict()
     convert_keys(state, split)
     source = stage.shortcut_conv or stage.split_conv
-    for name in ("shortcut_conv", "blocks_conv", "split_conv"):
+    for name in SPLIT_CONVS:
         layer = None
         if f"{name}.conv.weight" in state:
             layer = copy.deepcopy(source)
@@ -233,12 +231,8 @@ def convert_stage(stage: CSPStage, split: Literal["separate", "slice"]) -> None:
 
 
 def convert_keys(state: dict[str, Tensor], split: Split, prefix: str = "") -> None:
-    """Converts the split convolutions in a state dict of one stage to those of `split`, in place.
-
-    Args:
-        state: holds the stage's tensors under keys that begin with `prefix`.
-    """
-    one, first, second = (f"{prefix}{k}." for k in ("split_conv", "shortcut_conv", "blocks_conv"))
+    """Converts the split convolutions of a stage, whose keys begin with `prefix`, in place."""
+    first, second, one = (f"{prefix}{name}." for name in SPLIT_CONVS)
     if split == "slice":
         for key in [key for key in state if key.startswith(first)]:
             halves = state.pop(key), state.pop(key.replace(first, second))

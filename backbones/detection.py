@@ -39,15 +39,9 @@ class Pyramid(nn.Module):
         out_channels: channels of every level.
         extra_blocks: torchvision's block for levels coarser than the last map.
 
-    Attributes:
-        strides: strides of the levels that have a map of the backbone.
-
     Shape:
         images `[N, C, H, W]` to an ordered dict of `[N, out_channels, h, w]`, fine to coarse: "0",
         "1", ... for the backbone's maps, then those of `extra_blocks` under their own names.
-
-    Raises:
-        ValueError: the strides skip one.
     """
 
     def __init__(
@@ -110,9 +104,6 @@ def faster_rcnn(
         num_classes: of objects, at least 1, without the background; labels are 1 to `num_classes`.
         out_channels: of the pyramid.
         options: of `torchvision.models.detection.FasterRCNN`; see `retinanet`.
-
-    Raises:
-        ValueError: as `retinanet`.
     """
     validate_count("num_classes", num_classes)
     pyramid = Pyramid(net, out_channels, LastLevelMaxPool())

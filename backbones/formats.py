@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from backbones.base import Backbone
-from backbones.darknet import (
-    VARIANTS,
-    CSPDarknet,
-    CSPStage,
-    Darknet,
-    DarknetStage,
-    convert_keys,
-)
+from backbones.darknet import VARIANTS, CSPDarknet, CSPStage, Darknet, DarknetStage, convert_keys
 from backbones.layers import ConvNormAct
 
 

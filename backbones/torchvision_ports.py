@@ -93,19 +93,23 @@ class TorchvisionPort(Backbone):
 class ResNet(TorchvisionPort):
     """ResNet, ResNeXt or Wide ResNet: feature maps after the stem's ReLU and the four stages.
 
-    Args:
-        name: one of `RESNETS`.
-        options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
+    `name` is one of `RESNETS`; `options` are those of `Backbone`.
     """
 
     stem_gives_map = True
 
     def __init__(self, name: str, **options: Any) -> None:
         network = get_model_builder(name)(weights=None)
-        stages = [["maxpool", "layer1"], ["layer2"], ["layer3"], ["layer4"]]
-        ends = (network.conv1, network.layer1, network.layer2, network.layer3, network.layer4)
-        channels = [_out_channels(end) for end in ends]
-        super().__init__(name, network, [["conv1", "bn1", "relu"], *stages], channels, **options)
+        paths = [
+            ["conv1", "bn1", "relu"],
+            ["maxpool", "layer1"],
+            ["layer2"],
+            ["layer3"],
+            ["layer4"],
+        ]
+        ends = ("conv1", "layer1", "layer2", "layer3", "layer4")
+        channels = [_out_channels(network.get_submodule(end)) for end in ends]
+        super().__init__(name, network, paths, channels, **options)
 
 
 class InvertedResidualNet(TorchvisionPort):
@@ -115,19 +119,15 @@ class InvertedResidualNet(TorchvisionPort):
         name: one of `INVERTED_RESIDUALS`.
         tap: the feature map at each stride, see the module's docstring.
         options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
-
-    Raises:
-        ValueError: another `tap`.
     """
 
     def __init__(self, name: str, *, tap: Tap = "expansion", **options: Any) -> None:
         validate_choice("tap", tap, get_args(Tap))
         network = get_model_builder(name)(weights=None)
         paths = _inverted_residual_paths(network, tap)
-        channels = []
-        for i in range(1, len(paths)):  # a stage without modules returns the map before it
-            last = next(part[-1] for part in paths[i::-1] if part)
-            channels.append(_out_channels(network.get_submodule(last)))
+        ends = [part[-1] for part in paths if part]
+        ends = ends[:1] * (len(paths) - len(ends)) + ends  # a stage may return the stem's map
+        channels = [_out_channels(network.get_submodule(end)) for end in ends[1:]]
         head = "classifier" if tap == "expansion" else None
         super().__init__(name, network, paths, channels, head, **options)
         self.tap = tap
@@ -136,31 +136,23 @@ class InvertedResidualNet(TorchvisionPort):
 def _inverted_residual_paths(network: nn.Module, tap: Tap) -> list[list[str]]:
     """Names of the modules of the stem and of the five stages, in the order of execution."""
     paths = [["features.0"], []]
-    for block in _block_paths(network):
+    for path, block in network.named_modules():
+        if not hasattr(block, "use_res_connect"):  # all inverted residuals have it
+            continue
         # The sequence of layers is called "conv" in MobileNetV2, "block" in the others.
-        layers = f"{block}.{'conv' if hasattr(network.get_submodule(block), 'conv') else 'block'}"
-        strided = [_is_strided(layer) for layer in network.get_submodule(layers)]
+        name, layers = next(each for each in block.named_children() if each[0] in ("conv", "block"))
+        strided = [_is_strided(layer) for layer in layers]
         if not any(strided):
-            paths[-1].append(block)
+            paths[-1].append(path)
         elif tap == "block":
-            paths.append([block])
+            paths.append([path])
         else:  # a strided block has no shortcut, so its layers are all that it computes
-            names = [f"{layers}.{i}" for i in range(len(strided))]
+            names = [f"{path}.{name}.{i}" for i in range(len(strided))]
             cut = strided.index(True)
             paths[-1] += names[:cut]
             paths.append(names[cut:])
     if tap == "expansion":
         paths[-1].append(f"features.{len(network.features) - 1}")
-    return paths
-
-
-def _block_paths(network: nn.Module) -> list[str]:
-    """Names of the inverted residuals, which EfficientNet groups in a sequence per stage."""
-    paths = []
-    for i in range(1, len(network.features) - 1):
-        child = network.features[i]
-        inside = [f".{k}" for k in range(len(child))] if isinstance(child, nn.Sequential) else [""]
-        paths += [f"features.{i}{k}" for k in inside]
     return paths
 
 

@@ -24,7 +24,6 @@ Two stems, which are two functions with the same number of parameters:
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -126,9 +125,6 @@ class VoVNet(Backbone):
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
         options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
-
-    Raises:
-        ValueError: an option has another value.
     """
 
     stem_gives_map = True
@@ -149,18 +145,19 @@ class VoVNet(Backbone):
         validate_choice("stem_stride", stem_stride, get_args(StemStride))
         stem = [scale_channels(c, width) for c in STEM_CHANNELS]
         channels = [scale_channels(c, width) for c in config.channels]
-        in_stem = 3 if stem_stride == 2 else 2
-        super().__init__([stem[in_stem - 1], *channels], STRIDES, **options)
+        strided_stage = stem_stride == 4
+        super().__init__([stem[1] if strided_stage else stem[2], *channels], STRIDES, **options)
         self.residual, self.ese, self.stem_stride, self.act = residual, ese, stem_stride, act
-        convs = [
-            ConvNormAct(c_in, c_out, 3, stride=2 if k == 0 else 1, act=act)
-            for k, (c_in, c_out) in enumerate(pairwise([self.in_channels, *stem[:in_stem]]))
-        ]
-        self.stem = nn.Sequential(*convs)
+        self.stem = nn.Sequential(
+            ConvNormAct(self.in_channels, stem[0], 3, stride=2, act=act),
+            ConvNormAct(stem[0], stem[1], 3, act=act),
+        )
+        if not strided_stage:
+            self.stem.append(ConvNormAct(stem[1], stem[2], 3, act=act))
         self.stages = nn.ModuleList()
         widths = [stem[2], *channels]
         for i in range(self.num_stages):
-            if stem_stride == 2:
+            if not strided_stage:
                 halve = nn.MaxPool2d(3, stride=2, padding=1)
             elif i == 0:
                 halve = ConvNormAct(stem[1], stem[2], 3, stride=2, act=act)

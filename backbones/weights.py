@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,11 @@ from backbones.formats import (
 from backbones.torchvision_ports import TorchvisionPort
 
 _logger = logging.getLogger(__name__)
-
-# Where checkpoints keep a state dict: ours and torchvision's, timm's, Lightning's and others'.
-ENTRIES = ("model", "ema", "model_ema", "state_dict", "state_dict_ema", "ema_state_dict", "net")
 # The first key of each format with a prefix before it.
 _WRAPPED = r"(.+\.)(stem\.(0\.|conv1\.)?conv\.weight|conv1\.weight|features\.0\.0\.weight)"
 # Keys of a checkpoint that utils.training saves, beside others.
 _RUN_KEYS = {"config", "model", "ema", "optimizer"}
-# These options change the outputs but no key or shape.
+# Options that change the outputs but no key or shape.
 _SILENT_OPTIONS = {"act", "residual", "stem_stride"}
 
 
@@ -67,7 +64,7 @@ class Report:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshaped: tuple[str, ...]
-    differing: Mapping[str, Any] = field(default_factory=dict)
+    differing: Mapping[str, Any]
 
     @property
     def complete(self) -> bool:
@@ -164,8 +161,7 @@ def _find(source: str | os.PathLike | WeightsEnum, backbone: Backbone) -> tuple[
         names = ", ".join(members) or "none"
         raise WeightsError(f"not a file; names of weights for this network: {names}")
     path = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
-    published = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)
-    digits = published and published[1]
+    digits = next(iter(re.findall(r"-([0-9a-f]{8,})\.\w+$", path.name)), None)
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,35 +203,37 @@ def _parse(data: bytes, suffix: str) -> Any:
 
 def _pick(content: Any, entry: str | None, prefix: str | None) -> dict[str, Tensor]:
     """The state dict in what was read, with the keys below `prefix`."""
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"not a state dict but {type(content).__name__} of {len(content)} items")
+    content = content if isinstance(content, Mapping) else {}
     if entry is None and content.keys() >= _RUN_KEYS:
         entry = "ema"
     state = content if entry is None else content.get(entry)
-    if not isinstance(state, Mapping):
-        entries = [key for key, value in content.items() if isinstance(value, Mapping)]
-        raise WeightsError(f"has no state dict {entry!r}; it has {entries}")
+    if not _is_state_dict(state):
+        entries = ", ".join(str(k) for k, value in content.items() if _is_state_dict(value))
+        raise WeightsError(
+            f"entry={entry!r} is not a state dict of tensors; those in it: {entries or 'none'}"
+        )
     for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            inside = [each for each in ENTRIES if isinstance(state.get(each), Mapping)]
-            hint = f": load_weights(..., entry={inside[0]!r})" if inside else ""
-            raise WeightsError(f"not a state dict, {key!r} is not the name of a tensor{hint}")
         if is_lazy(value) or value.layout != torch.strided or value.is_nested or value.is_meta:
             raise WeightsError(f"{key} is not a dense tensor with values")
     if not prefix and "n_averaged" in state:  # torch.optim.swa_utils.AveragedModel
         prefix = "module."
-    picked = {
-        k.removeprefix(prefix or ""): v for k, v in state.items() if k.startswith(prefix or "")
-    }
-    if not picked:
+    below = [key for key in state if key.startswith(prefix or "")]
+    if not below:
         raise WeightsError(f"no key begins with {prefix!r}; the first is {next(iter(state))!r}")
-    return picked
+    return {key.removeprefix(prefix or ""): state[key] for key in below}
+
+
+def _is_state_dict(content: Any) -> bool:
+    """Whether it is a mapping of names to tensors, and not empty."""
+    tensors = isinstance(content, Mapping) and content.items()
+    return bool(tensors) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors)
 
 
 def _recorded_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Options of the backbone that a run's checkpoint records."""
-    config = content.get("config") if content.keys() >= _RUN_KEYS else None
-    return config.get("options", {}) if isinstance(config, Mapping) else {}
+    """Options of the backbone that a checkpoint records beside its weights."""
+    config = content.get("config")
+    options = config.get("options") if isinstance(config, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
 
 
 def _match(
@@ -247,8 +245,7 @@ def _match(
 ) -> tuple[Report, dict[str, Tensor]]:
     """The report, and the tensors to load under the module's keys.
 
-    Args:
-        origin: source, format and SHA-256 for the report.
+    `origin` is the report's source, format and SHA-256.
     """
     state = dict(state)
     match_structure(state, backbone)

@@ -106,21 +106,17 @@ def test_timms_feature_extractors(theirs, ours, options):
     assert_near(net(images)[1:], theirs(images)[-4:])
 
 
-@pytest.mark.parametrize(
-    ("theirs", "name", "options", "words"),
-    [
-        ("darknet53", "darknet53", {}, "made with act='leaky_relu_0.01'"),
-        ("vovnet39a", "vovnet39", {"ese": False, "stem_stride": 4}, "residual=False"),
-        ("ese_vovnet19b_slim", "vovnet19_slim", {"ese": "last"}, "stem_stride=4"),
-    ],
-)
-def test_options_that_no_key_shows_must_be_the_formats(theirs, name, options, words):
-    state = timm.create_model(theirs).state_dict()
-    with pytest.raises(WeightsError, match=words):
-        backbones.create(name, weights=state, **options)
-    report = load_weights(backbones.create(name, **options), state, strict=False)
-    assert report.differing
-    assert words in str(report)
+def test_options_that_no_key_shows_must_be_the_formats():
+    state = timm.create_model("ese_vovnet19b_slim").state_dict()
+    for options, words in (
+        ({"ese": "last"}, "made with stem_stride=4"),
+        ({**V2, "residual": False}, "made with residual=True"),
+        ({**V2, "act": "mish"}, "made with act='relu'"),
+    ):
+        net = backbones.create("vovnet19_slim", **options)
+        with pytest.raises(WeightsError, match=words):
+            load_weights(net, state)
+        assert words in str(load_weights(net, state, strict=False))
 
 
 def toolbox_key(key, csp):
@@ -438,13 +434,9 @@ def test_one_error_lists_everything_and_nothing_is_loaded():
         "stem.conv.weight [4, 3, 3, 3], here [8, 3, 3, 3]"
     )
     assert_same(net, before)
-    report = load_weights(net, state, strict=False)
-    assert report.missing == ("stages.1.conv.conv.weight",)
-    assert report.unexpected == ("stages.9.extra",)
-    assert report.loaded == len(before) - 2
-    assert torch.equal(net.state_dict()["stem.conv.weight"], before["stem.conv.weight"])
-    key = "stages.4.out_conv.conv.weight"
-    assert torch.equal(net.state_dict()[key], state[key])
+    assert load_weights(net, state, strict=False).loaded == len(before) - 2
+    bad = ("stages.1.conv.conv.weight", "stem.conv.weight")
+    assert_same(net, {**state_of(net), **{key: before[key] for key in bad}})
     with pytest.raises(WeightsError, match="0 tensors match"):
         load_weights(net, {"x": torch.zeros(1)}, strict=False)
 
@@ -465,35 +457,27 @@ def test_prefixes_are_suggested_and_taken(prefix):
 def test_entries_are_suggested_and_taken(tmp_path):
     net, other, path = tiny(), tiny(), tmp_path / "checkpoint.pth"
     torch.save({"epoch": 3, "model_ema": net.state_dict()}, path)
-    with pytest.raises(WeightsError, match=r"load_weights\(..., entry='model_ema'\)"):
+    with pytest.raises(WeightsError, match="not a state dict of tensors; those in it: model_ema"):
         load_weights(other, path)
     load_weights(other, path, entry="model_ema")
     assert_same(other, net.state_dict())
-    with pytest.raises(WeightsError, match=r"has no state dict 'best'; it has \['model_ema'\]"):
+    with pytest.raises(WeightsError, match="entry='best' is not a state dict of tensors"):
         load_weights(other, path, entry="best")
 
 
 def test_other_heads():
     state = Classifier(tiny(), 3).state_dict()
-    for wrong in (Classifier(tiny(), 4), Classifier(backbones.create("cspdarknet19"), 3)):
-        with pytest.raises(WeightsError, match="misshaped, first"):
-            load_weights(wrong, state)
     for model, other in ((Classifier(tiny(), 4), state), (Classifier(tiny(), 3), state_of(tiny()))):
         with pytest.raises(WeightsError, match=r"load_weights\(model.backbone, ...\)"):
             load_weights(model, other)
 
 
 def test_two_keys_for_one_tensor_are_refused():
-    net = tiny()
-    state = state_of(net)
-    both_names = {**state, **{f"backbone.{key}": value for key, value in state.items()}}
-    for each in (both_names, {**state, **tiny(split="slice").state_dict()}):
-        with pytest.raises(WeightsError, match=r"two keys of these weights|unexpected"):
-            load_weights(net, each)
-    theirs = get_model_builder("resnet18")(weights=None).state_dict()
-    model = Classifier(backbones.create("resnet18"), 1000)
-    with pytest.raises(WeightsError, match="two keys of these weights mean the same: fc"):
-        load_weights(model, {"head.weight": torch.zeros(1000, 512), **theirs})
+    state = state_of(tiny())
+    with pytest.raises(WeightsError, match="two keys of these weights mean the same: backbone"):
+        load_weights(tiny(), {**{f"backbone.{k}": v for k, v in state.items()}, **state})
+    with pytest.raises(WeightsError, match=r"unexpected, first stages.1.split_conv"):
+        load_weights(tiny(), {**state, **tiny(split="slice").state_dict()})
 
 
 KEY = "stages.2.out_conv.conv.weight"
@@ -558,19 +542,11 @@ def test_broken_files_are_one_line(tmp_path, suffix):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ([torch.zeros(1)], "not a state dict but list"),
-        ({}, "not a state dict but dict of 0 items"),
-        ({"epoch": 3}, "'epoch' is not the name of a tensor"),
-        ({"n_averaged": torch.zeros(()), 3: torch.zeros(1)}, "3 is not the name of a tensor"),
-    ],
-)
-def test_other_contents_are_refused(tmp_path, content, words):
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {}, {"epoch": 3}, {3: torch.zeros(1)}])
+def test_other_contents_are_refused(tmp_path, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
-    with pytest.raises(WeightsError, match=words):
+    with pytest.raises(WeightsError, match="not a state dict of tensors; those in it: none"):
         load_weights(tiny(), path)
 
 
@@ -603,7 +579,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints"
 
 
-def test_names_without_the_network_say_what_to_download_and_where_to_put_it(hub):
+def test_names_say_what_to_download_and_where_to_put_it(hub):
     with pytest.raises(WeightsError) as caught:
         backbones.create("resnet18", weights="IMAGENET1K_V1")
     assert str(caught.value) == (
@@ -623,23 +599,19 @@ def test_names_without_the_network_say_what_to_download_and_where_to_put_it(hub)
 
 def test_cached_files_are_verified_too(hub, monkeypatch):
     """The name of a published file ends in the first digits of its SHA-256."""
-    path = hub / "resnet18-f37072fd.pth"
-    path.parent.mkdir()
     theirs = get_model_builder("resnet18")(weights=None)
-    torch.save(theirs.state_dict(), path)
+    hub.mkdir()
+    torch.save(theirs.state_dict(), hub / "resnet18-f37072fd.pth")
     with pytest.raises(WeightsError, match=r"expected f37072fd .*; if it is damaged, delete it"):
         backbones.create("resnet18", weights="DEFAULT")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    right = path.rename(hub / f"resnet18-{digest[:8]}.pth")
-    published = Weights(
-        url=f"https://download.pytorch.org/models/{right.name}", transforms=None, meta={}
-    )
+    content = (hub / "resnet18-f37072fd.pth").read_bytes()
+    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (hub / name).write_bytes(content)
+    published = Weights(url=f"https://host/{name}", transforms=None, meta={})
     known = WeightsEnum("Published", {"DEFAULT": published})
     monkeypatch.setattr("backbones.weights.get_model_weights", lambda name: known)
-    model = Classifier(backbones.create("resnet18"), 1000)
-    load_weights(model, "DEFAULT")
-    images = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(model.eval()(images), theirs.eval()(images))
+    net = backbones.create("resnet18", weights="DEFAULT")
+    assert torch.equal(net.conv1.weight, theirs.conv1.weight)
 
 
 def test_safetensors_is_needed_only_for_its_files(tmp_path, monkeypatch):
