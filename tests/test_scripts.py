@@ -38,7 +38,8 @@ def trained(folders, tmp_path_factory):
     return run_dir
 
 
-def test_train_writes_a_complete_run_folder(trained):
+def test_train_writes_a_complete_run_folder(trained, folders, capsys):
+    """The same command on a finished run trains nothing and prints its result again."""
     names = {path.name for path in trained.iterdir()} - {".lock"}
     assert names == {"config.json", "metrics.csv", "speed.csv", "last.pt", "best.pt", "curves.png"}
     config = json.loads((trained / "config.json").read_text())
@@ -46,10 +47,6 @@ def test_train_writes_a_complete_run_folder(trained):
     assert config["backbone"] == "cspdarknet19"
     assert config["command"].startswith("python ")
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_train_prints_both_accuracies_and_the_folder(trained, folders, capsys):
-    """The same command on a finished run trains nothing and prints the same again."""
     before = (trained / "last.pt").stat().st_mtime_ns
     assert run("train.py", "--data-dir", folders, "--output-dir", trained, *SMALL) == 0
     row = pd.read_csv(trained / "metrics.csv").iloc[-1]
