@@ -160,6 +160,16 @@ def test_a_broken_checkpoint_is_one_line(finished, tmp_path, monkeypatch, kind):
     assert not Path("sprung").exists()  # no code was run
 
 
+def test_the_last_the_best_and_every_second_epoch_are_kept(tmp_path):
+    rows = []
+    for epoch, top1_pct in enumerate((50.0, 70.0, 60.0, 70.0, 65.0), start=1):
+        rows.append({"epoch": epoch, "step": 3 * epoch, "ema_val_top1_pct": top1_pct})
+        checkpoint = {"step": 3 * epoch, "metrics": rows, "speed": rows}
+        save_checkpoint(tmp_path, checkpoint, keep_every=2)
+    kept = {path.name: torch.load(path)["step"] // 3 for path in tmp_path.glob("*.pt")}
+    assert kept == {"last.pt": 5, "best.pt": 4, "epoch_0002.pt": 2, "epoch_0004.pt": 4}
+
+
 def test_each_file_is_synced_before_its_rename_and_the_rename_before_the_next_file(
     tmp_path, monkeypatch
 ):

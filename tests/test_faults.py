@@ -19,7 +19,6 @@ import threading
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_run, run
@@ -136,7 +135,7 @@ def fault(*args, n=[0], f={target}):
 MOMENTS = ["torch.optim.SGD.step", "e._count", "r._sync", "os.replace"]
 
 
-@pytest.mark.parametrize("n", [1, 3, 6])
+@pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("target", MOMENTS)
 def test_killed_at_the_worst_moments_a_run_ends_in_the_same_bits(
     folders, complete, tmp_path, target, n
@@ -261,19 +260,6 @@ def test_a_disk_quota_ends_the_run_and_keeps_its_checkpoint(folders, tmp_path, c
     assert not list((tmp_path / "run").glob("*.partial"))
     assert finish(start(args)) == 0
     assert_same_run(complete[0], tmp_path / "run")
-
-
-def test_best_last_and_every_nth_checkpoint_are_kept(folders, tmp_path):
-    run_dir = tmp_path / "run"
-    args = command(folders, run_dir, "--epochs", 5, "--keep-every", 2, "--checkpoint-steps", 100)
-    assert finish(start(args)) == 0
-    table = pd.read_csv(run_dir / "metrics.csv")
-    found = {
-        path.name: torch.load(path, weights_only=True)["metrics"][-1]["epoch"]
-        for path in run_dir.glob("*.pt")
-    }
-    best = table[table.ema_val_top1_pct == table.ema_val_top1_pct.max()].epoch.max()
-    assert found == {"last.pt": 5, "best.pt": best, "epoch_0002.pt": 2, "epoch_0004.pt": 4}
 
 
 # ---- workers -------------------------------------------------------------------------------------

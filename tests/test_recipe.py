@@ -57,8 +57,8 @@ def test_learning_rate_is_linear_in_the_batch_size():
         ("weight_decay", -1e-5, "at least 0"),
         ("random_erasing", 1.1, r"in \[0, 1\]"),
         ("min_crop_area", 0, r"in \(0, 1\]"),
-        ("warmup_epochs", 100, "at least 0 and below epochs=100"),
-        ("train_crop_px", 5000, "at most 4096"),
+        ("warmup_epochs", 100, "below epochs=100"),
+        ("train_crop_px", 5000, "at least 1 and at most 4096"),
         ("eval_resize_px", 200, "at least eval_crop_px"),
         ("precision", "fp8", "one of"),
         ("trivial_augment", 1, "of type bool"),
@@ -97,7 +97,7 @@ def test_every_field_is_a_flag_that_overrides_the_preset():
     [
         ({"epochs": 0}, "epochs=0 must be"),
         ({"lr": float("inf")}, "lr=inf must be"),
-        ({"epochs": 2, "warmup_epochs": 3.0}, "warmup_epochs=3.0 must be below the epochs"),
+        ({"epochs": 2, "warmup_epochs": 3.0}, "warmup_epochs=3.0 must be below epochs=2"),
     ],
 )
 def test_a_bad_detector_recipe_is_an_error(values, words):

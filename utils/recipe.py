@@ -10,71 +10,83 @@ EMA weights updated every step: torchvision's decay of 0.99998 every 32 steps of
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-MAX_PX = 4096
+MAX_PX = 4096  # a larger image takes gigabytes
+
+# Ranges of values: in words, and as a function.
+RANGES: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: value >= 0,
+    "above 0": lambda value: value > 0,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    f"at least 1 and at most {MAX_PX}": lambda value: 1 <= value <= MAX_PX,
+}
+AT_LEAST_1, AT_LEAST_0, ABOVE_0, BELOW_1, SHARE, POSITIVE_SHARE, PIXELS = RANGES
 
 
-def _field(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+def _field(default: Any, text: str, wanted: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "range": wanted})
+
+
+class _Checked:
+    """The base of recipes. A bad value is a ValueError that names the field and the range."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), field.metadata["range"]
+            if get_origin(field.type) is Literal:
+                choices = get_args(field.type)
+                self._check(field.name, value in choices, f"one of {choices}")
+            elif field.type is float:
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                self._check(field.name, is_number and math.isfinite(value), "a finite number")
+            else:
+                is_type = type(value) is field.type
+                self._check(field.name, is_type, f"of type {field.type.__name__}")
+            self._check(field.name, wanted is None or RANGES[wanted](value), wanted)
+        below = f"below epochs={self.epochs}"
+        self._check("warmup_epochs", self.warmup_epochs < self.epochs, below)
+
+    def _check(self, name: str, good: bool, wanted: str | None) -> None:
+        if not good:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train a classifier. A bad value is a ValueError that names the field and the range."""
+class Recipe(_Checked):
+    """How to train a classifier."""
 
-    epochs: int = _field(100, "passes over the training images")
-    batch_size: int = _field(1024, "images per step, over all processes")
-    accumulate: int = _field(1, "gradient accumulation steps per update")
-    lr_per_1024: float = _field(0.5, "peak learning rate per 1024 images of batch size")
-    momentum: float = _field(0.9, "momentum of SGD (without Nesterov)")
-    weight_decay: float = _field(2e-5, "weight decay of convolution and linear weights")
-    norm_weight_decay: float = _field(0.0, "weight decay of normalisation layers and biases")
-    warmup_epochs: float = _field(5.0, "epochs of linear warm-up before the cosine")
-    label_smoothing: float = _field(0.1, "share of the target spread over all classes, 0 to 1")
-    train_crop_px: int = _field(176, "side of the training crops, pixels")
-    min_crop_area: float = _field(0.08, "smallest training crop, share of the image's area")
-    eval_resize_px: int = _field(232, "shorter side of validation images, pixels")
-    eval_crop_px: int = _field(224, "side of the validation's centre crop, pixels")
+    epochs: int = _field(100, "passes over the training images", AT_LEAST_1)
+    batch_size: int = _field(1024, "images per step, over all processes", AT_LEAST_1)
+    accumulate: int = _field(1, "gradient accumulation steps per update", AT_LEAST_1)
+    lr_per_1024: float = _field(0.5, "peak learning rate per 1024 images of batch size", ABOVE_0)
+    momentum: float = _field(0.9, "momentum of SGD (without Nesterov)", BELOW_1)
+    weight_decay: float = _field(2e-5, "weight decay of conv and linear weights", AT_LEAST_0)
+    norm_weight_decay: float = _field(0.0, "weight decay of norms and biases", AT_LEAST_0)
+    warmup_epochs: float = _field(5.0, "epochs of linear warm-up before the cosine", AT_LEAST_0)
+    label_smoothing: float = _field(0.1, "share of the target spread over all classes", BELOW_1)
+    train_crop_px: int = _field(176, "side of the training crops, pixels", PIXELS)
+    min_crop_area: float = _field(0.08, "smallest training crop, share of area", POSITIVE_SHARE)
+    eval_resize_px: int = _field(232, "shorter side of validation images, pixels", PIXELS)
+    eval_crop_px: int = _field(224, "side of the validation's center crop, pixels", PIXELS)
     trivial_augment: bool = _field(True, "TrivialAugmentWide (arXiv:2103.10158)")
-    random_erasing: float = _field(0.1, "probability of RandomErasing (arXiv:1708.04896)")
-    cutmix_alpha: float = _field(1.0, "Beta parameter of CutMix (arXiv:1905.04899), 0 = off")
-    mixup_alpha: float = _field(0.2, "Beta parameter of MixUp (arXiv:1710.09412), 0 = off")
-    ema_decay: float = _field(0.9998, "decay of the EMA weights per step, with a warm-up")
-    width: float = _field(1.0, "factor on the channels of Darknet and VoVNet")
+    random_erasing: float = _field(0.1, "probability of RandomErasing (arXiv:1708.04896)", SHARE)
+    cutmix_alpha: float = _field(1.0, "Beta parameter of CutMix (arXiv:1905.04899)", AT_LEAST_0)
+    mixup_alpha: float = _field(0.2, "Beta parameter of MixUp (arXiv:1710.09412)", AT_LEAST_0)
+    ema_decay: float = _field(0.9998, "decay of the EMA weights per step, warmed up", BELOW_1)
+    width: float = _field(1.0, "factor on the channels of Darknet and VoVNet", ABOVE_0)
     precision: Literal["bf16", "float32"] = _field("bf16", "autocast type, where the device has it")
     channels_last: bool = _field(True, "channels_last memory format")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
-        counts = ("epochs", "batch_size", "accumulate")
-        sizes = ("train_crop_px", "eval_resize_px", "eval_crop_px")
-        for name in (*counts, *sizes):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in sizes:  # a larger image takes gigabytes
-            self._check(name, getattr(self, name) <= MAX_PX, f"at most {MAX_PX}")
-        for name in ("lr_per_1024", "width"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "norm_weight_decay", "cutmix_alpha", "mixup_alpha"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("momentum", "label_smoothing", "ema_decay"):
-            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._check("random_erasing", 0 <= self.random_erasing <= 1, "in [0, 1]")
-        self._check("min_crop_area", 0 < self.min_crop_area <= 1, "in (0, 1]")
-        self._check(
-            "warmup_epochs",
-            0 <= self.warmup_epochs < self.epochs,
-            f"at least 0 and below epochs={self.epochs}",
-        )
-        self._check(
-            "eval_resize_px", self.eval_resize_px >= self.eval_crop_px, "at least eval_crop_px"
-        )
-
-    def _check(self, name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}")
+        super().__post_init__()
+        is_larger = self.eval_resize_px >= self.eval_crop_px
+        self._check("eval_resize_px", is_larger, "at least eval_crop_px")
 
     @property
     def peak_lr(self) -> float:
@@ -90,18 +102,6 @@ class Recipe:
         """The recipe with another test size; images are resized in the same proportion."""
         resize_px = round(crop_px * self.eval_resize_px / self.eval_crop_px)
         return dataclasses.replace(self, eval_crop_px=crop_px, eval_resize_px=resize_px)
-
-
-def _check_type(field: dataclasses.Field, value: Any) -> None:
-    if get_origin(field.type) is Literal:
-        good, wanted = value in get_args(field.type), f"one of {get_args(field.type)}"
-    elif field.type is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        good, wanted = good and math.isfinite(value), "a finite number"
-    else:
-        good, wanted = type(value) is field.type, f"of type {field.type.__name__}"
-    if not good:
-        raise ValueError(f"{field.name}={value!r} must be {wanted}")
 
 
 _IMAGENET = Recipe()
@@ -135,28 +135,16 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class DetectorRecipe:
-    """How to train a detector; checked like `Recipe`."""
+class DetectorRecipe(_Checked):
+    """How to train a detector."""
 
-    epochs: int = _field(12, "passes over the training images")
-    batch_size: int = _field(8, "images per step")
-    lr: float = _field(1e-3, "peak learning rate of AdamW")
-    weight_decay: float = _field(0.05, "weight decay of convolution and linear weights")
-    warmup_epochs: float = _field(1.0, "epochs of linear warm-up before the cosine")
-    image_px: int = _field(128, "longer side to which images are resized, pixels")
-    out_channels: int = _field(64, "channels of the pyramid and the head")
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _check_type(field, value)
-            may_be_zero = field.name in ("weight_decay", "warmup_epochs")
-            if value < 0 or (value == 0 and not may_be_zero):
-                raise ValueError(
-                    f"{field.name}={value!r} must be {'at least' if may_be_zero else 'above'} 0"
-                )
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs!r} must be below the epochs")
+    epochs: int = _field(12, "passes over the training images", AT_LEAST_1)
+    batch_size: int = _field(8, "images per step", AT_LEAST_1)
+    lr: float = _field(1e-3, "peak learning rate of AdamW", ABOVE_0)
+    weight_decay: float = _field(0.05, "weight decay of conv and linear weights", AT_LEAST_0)
+    warmup_epochs: float = _field(1.0, "epochs of linear warm-up before the cosine", AT_LEAST_0)
+    image_px: int = _field(128, "longer side of the resized images, pixels", PIXELS)
+    out_channels: int = _field(64, "channels of the pyramid and the head", AT_LEAST_1)
 
 
 def add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
