@@ -19,7 +19,7 @@ NAMES = backbones.list_models()
 # A network of each kind of block; costly properties are tested on these.
 KINDS = [
     *("cspdarknet19", "darknet19", "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small"),
-    *("resnet18", "resnext50_32x4d", "vovnet39"),
+    *("resnet18", "vovnet39"),
 ]
 _CLASSES = {backbones._MODELS[kind][0] for kind in KINDS}
 KINDS += [name for name in NAMES if backbones._MODELS[name][0] not in _CLASSES]  # a new family
@@ -79,11 +79,8 @@ def test_parameters_are_those_counted_elsewhere(fact):
     assert f"{count_macs(net, 224, 224) / 1e9:.2f}" == fact["gmacs_224"]
 
 
-def test_every_name_has_its_facts():
-    assert sorted(fact["name"] for fact in FACTS if fact["options"] == "{}") == NAMES
-
-
 def test_maps_have_the_promised_shapes(name):
+    assert any(fact["name"] == name for fact in FACTS)
     with torch.device("meta"):
         net = backbones.create(name)
         assert all(module.training for module in net.modules())

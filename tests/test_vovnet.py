@@ -33,7 +33,7 @@ def test_osa_block_concatenates_once(residual, ese):
 
 
 @torch.no_grad()
-def test_ese_gates_between_nothing_and_all():
+def test_ese_gates_from_zero_to_one():
     layer = EffectiveSqueezeExcite(4)
     torch.nn.init.zeros_(layer.fc.weight)
     layer.fc.bias.copy_(torch.tensor([-9.0, 0.0, 1.5, 9.0]))
