@@ -52,10 +52,9 @@ def optimize(
 
 
 class Optimized(nn.Module):
-    """What `optimize` returns. Other attributes, such as `channels`, are those of `net`.
+    """What `optimize` returns; stays in eval mode, computes no gradients and ignores autocast.
 
-    Stays in eval mode, computes no gradients and ignores autocast; can be exported, pickled,
-    compiled in a larger graph and moved to a GPU.
+    It has `net`'s attributes, and can be exported, pickled, compiled in a larger graph and moved.
     """
 
     def __init__(self, net: Backbone | Classifier, compile: bool) -> None:
@@ -138,9 +137,9 @@ class NamedOutputs(nn.Module):
     def __init__(self, net: Backbone | Classifier) -> None:
         super().__init__()
         self.net = net
-        is_backbone = isinstance(net, Backbone)
-        self.names = [f"stride_{stride}" for stride in net.strides] if is_backbone else ["logits"]
-        self.in_channels = (net if is_backbone else net.backbone).in_channels
+        strides = net.strides if isinstance(net, Backbone) else ()
+        self.names = [f"stride_{stride}" for stride in strides] or ["logits"]
+        self.in_channels = getattr(net, "backbone", net).in_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Feature maps or logits of `images` `[N, in_channels, H, W]` by name."""
