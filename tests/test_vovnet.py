@@ -93,11 +93,3 @@ def test_stems():
     assert authors.channels == (64, 256, 512, 768, 1024)
     count = sum(p.numel() for p in paper.parameters())
     assert count == sum(p.numel() for p in authors.parameters())
-    for net in (paper, authors):
-        assert [tuple(m.shape[2:]) for m in net(torch.randn(1, 3, 70, 37))] == [
-            (35, 19),
-            (18, 10),
-            (9, 5),
-            (5, 3),
-            (3, 2),
-        ]
