@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -17,7 +18,6 @@ from utils.records import write_atomic
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 RAW, EMA, TRAIN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-FAMILIES = {"#0072B2": "o", "#E69F00": "s", "#56B4E9": "^", "#CC79A7": "D", "#000000": "v"}
 COLOURS = (RAW, EMA, TRAIN, "#000000", "#CC79A7", "#56B4E9", "#E69F00", GREY, RAW, EMA)
 DASHES = ((5, 1), (3, 1, 1, 1), (1, 1), (4, 2, 1, 2), (2, 2), (6, 1, 1, 1))
 STYLES = ("-", "--", "-.", ":", *((0, dashes) for dashes in DASHES))
@@ -76,12 +76,7 @@ def plot_bands(
             axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, lw=0)
         axes.set(xlabel=x_label, ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    look = {"frameon": False, "title": "mean, min to max over seeds"}
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    if len(labels) > 5:  # inside the panel it would hide the lines
-        figure.legend(handles, labels, loc="outside right upper", **look)
-    else:
-        all_axes[0].legend(**look)
+    _legend(figure, "mean, min to max over seeds")
     return figure
 
 
@@ -95,13 +90,13 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     height = 0.9 + 0.36 * len(names)
     figure, all_axes = _panels(len(found), height, grid="x", sharex=True, sharey=True)
     for axes, (title, table) in zip(all_axes, found.items(), strict=True):
-        axes.axvline(0, color="black", lw=0.8)
-        for y, row in enumerate(table.loc[names].itertuples()):
-            colour, fill = EFFECTS.get(row.verdict, GREY), EFFECTS.get(row.verdict, "white")
-            axes.plot([row.low, row.high], [y, y], color=colour, lw=2)
-            axes.plot(row.difference, y, "o", color=colour, mfc=fill)
-        axes.set(xlabel=x_label, title=title)
-        _name_rows(axes, names)
+        rows, y = table.loc[names], range(len(names))
+        colours = rows.verdict.map(EFFECTS).fillna(GREY)
+        axes.hlines(y, rows.low, rows.high, colors=colours, lw=2)
+        fills = rows.verdict.map(EFFECTS).fillna("white")
+        axes.scatter(rows.difference, y, edgecolors=colours, color=fills, zorder=3)
+        axes.set(title=title)
+        _label_rows(axes, names, x_label, reference=0)
     return figure
 
 
@@ -112,23 +107,27 @@ def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
         rows: of `utils.benchmark.ratios`.
         by: the column whose values are the figure's rows.
     """
-    names, series = list(dict.fromkeys(rows[by])), list(dict.fromkeys(rows.implementation))
-    height = 1 + 0.2 * len(names) * len(series)
+    names, groups = list(rows[by].unique()), rows.groupby("implementation", sort=False)
+    height = 1 + 0.2 * len(names) * len(groups)
     figure, (axes,) = _panels(1, height, width=8, grid="x")
-    axes.axvline(1, color="black", lw=0.8)
-    for k, label in enumerate(series):
-        points = rows[rows.implementation == label]
-        y = points[by].map(names.index) + 0.8 * ((k + 0.5) / len(series) - 0.5)
+    for k, (label, points) in enumerate(groups):
+        y = points[by].map(names.index) + 0.8 * ((k + 0.5) / len(groups) - 0.5)
         x = points.ratio_median
         reach = [x - points.ratio_min, points.ratio_max - x]
         axes.errorbar(x, y, xerr=reach, fmt="osD^vP"[k % 6], ms=5, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(x_label)
-    axes.grid(alpha=0.3, axis="x", which="both")
     axes.legend()
-    _name_rows(axes, names)
+    _label_rows(axes, names, x_label, reference=1)
     return figure
+
+
+def _label_rows(axes: Axes, names: Sequence[str], x_label: str, reference: float) -> None:
+    """Names the rows of an interval plot, from the top, and draws the line without effect."""
+    axes.axvline(reference, color="black", lw=0.8)
+    axes.set_xlabel(x_label)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def plot_trade_offs(
@@ -160,13 +159,7 @@ def plot_trade_offs(
         else:
             axes.xaxis.set_major_formatter("{x:g}")
     all_axes[0].set_ylabel(y_label)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    look = {"loc": "outside right upper"}
-    if max(map(len, labels)) > 20:  # at the side it would take the width of a panel
-        look = {"loc": "outside lower center", "ncols": 3}
-        figure.set_figheight(4.6)
-    title = "± standard deviation" if "std" in table else None
-    figure.legend(handles, labels, frameon=False, title=title, **look)
+    _legend(figure, "± standard deviation" if "std" in table else None)
     return figure
 
 
@@ -174,24 +167,21 @@ def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figu
     """Parameters over multiply-accumulates, a point per model, a colour and marker per family.
 
     Args:
-        table: columns `family` (at most five), `parameters` and `gmacs_224`; names are the index.
+        table: columns `family` (at most ten), `parameters` and `gmacs_224`; names are the index.
         labels: "left", "right" or "above" to the names that are written there.
     """
-    figure, (axes,) = _panels(1, height=5.6)
-    axes.set(xscale="log", yscale="log")
-    axes.set(xlabel="multiply-accumulates at 224 px (GMACs)", ylabel="parameters (millions)")
+    points = table.assign(mean=table.parameters / 1e6)
+    panels = {"gmacs_224": "multiply-accumulates at 224 px (GMACs)"}
+    figure = plot_trade_offs(points, panels, "parameters (millions)", by="family", scale="log")
+    figure.set_figheight(5.6)
+    (axes,) = figure.axes
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.margins(0.08)
-    points = table.assign(millions=table.parameters / 1e6)
-    families = zip(points.groupby("family"), FAMILIES.items(), strict=False)
-    for (family, rows), (colour, marker) in families:
-        axes.plot(rows.gmacs_224, rows.millions, marker, color=colour, label=family)
     for side, names in labels.items():
         shift, align = LABEL_SIDES[side]
-        for name, x, y in points.loc[list(names), ["gmacs_224", "millions"]].itertuples():
+        for name, x, y in points.loc[list(names), ["gmacs_224", "mean"]].itertuples():
             axes.annotate(name, (x, y), shift, textcoords="offset points", size=9, **align)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False)
     return figure
 
 
@@ -213,9 +203,14 @@ def _styled(groups: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     return zip(groups, LINES, strict=False)
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+def _legend(figure: Figure, title: str | None) -> None:
+    """A legend of the first panel, outside of it, where it hides no data."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    look = {"loc": "outside right upper"}
+    if max(map(len, labels)) > 20:  # at the side it would take the width of a panel
+        look = {"loc": "outside lower center", "ncols": 3}
+        figure.set_figheight(figure.get_figheight() + 1)
+    figure.legend(handles, labels, frameon=False, title=title, **look)
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -256,32 +251,26 @@ def plot_boxes(
     """
     figure = plot_images(images, [""] * len(images), columns)
     for k, (axes, objects) in enumerate(zip(figure.axes, truth, strict=False)):
-        for box in objects["boxes"].tolist():
-            _draw_box(axes, box, color="white", ls="--")
-        named = objects if found is None else found[k]
-        texts = [names[label - 1] for label in named["labels"].tolist()]
-        if found is not None:
-            texts = [f"{t} {s:.2f}" for t, s in zip(texts, named["scores"].tolist(), strict=True)]
-        for box, text in zip(named["boxes"].tolist(), texts, strict=True):
-            if found is not None:
-                _draw_box(axes, box, color=EMA)
-            _write_in_box(axes, box, text, color="black" if found is None else EMA)
+        for box, label in zip(objects["boxes"].tolist(), objects["labels"], strict=True):
+            _draw_box(axes, box, "" if found else names[label - 1], color="white", ls="--")
+        if found:
+            columns = (found[k][key].tolist() for key in ("boxes", "labels", "scores"))
+            for box, label, score in zip(*columns, strict=True):
+                _draw_box(axes, box, f"{names[label - 1]} {score:.2f}", color=EMA)
     return figure
 
 
-def _draw_box(axes: Axes, box: list[float], **look: Any) -> None:
-    x1, y1, x2, y2 = box
-    corner = (x1 - 0.5, y1 - 0.5)  # the centre of pixel (0, 0), not its corner, is the origin
-    axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, lw=1.2, **look))
-
-
-def _write_in_box(axes: Axes, box: list[float], text: str, color: str) -> None:
-    """Text inside the box's top, on the side of the image's middle, so that it is not cut off."""
-    x1, y1, x2, _ = box
-    x, shift, side = (x1, 1.5, "left") if x1 + x2 <= sum(axes.get_xlim()) else (x2, -1.5, "right")
-    look = {"size": 6, "color": "white", "ha": side, "va": "top"}
-    look["bbox"] = {"color": color, "pad": 0.6, "lw": 0}
-    axes.annotate(text, (x - 0.5, y1 - 0.5), (shift, -1.5), textcoords="offset points", **look)
+def _draw_box(axes: Axes, box: list[float], text: str, **look: Any) -> None:
+    """A box with text inside its top, on the side of the image's middle: it is not cut off."""
+    x1, y1, x2, y2 = np.subtract(box, 0.5)  # the origin is the centre of pixel (0, 0)
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=1.2, **look))
+    x, shift, side = (x1, 1.5, "left")
+    if x1 + x2 > sum(axes.get_xlim()):
+        x, shift, side = (x2, -1.5, "right")
+    background = {"color": EMA if look["color"] == EMA else "black", "pad": 0.6, "lw": 0}
+    style = {"size": 6, "color": "white", "ha": side, "va": "top", "bbox": background}
+    if text:
+        axes.annotate(text, (x, y1), (shift, -1.5), textcoords="offset points", **style)
 
 
 def plot_maps(

@@ -33,9 +33,9 @@ from utils.data.folders import (
 )
 from utils.distributed import pick_device
 from utils.recipe import DetectorRecipe, Recipe
-from utils.records import command_line, describe_machine, lock, provenance, write_table
-from utils.studies.runner import Row, read_record, validate_recorded
-from utils.training.loop import PROGRESS_STEPS, DivergedError, fit, lr_factor, param_groups
+from utils.records import command_line, describe_machine, lock, provenance
+from utils.studies.runner import Row, Variant, read_record, record_runs, train_classifier
+from utils.training.loop import PROGRESS_STEPS, DivergedError, lr_factor, param_groups
 
 SCRATCH, PRETRAINED = "from scratch", "pretrained"
 
@@ -81,8 +81,10 @@ def train_detector(
                 losses.append(loss.detach())
                 step += 1
                 bar.update(len(batch.images))
-                if step % PROGRESS_STEPS == 0 or len(losses) == len(batches):
-                    _validate_losses(losses, step)
+                is_due = step % PROGRESS_STEPS == 0 or len(losses) == len(batches)
+                if is_due and not torch.stack(losses).isfinite().all():  # waits for the device
+                    reason = f"the loss is not finite before step {step}; try a lower lr"
+                    raise DivergedError(reason, step)
             rows.append({"epoch": epoch + 1, "train_loss": torch.stack(losses).mean().item()})
             bar.set_postfix_str(f"loss {rows[-1]['train_loss']:.3f}", refresh=False)
     return rows
@@ -92,11 +94,6 @@ def _to_device(batch: BoxedBatch, device: torch.device) -> tuple[list[Tensor], l
     """Images as the detectors take them, 0 to 1, and targets."""
     images = [image.to(device).float() / 255 for image in batch.images]
     return images, [{key: value.to(device) for key, value in t.items()} for t in batch.targets]
-
-
-def _validate_losses(losses: list[Tensor], step: int) -> None:
-    if not torch.stack(losses).isfinite().all():  # waits for the device
-        raise DivergedError(f"the loss is not finite before step {step}; try a lower lr", step)
 
 
 @torch.inference_mode()
@@ -175,32 +172,33 @@ def run_detection_study(
     """
     runs_dir, data = Path(runs_dir), open_boxes(study.data_dir)
     settings = {
-        "network": " ".join([study.backbone, *(f"{k}={v}" for k, v in study.options.items())]),
+        "network": Variant("", study.backbone, study.options).network,
         "epochs": study.recipe.epochs,
         "train_images": len(data.train),
         "val_images": len(data.val),
         "autocast": "float32",
         "classifier": str(study.checkpoint or "trained for each seed"),
     }
-    jobs = [(variant, seed) for seed in range(seeds) for variant in (SCRATCH, PRETRAINED)]
+    keys = itertools.product((SCRATCH, PRETRAINED), range(seeds))
+    expected = {key: settings for key in sorted(keys, key=lambda key: key[1])}
     runs_dir.mkdir(parents=True, exist_ok=True)
     with lock(runs_dir, wait=False):
-        rows = {job: [] for job in jobs} | read_record(output, "detection")
-        for row in itertools.chain(*rows.values()):
-            validate_recorded(output, row, settings)
-        missing = [job for job in jobs if not rows[job]]
-        for job in progress_bar(missing, unit=" runs", smoothing=0, disable=not missing):
-            rows[job] = [_run(study, *job, runs_dir) | settings]
-            write_table(output, list(itertools.chain(*rows.values())))
-    return pd.DataFrame(itertools.chain(*rows.values()))
+        rows = read_record(output, "detection", expected)
+        missing = [key for key in expected if not rows[key]]
+        results = ((key, [_run(study, *key, runs_dir) | settings], []) for key in missing)
+        return record_runs(output, rows, results, len(missing))
 
 
 def _run(study: DetectionStudy, variant: str, seed: int, runs_dir: Path) -> Row:
     """Trains one detector, after its classifier if it needs one, and returns its row."""
-    data = open_boxes(study.data_dir, seed)
-    weights = None
+    data, weights = open_boxes(study.data_dir, seed), None
     if variant == PRETRAINED:
-        weights = study.checkpoint or _train_classifier(study, seed, runs_dir)
+        weights = study.checkpoint or runs_dir / f"classifier-seed{seed}" / "last.pt"
+        if not study.checkpoint:
+            recipe, config = study.classifier_recipe, {"backbone": study.backbone}
+            pictures = open_folders(study.sample_dir, recipe, seed)
+            config["options"] = study.options
+            train_classifier(pictures, recipe, weights.parent, config, seed)
     torch.manual_seed(seed)
     net = backbones.create(study.backbone, out_indices=(2, 3, 4), weights=weights, **study.options)
     size_px = {"min_size": study.recipe.image_px, "max_size": study.recipe.image_px}
@@ -219,21 +217,3 @@ def _run(study: DetectionStudy, variant: str, seed: int, runs_dir: Path) -> Row:
         "time_s": round(time.perf_counter() - start_s),
         **provenance({**describe_machine(), "command": command_line()}),
     }
-
-
-def _train_classifier(study: DetectionStudy, seed: int, runs_dir: Path) -> Path:
-    """The checkpoint of a seed's classifier, trained as in notebook 03."""
-    folder, recipe = runs_dir / f"classifier-seed{seed}", study.classifier_recipe
-    data = open_folders(study.sample_dir, recipe, seed)
-    torch.manual_seed(seed)
-    fit(
-        backbones.create_classifier(study.backbone, len(data.classes), **study.options),
-        data,
-        recipe,
-        folder,
-        config={"backbone": study.backbone, "options": study.options},
-        seed=seed,
-        quiet=True,
-        catch_signals=False,  # it resumes from its last complete epoch
-    )
-    return folder / "last.pt"

@@ -8,13 +8,14 @@ training images, the same slice for every run. The validation images are read on
 epoch; a study that tunes does not read them at all.
 """
 
+import itertools
 import json
 import multiprocessing
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +25,11 @@ import torch
 
 from backbones import create_classifier
 from utils.cli import progress_bar
-from utils.data.folders import EvalBatches, hold_out, make_loader, open_folders
+from utils.data.folders import EvalBatches, ImageFiles, Splits, hold_out, make_loader, open_folders
 from utils.distributed import pick_device
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
 from utils.records import command_line, provenance, write_table
-from utils.training.checkpoint import validate_same_run
 from utils.training.evaluation import autocast_dtype, dtype_name
 from utils.training.loop import Trainer, fit
 
@@ -38,6 +38,8 @@ INTEGERS = ("epochs", "train_crop_px", "test_crop_px", "val_images", "parameters
 TEXT = {"commit": str, "value": str}  # columns that pandas could take for numbers
 Row = dict[str, Any]
 RunKey = tuple[str, int]  # value of the factor, seed
+Job = tuple["Study", "Variant", int, str | Path, str | Path]  # arguments of `_run`
+Result = tuple[RunKey, list[Row], list[Row]]  # a run, its rows and its learning curve
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,6 @@ class Study:
             raise ValueError(
                 f"study {self.name}: baseline={self.baseline!r} is not one of {values}"
             )
-        if len(set(map(_slug, values))) < len(values):
-            raise ValueError(f"study {self.name}: two values share a folder of runs: {values}")
 
     def runs(self) -> list[tuple[Variant, int]]:
         """Every variant with every seed, seeds outermost: an unfinished study is balanced."""
@@ -99,6 +99,15 @@ class Study:
     def recipe_of(self, variant: Variant) -> Recipe:
         """The recipe of a variant's runs."""
         return replace(self.recipe, **variant.recipe)
+
+    def sizes_px(self, variant: Variant) -> list[int]:
+        """Sides of a variant's test crops, the recipe's first: a row of results each."""
+        return [self.recipe_of(variant).eval_crop_px, *variant.test_sizes_px]
+
+    def facts(self, variant: Variant, seed: int) -> Row:
+        """The columns that identify a run among those of all studies."""
+        names = {"study": self.name, "factor": self.factor, "value": variant.value}
+        return {**names, "seed": seed, "network": variant.network}
 
 
 def run_study(
@@ -125,28 +134,35 @@ def run_study(
         devices: such as ("cuda:0", "cuda:1"), assigned to the processes in turn.
 
     Raises:
-        ValueError: wrong arguments; the folder of a run holds another run; `output` is not a record
-            of this study, or its runs have other settings or another autocast type.
+        ValueError: wrong arguments; `output` is not a record of this study, or its runs have other
+            settings or another autocast type.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     targets = [pick_device(name) for name in devices or (None,)]
-    jobs = list(_jobs(study, data_dir, Path(runs_dir)))
-    rows, path = read_record(output, study.name), curves_path(output)
-    curves = _by_run(pd.read_csv(path, dtype=TEXT)) if path.exists() else {}
-    order = dict.fromkeys([*(job.key for job in jobs), *rows])
-    missing = _missing(study, jobs, rows, output, targets[0])
-    each = _in_processes(missing, processes, targets)
-    if processes == 1:
-        each = ((job, *_run(job, targets[0])) for job in missing)
-    options = {"unit": " runs", "desc": study.name, "smoothing": 0, "disable": not missing}
-    with closing(each):
-        for job, found, curve in progress_bar(each, total=len(missing), **options):
-            rows[job.key], curves[job.key] = found, curve
-            write_table(output, [row for key in order for row in rows.get(key, [])])
-            if any(curves.values()):
-                write_table(path, [row for key in order for row in curves.get(key, [])])
-    return pd.DataFrame([row for key in order for row in rows.get(key, [])])
+    data = open_folders(data_dir, study.recipe)
+    held_out = hold_out(data, study.recipe, HOLD_OUT_EVERY)
+    val_images = len((held_out if study.tuning else data).val)
+    settings = {}
+    for variant, seed in study.runs():
+        recipe, shared = study.recipe_of(variant), {"val_images": val_images}
+        shared |= {"epochs": recipe.epochs, "train_crop_px": recipe.train_crop_px}
+        settings[variant.value, seed] = {"network": variant.network, **shared}
+    rows = read_record(output, study.name, settings)
+    tested = {key: [row["test_crop_px"] for row in found] for key, found in rows.items()}
+    missing = [
+        (study, variant, seed, data_dir, runs_dir)
+        for variant, seed in study.runs()
+        if tested[variant.value, seed] != study.sizes_px(variant)
+    ]
+    if missing:  # one study has one type
+        dtype = dtype_name(autocast_dtype(targets[0], study.recipe.precision))
+        for found in rows.values():
+            _validate(output, found, {"autocast": dtype})
+    results = (_run(*job, targets[0]) for job in missing)
+    if processes > 1:
+        results = _in_processes(missing, processes, targets)
+    return record_runs(output, rows, results, len(missing))
 
 
 def finished(table: pd.DataFrame) -> pd.DataFrame:
@@ -161,31 +177,31 @@ def curves_path(output: str | Path) -> Path:
     return output.with_name(f"{output.stem}_curves{output.suffix}")
 
 
-def read_record(output: str | Path, study: str) -> dict[RunKey, list[Row]]:
-    """The rows of every finished run in a study's CSV; none if there is no such file.
+def read_record(
+    output: str | Path, study: str, settings: Mapping[RunKey, Row]
+) -> dict[RunKey, list[Row]]:
+    """The rows of every finished run in a study's CSV.
+
+    Args:
+        settings: of the runs to train, in the order of the record. Those that are not in the CSV
+            get no rows.
 
     Raises:
-        ValueError: the file is not a record of this study.
+        ValueError: the file is not a record of this study, or a run has other settings.
     """
+    runs = {key: [] for key in settings}
     try:
         table = pd.read_csv(output, dtype=TEXT)
     except FileNotFoundError:
-        return {}
+        return runs
     except ValueError:  # pandas' parser errors, and bytes that are not text
         table = pd.DataFrame()
     if not {"study", "status", "value", "seed"} <= set(table) or set(table.study) != {study}:
         raise ValueError(f"{output}: not a record of the study {study}; choose another output")
-    return _by_run(finished(table))
-
-
-def validate_recorded(output: str | Path, row: Row, expected: Row) -> None:
-    """Raises ValueError if a recorded run has other settings, as far as it names them."""
-    for name, value in expected.items():
-        if row.get(name, value) != value:
-            raise ValueError(
-                f"{output}: {row['value']!r} with seed {row['seed']} was recorded with "
-                f"{name}={row[name]!r}, not {value!r}; choose another output"
-            )
+    runs |= _by_run(finished(table))
+    for key, expected in settings.items():
+        _validate(output, runs[key], expected)
+    return runs
 
 
 def _by_run(table: pd.DataFrame) -> dict[RunKey, list[Row]]:
@@ -193,80 +209,49 @@ def _by_run(table: pd.DataFrame) -> dict[RunKey, list[Row]]:
     return {key: rows.to_dict("records") for key, rows in runs}
 
 
-def _slug(value: str) -> str:
-    """A value as part of a folder's name."""
-    return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
+def _validate(output: str | Path, rows: list[Row], expected: Row) -> None:
+    """Raises ValueError if recorded rows have other settings, as far as they name them."""
+    for row, (name, value) in itertools.product(rows, expected.items()):
+        if row.get(name, value) != value:
+            raise ValueError(
+                f"{output}: {row['value']!r} with seed {row['seed']} was recorded with "
+                f"{name}={row[name]!r}, not {value!r}; choose another output"
+            )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One run of a study, with everything that a process needs to train it."""
-
-    key: RunKey
-    seed: int
-    recipe: Recipe
-    sizes_px: list[int]  # sides of the test crop, the recipe's first: a row each
-    tuning: bool
-    data_dir: str | Path
-    run_dir: Path
-    facts: Row  # the columns that identify it among the runs of all studies
-    config: Row  # what identifies it in its folder, beside the recipe and the seed
-
-
-def _jobs(study: Study, data_dir: str | Path, runs_dir: Path) -> Iterator[_Job]:
-    for variant, seed in study.runs():
-        recipe, value = study.recipe_of(variant), variant.value
-        options = {**variant.options, **recipe.backbone_options}
-        names = {"study": study.name, "factor": study.factor, "value": value}
-        yield _Job(
-            (value, seed),
-            seed,
-            recipe,
-            [recipe.eval_crop_px, *variant.test_sizes_px],
-            study.tuning,
-            data_dir,
-            runs_dir / study.name / f"{_slug(value)}-seed{seed}",
-            {**names, "seed": seed, "network": variant.network},
-            {"study": study.name, "value": value, "backbone": variant.backbone, "options": options},
-        )
-
-
-def _missing(
-    study: Study,
-    jobs: list[_Job],
-    rows: dict[RunKey, list[Row]],
+def record_runs(
     output: str | Path,
-    device: torch.device,
-) -> list[_Job]:
-    """The jobs without a recorded row for each of their test sizes.
+    rows: dict[RunKey, list[Row]],
+    results: Generator[Result, None, None],
+    count: int,
+) -> pd.DataFrame:
+    """Adds each result to its record, the CSV and its learning curves, as soon as it is there.
 
-    Raises:
-        ValueError: the folder of a run holds another run, or recorded rows have other settings.
+    Args:
+        rows: of every run, in the order of the record, see `read_record`.
+        results: is closed at the end, also by an error.
+        count: of the results, for the progress bar.
+
+    Returns:
+        The complete table.
     """
-    data = open_folders(jobs[0].data_dir, study.recipe)
-    held_out = hold_out(data, study.recipe, HOLD_OUT_EVERY)
-    val_images = len((held_out if study.tuning else data).val)
-    tested = {key: [row["test_crop_px"] for row in found] for key, found in rows.items()}
-    missing = [job for job in jobs if tested.get(job.key) != job.sizes_px]
-    for job in jobs:
-        config = {**job.config, "recipe": asdict(job.recipe), "seed": job.seed}
-        config |= {"classes": data.classes, "train_images": len(held_out.train)}
-        path = job.run_dir / "config.json"
-        there = json.loads(path.read_text()) if path.exists() else config
-        validate_same_run(job.run_dir, {key: there.get(key) for key in config}, config)
-        settings = {"network": job.facts["network"], "val_images": val_images}
-        settings |= {name: getattr(job.recipe, name) for name in ("epochs", "train_crop_px")}
-        if missing:  # one study has one type
-            settings["autocast"] = dtype_name(autocast_dtype(device, job.recipe.precision))
-        for row in rows.get(job.key, []):
-            validate_recorded(output, row, settings)
-    return missing
+    path, curves = curves_path(output), {key: [] for key in rows}
+    if path.exists():
+        curves |= _by_run(pd.read_csv(path, dtype=TEXT))
+    options = {"unit": " runs", "smoothing": 0, "disable": not count}
+    with closing(results):
+        for key, found, curve in progress_bar(results, total=count, **options):
+            rows[key], curves[key] = found, curve
+            write_table(output, [*itertools.chain(*rows.values())])
+            if curve:
+                write_table(path, [*itertools.chain(*curves.values())])
+    return pd.DataFrame(itertools.chain(*rows.values()))
 
 
 def _in_processes(
-    jobs: list[_Job], processes: int, devices: Sequence[torch.device]
-) -> Iterator[tuple[_Job, list[Row], list[Row]]]:
-    """Runs each job in a process of its own; yields it with its rows and curve when it ends.
+    jobs: list[Job], processes: int, devices: Sequence[torch.device]
+) -> Generator[Result, None, None]:
+    """Runs each job in a process of its own; yields its result when it ends.
 
     A job whose process is killed, such as by the system when memory runs out, has failed. When the
     generator is closed it ends the processes; their runs resume from the last complete epoch.
@@ -277,97 +262,118 @@ def _in_processes(
     # Nothing of ours: the server does not know this sys.path, and could find another `utils`.
     context.set_forkserver_preload(["torch", "torchvision", "pandas"])
     threads = max(1, torch.get_num_threads() // processes)
-    waiting, running = iter(jobs), {}
-
-    def start_next(device: torch.device) -> None:
-        if job := next(waiting, None):
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (job, device, threads, sender)
-            process = context.Process(target=_run_and_send, args=arguments, daemon=True)
-            process.start()
-            sender.close()  # now the pipe ends when the process does
-            running[receiver] = job, device, process
-
+    waiting, running = list(jobs), {}
+    free = [devices[k % len(devices)] for k in range(processes)]
     try:
-        for k in range(processes):
-            start_next(devices[k % len(devices)])
-        while running:
+        while waiting or running:
+            while waiting and free:
+                job, device = waiting.pop(0), free.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                arguments = (job, device, threads, sender)
+                process = context.Process(target=_run_and_send, args=arguments, daemon=True)
+                process.start()
+                sender.close()  # now the pipe ends when the process does
+                running[receiver] = job, device, process
             receiver = wait(list(running))[0]
             job, device, process = running.pop(receiver)
+            free.append(device)
             try:
-                rows, curve = receiver.recv()
+                result = receiver.recv()
             except EOFError:
                 process.join()
                 reason = f"its process was killed (exit code {process.exitcode})"
-                rows, curve = _failed(job, f"{reason}, perhaps because memory ran out"), []
-            start_next(device)
-            yield job, rows, curve
+                result = _failed(*job[:3], f"{reason}, perhaps because memory ran out")
+            yield result
     finally:
         for _, _, process in running.values():
             process.terminate()
             process.join()
 
 
-def _run_and_send(job: _Job, device: torch.device, threads: int, sender: Connection) -> None:
+def _run_and_send(job: Job, device: torch.device, threads: int, sender: Connection) -> None:
     """The work of one process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the study ends its processes
     torch.set_num_threads(threads)
-    sender.send(_run(job, device))
+    sender.send(_run(*job, device))
 
 
-def _run(job: _Job, device: torch.device) -> tuple[list[Row], list[Row]]:
-    """Trains or resumes one run; returns its rows and its curve. A failure is a row as well."""
+def _run(
+    study: Study,
+    variant: Variant,
+    seed: int,
+    data_dir: str | Path,
+    runs_dir: str | Path,
+    device: torch.device,
+) -> Result:
+    """Trains or resumes one run and evaluates it. A failure is a row as well."""
+    recipe, facts = study.recipe_of(variant), study.facts(variant, seed)
+    slug = re.sub(r"[^a-z0-9]+", "-", variant.value.lower()).strip("-")
+    run_dir = Path(runs_dir) / study.name / f"{slug}-seed{seed}"
+    config = {
+        "study": study.name,
+        "value": variant.value,
+        "backbone": variant.backbone,
+        "options": {**variant.options, **recipe.backbone_options},
+        "command": command_line(),
+        "data_dir": str(data_dir),
+    }
     try:
-        trainer = _train(job, device)
-        rows = [_evaluate(job, trainer, crop_px) for crop_px in job.sizes_px]
+        data = hold_out(open_folders(data_dir, recipe, seed), recipe, HOLD_OUT_EVERY)
+        trainer = train_classifier(data, recipe, run_dir, config, seed, device)
+        rows = []
+        for crop_px in study.sizes_px(variant):
+            tested = recipe.tested_at(crop_px)
+            data = open_folders(data_dir, tested)
+            images = (hold_out(data, tested, HOLD_OUT_EVERY) if study.tuning else data).val
+            rows.append({**facts, "status": "done", **_evaluate(trainer, run_dir, images, tested)})
     except Exception as error:  # the other runs of the study continue
         expected = isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError))
-        return _failed(job, str(error) if expected and str(error) else repr(error)), []
+        reason = str(error) if expected and str(error) else repr(error)
+        return _failed(study, variant, seed, reason)
     curve = pd.DataFrame(trainer.metrics).round(4).drop(columns=["step", "first_lr"])
     curve.columns = curve.columns.str.replace("val_", "held_out_")
-    return rows, [{**job.facts, **row} for row in curve.to_dict("records")]
+    return (variant.value, seed), rows, [{**facts, **row} for row in curve.to_dict("records")]
 
 
-def _failed(job: _Job, reason: str) -> list[Row]:
-    return [{**job.facts, "status": f"failed: {reason.strip().splitlines()[0]}"}]
+def _failed(study: Study, variant: Variant, seed: int, reason: str) -> Result:
+    status = f"failed: {reason.strip().splitlines()[0]}"
+    return (variant.value, seed), [{**study.facts(variant, seed), "status": status}], []
 
 
-def _train(job: _Job, device: torch.device) -> Trainer:
-    """Trains a run to its end, on all training images but the held-out slice."""
-    data = hold_out(open_folders(job.data_dir, job.recipe, job.seed), job.recipe, HOLD_OUT_EVERY)
-    torch.manual_seed(job.seed)
-    return fit(
-        create_classifier(job.config["backbone"], len(data.classes), **job.config["options"]),
-        data,
-        job.recipe,
-        job.run_dir,
-        config={**job.config, "command": command_line(), "data_dir": str(job.data_dir)},
-        seed=job.seed,
-        device=device,
-        quiet=True,
-        catch_signals=False,  # the study ends its processes, and runs resume from complete epochs
-    )
+def train_classifier(
+    data: Splits,
+    recipe: Recipe,
+    run_dir: Path,
+    config: Row,
+    seed: int,
+    device: torch.device | None = None,
+) -> Trainer:
+    """Trains a classifier of a study, or resumes it from its last complete epoch.
+
+    Args:
+        config: of the run folder; its `backbone` and `options` make the network.
+    """
+    torch.manual_seed(seed)
+    model = create_classifier(config["backbone"], len(data.classes), **config["options"])
+    options = {"config": config, "seed": seed, "device": device, "quiet": True}
+    return fit(model, data, recipe, run_dir, **options, catch_signals=False)
 
 
-def _evaluate(job: _Job, trainer: Trainer, crop_px: int) -> Row:
-    """Accuracy of a trained run at one test size, its costs, and how it was made."""
-    data = open_folders(job.data_dir, job.recipe.tested_at(crop_px))
-    images = (hold_out(data, job.recipe, HOLD_OUT_EVERY) if job.tuning else data).val
+def _evaluate(trainer: Trainer, run_dir: Path, images: ImageFiles, recipe: Recipe) -> Row:
+    """Accuracy of a trained run at the recipe's test size, its costs, and how it was made."""
     loader = make_loader(images, EvalBatches(len(images), 64), 0, trainer.device.type == "cuda")
     result, speed = trainer.evaluate(loader), pd.DataFrame(trainer.speed)
-    config = json.loads((job.run_dir / "config.json").read_text())
+    config, size_px = json.loads((run_dir / "config.json").read_text()), recipe.eval_crop_px
     return {
-        **job.facts,
-        "status": "done",
-        "epochs": job.recipe.epochs,
-        "train_crop_px": job.recipe.train_crop_px,
-        "test_crop_px": crop_px,
+        "epochs": recipe.epochs,
+        "train_crop_px": recipe.train_crop_px,
+        "test_crop_px": size_px,
         "top1_raw_pct": round(result[""]["top1_pct"], 3),
         "top1_ema_pct": round(result["ema_"]["top1_pct"], 3),
         "final_loss": round(trainer.metrics[-1]["train_loss"], 4),
         "val_images": result[""]["images"],
         "parameters": count_parameters(trainer.model),
-        "gmacs": round(count_macs(trainer.model, crop_px, crop_px) / 1e9, 4),
+        "gmacs": round(count_macs(trainer.model, size_px, size_px) / 1e9, 4),
         "images_per_s": round(speed.train_images_per_s.median(), 1),
         "time_s": round(speed.train_time_s.sum() + speed.eval_time_s.sum()),
         "autocast": config["autocast"],

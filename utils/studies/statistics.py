@@ -11,9 +11,6 @@ from utils.studies.runner import Study, finished
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
-# ---- accuracy ------------------------------------------------------------------------------------
-
-
 def read_study(name: str, results: Path = RESULTS) -> pd.DataFrame:
     """The record of a study, one row per run and test size, without failed runs."""
     return finished(pd.read_csv(results / f"study_{name}.csv"))
@@ -34,17 +31,9 @@ def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
     Returns:
         Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs`.
     """
-    return (
-        at_own_size(table)
-        .groupby("value", sort=False)
-        .agg(
-            mean=(column, "mean"),
-            std=(column, "std"),
-            n=(column, "count"),
-            parameters=("parameters", "first"),
-            gmacs=("gmacs", "first"),
-        )
-    )
+    groups = at_own_size(table).groupby("value", sort=False)
+    accuracy = groups[column].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
+    return accuracy.join(groups[["parameters", "gmacs"]].first())
 
 
 def compare(table: pd.DataFrame, baseline: str | int, column: str) -> pd.DataFrame:
@@ -106,14 +95,16 @@ def gains(table: pd.DataFrame, by: str, baseline: str, other: str, column: str) 
 
 def trick_effects(results: Path = RESULTS) -> dict[str, pd.DataFrame]:
     """Gain by each trick: "added" to the bare recipe, and "in full", over the full one without."""
-    found = []
-    for name, prefix in (("recipe_add_one", "with "), ("recipe_leave_one_out", "without ")):
-        effects = differences(STUDIES[name], read_study(name, results))
-        found.append(effects.set_axis(effects.index.str.removeprefix(prefix)))
-    added, full = found
-    full[["difference", "low", "high"]] = -full[["difference", "high", "low"]].to_numpy()
-    full["verdict"] = full.verdict.replace({"higher": "lower", "lower": "higher"})
-    return {"added": added, "in full": full.loc[added.index]}
+    found = {}
+    for title, name, prefix, sign in (
+        ("added", "recipe_add_one", "with ", 1),
+        ("in full", "recipe_leave_one_out", "without ", -1),  # what is lost without it is gained
+    ):
+        table = read_study(name, results)
+        table[["top1_raw_pct", "top1_ema_pct"]] *= sign
+        effects = differences(STUDIES[name], table)
+        found[title] = effects.set_axis(effects.index.str.removeprefix(prefix))
+    return found | {"in full": found["in full"].loc[found["added"].index]}
 
 
 # ---- cost ----------------------------------------------------------------------------------------
@@ -125,19 +116,12 @@ def read_costs(crop_px: int, results: Path = RESULTS) -> pd.DataFrame:
     Raises:
         ValueError: there are none, or those of several machines.
     """
-    table = pd.read_csv(results / "benchmark.csv")
-    costs = table[(table.task == "costs") & (table.image_px == crop_px)]
-    machines = sorted(costs.hardware.unique())
-    if len(machines) != 1:
-        path = results / "benchmark.csv"
+    path = results / "benchmark.csv"
+    costs = pd.read_csv(path).query("task == 'costs' and image_px == @crop_px")
+    if costs.hardware.nunique() != 1:
+        machines = sorted(costs.hardware.unique())
         raise ValueError(f"{path}: costs at {crop_px} px must be of one machine, not {machines}")
     return costs
-
-
-def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
-    """Medians over rounds: a row per network, a column per quantity with its unit."""
-    costs = costs.assign(quantity=costs.quantity + " (" + costs.unit + ")")
-    return costs.pivot_table("value", "network", "quantity", "median", sort=False)
 
 
 def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
@@ -157,10 +141,15 @@ def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_costs(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """`summarize` of a study, with the medians of its networks' costs."""
+    """`summarize` of a study, with the medians of its networks' costs over rounds.
+
+    A column per quantity is named with its unit, such as "latency (ms)".
+    """
+    networks = {variant.value: variant.network for variant in study.variants}
     summary = summarize(table, study.top1_column)
-    networks = at_own_size(table).groupby("value").network.first().loc[summary.index]
-    return summary.join(cost_table(costs).loc[networks].set_axis(summary.index))
+    costs = costs.assign(quantity=costs.quantity + " (" + costs.unit + ")")
+    medians = costs.pivot_table("value", "network", "quantity", "median", sort=False)
+    return summary.join(medians.loc[summary.index.map(networks)].set_axis(summary.index))
 
 
 # ---- tables to read ------------------------------------------------------------------------------
@@ -171,25 +160,19 @@ def interval(row: pd.Series) -> str:
     return f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
 
 
-def mean_std(row: pd.Series) -> str:
-    """A mean with its standard deviation over seeds."""
-    return f"{row['mean']:.1f} ± {row['std']:.1f}"
+def mean_std(values: pd.Series) -> str:
+    """Mean and standard deviation over seeds, such as "56.0 ± 1.0"."""
+    return f"{values.mean():.1f} ± {values.std():.1f}"
 
 
 def sentences(found: pd.DataFrame, baseline: str | int) -> list[str]:
     """A line per difference: what was compared, the interval, the seeds, the verdict."""
-    names = found.index.map(lambda key: ", ".join(map(str, key)) if isinstance(key, tuple) else key)
-    return [
-        f"{name} against {baseline}: {interval(row)} points, n = {row.n}: {row.verdict}"
-        for name, (_, row) in zip(names, found.iterrows(), strict=True)
-    ]
-
-
-def _compared(found: pd.DataFrame, values: pd.Index) -> dict[str, pd.Series]:
-    """Columns of differences and verdicts; of `values`, the baseline is not in `found`."""
-    text = found.apply(interval, axis=1).reindex(values, fill_value="baseline")
-    verdict = found.verdict.reindex(values, fill_value="")
-    return {"difference [95 % interval]": text, "verdict": verdict}
+    lines = []
+    for key, row in found.iterrows():
+        name = ", ".join(map(str, key)) if isinstance(key, tuple) else key
+        text = f"{interval(row)} points, n = {row.n}: {row.verdict}"
+        lines.append(f"{name} against {baseline}: {text}")
+    return lines
 
 
 def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
@@ -199,13 +182,14 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
         costs: a record of `read_costs` at full width. Times are those of a round over the
             baseline's of the same round: the median, and in brackets the range.
     """
-    summary, ratios = summarize(table, study.top1_column), ratio_table(study, costs)
-    columns = {"top-1 (%)": summary.apply(mean_std, axis=1)}
-    columns |= {**_compared(differences(study, table), summary.index), "n": summary.n}
+    groups = at_own_size(table).groupby("value", sort=False)[study.top1_column]
+    means = groups.agg(mean_std).to_frame("top-1 (%)")
+    shown = _table(means, differences(study, table), groups.count(), study.factor)
+    ratios = ratio_table(study, costs)
     for quantity in ("inference", "training"):
         text = ratios[quantity].apply("{median:.2f} ({min:.2f} to {max:.2f})".format_map, axis=1)
-        columns[f"{quantity} time over the baseline's"] = text[summary.index]
-    return pd.DataFrame(columns).rename_axis(study.factor).reset_index()
+        shown[f"{quantity} time over the baseline's"] = shown[study.factor].map(text)
+    return shown
 
 
 def pairs_table(
@@ -213,18 +197,35 @@ def pairs_table(
 ) -> pd.DataFrame:
     """Two values of a study beside each other, and their difference, for each value of `by`."""
     found = differences_within(table, by, baseline, column).droplevel("value")
-    means = table.groupby(["value", by])[column].agg(["mean", "std"]).apply(mean_std, axis=1)
-    columns = {f"{name}, top-1 (%)": means[name] for name in (baseline, other)}
-    columns |= {**_compared(found, found.index), "n": found.n}
-    return pd.DataFrame(columns).rename_axis(by).reset_index()
+    means = table.pivot_table(column, by, "value", mean_std)[[baseline, other]]
+    return _table(means.add_suffix(", top-1 (%)"), found, found.n, by)
+
+
+def detection_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Precision of detectors on an untrained and a trained backbone, paired by seed."""
+    groups = table.groupby("value", sort=False)
+    means = groups[["map_pct", "map50_pct"]].agg(mean_std)
+    means.columns = ["mAP (%)", "mAP at IoU 0.5 (%)"]
+    found = compare(table, means.index[0], "map_pct")
+    return _table(means, found, groups.size(), "backbone", "difference in mAP")
+
+
+def _table(
+    means: pd.DataFrame, found: pd.DataFrame, n: pd.Series, name: str, title: str = "difference"
+) -> pd.DataFrame:
+    """Means with what `compare` has found, which has no row for the baseline."""
+    title = f"{title} [95 % interval]"
+    table = means.assign(**{title: found.apply(interval, axis=1), "verdict": found.verdict, "n": n})
+    table = table.fillna({title: "baseline", "verdict": ""})
+    return table.rename_axis(index=name, columns=None).reset_index()
 
 
 def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
     """Every trick with its gain over the bare recipe and in the full recipe."""
+    titles = {"added": "added to the bare recipe", "in full": "in the full recipe"}
     columns = {}
     for name, found in trick_effects(results).items():
-        title = {"added": "added to the bare recipe", "in full": "in the full recipe"}[name]
-        columns[f"{title} [95 % interval]"] = found.apply(interval, axis=1)
+        columns[f"{titles[name]} [95 % interval]"] = found.apply(interval, axis=1)
         columns |= {f"n, {name}": found.n, f"verdict, {name}": found.verdict}
     return pd.DataFrame(columns).rename_axis("trick").reset_index()
 
@@ -238,25 +239,11 @@ def length_table(results: Path = RESULTS) -> pd.DataFrame:
 def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     """Training at the smaller size compared with training at the larger one, per test size."""
     study = STUDIES["fixres"]
-    (smaller,) = (variant.value for variant in study.variants if variant.value != study.baseline)
+    larger, smaller = (variant.value for variant in study.variants)
     table = read_study("fixres", results).rename(columns={"test_crop_px": "test crop (px)"})
-    return pairs_table(table, "test crop (px)", study.baseline, smaller, study.top1_column)
+    return pairs_table(table, "test crop (px)", larger, smaller, study.top1_column)
 
 
 def read_detection(results: Path = RESULTS) -> pd.DataFrame:
     """The record of scripts/detect.py on the embedded sample's scenes."""
     return pd.read_csv(results / "detection_sample.csv")
-
-
-def detection_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Precision of detectors on an untrained and a trained backbone, paired by seed."""
-    groups = table.groupby("value", sort=False)
-    columns = {
-        title: groups[column].agg(["mean", "std"]).apply(mean_std, axis=1)
-        for title, column in (("mAP (%)", "map_pct"), ("mAP at IoU 0.5 (%)", "map50_pct"))
-    }
-    values = columns["mAP (%)"].index
-    difference, verdict = _compared(compare(table, values[0], "map_pct"), values).values()
-    columns |= {"difference in mAP [95 % interval]": difference, "verdict": verdict}
-    table = pd.DataFrame({**columns, "n": groups.seed.nunique()})
-    return table.rename_axis("backbone").reset_index()
