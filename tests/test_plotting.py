@@ -19,7 +19,7 @@ def test_costs_have_a_point_per_model_and_the_names_asked_for():
     points = {tuple(point) for line in axes.lines for point in line.get_xydata()}
     assert points == {(0.5, 2.0), (1.0, 4.0), (2.0, 8.0)}
     assert [text.get_text() for text in axes.texts] == ["a", "c"]
-    assert {line.get_label() for line in axes.lines} == {"X", "Y"}
+    assert {family.get_label() for family in axes.containers} == {"X", "Y"}
 
 
 def test_maps_have_a_panel_per_channel():
@@ -62,12 +62,12 @@ def test_effects_whose_interval_holds_zero_are_hollow():
     found = pd.DataFrame(rows, columns=columns, index=["x", "y"])
     other = found[::-1].assign(difference=0.5)  # rows are found by name
     left, right = plotting.plot_effects({"here": found, "there": other}, "points").axes
-    points = [line for line in left.lines if line.get_marker() == "o"]
-    assert [line.get_xdata()[0] for line in points] == [2.0, -1.0]
-    assert [line.get_markerfacecolor() == "white" for line in points] == [False, True]
+    _, points = left.collections
+    assert points.get_offsets()[:, 0].tolist() == [2.0, -1.0]
+    assert [tuple(colour) == (1, 1, 1, 1) for colour in points.get_facecolor()] == [False, True]
     assert [label.get_text() for label in left.get_yticklabels()] == ["x", "y"]
-    intervals = [list(line.get_xdata()) for line in right.lines if len(line.get_xdata()) == 2]
-    assert intervals[1:] == [[1.0, 3.0], [-3.0, 1.0]]  # after the line through zero
+    ends = [[x for x, _ in segment.tolist()] for segment in right.collections[0].get_segments()]
+    assert ends == [[1.0, 3.0], [-3.0, 1.0]]
 
 
 def test_trade_offs_have_a_point_per_row_and_cost():

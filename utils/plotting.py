@@ -69,11 +69,10 @@ def plot_bands(
     figure, all_axes = _panels(len(panels), height=3.6)
     for axes, (column, label) in zip(all_axes, panels.items(), strict=True):
         for (value, rows), style in _styled(table.groupby(by, sort=False)):
-            over_seeds = rows.groupby(x)[column]
-            mean = over_seeds.mean()
-            axes.plot(mean.index, mean, label=value, markersize=4, **style)
-            low, high = over_seeds.min(), over_seeds.max()
-            axes.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, lw=0)
+            over_seeds = rows.groupby(x)[column].agg(["min", "mean", "max"])
+            axes.plot(over_seeds["mean"], label=value, markersize=4, **style)
+            band = {"color": style["color"], "alpha": 0.15, "lw": 0}
+            axes.fill_between(over_seeds.index, over_seeds["min"], over_seeds["max"], **band)
         axes.set(xlabel=x_label, ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _legend(figure, "mean, min to max over seeds")
