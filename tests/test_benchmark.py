@@ -5,6 +5,7 @@ import dataclasses
 import sys
 import time
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from helpers import needs_onednn, run
 from PIL import Image
 from torch import nn
 from torch._inductor.utils import run_and_get_code
-from torchvision import models
+from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import backbones
@@ -101,14 +102,13 @@ def losses_of_ours_and(monkeypatch, baseline, **options):
 
 def test_torchvisions_step_is_ours_in_float32(monkeypatch):
     """Its EMA has an update in the first step and then every 32nd, here every second."""
-    updates = []
+    update = mock.Mock()
     monkeypatch.setattr(benchmark, "EMA_STEPS", 2)
-    record_update = lambda ema, model: updates.append(ema)  # noqa: E731
-    monkeypatch.setattr(benchmark.AveragedModel, "update_parameters", record_update)
+    monkeypatch.setattr(benchmark.AveragedModel, "update_parameters", update)
     options = {"precision": "float32", "channels_last": False}
     ours, baseline = losses_of_ours_and(monkeypatch, "torchvision float32", **options)
     assert baseline == pytest.approx(ours, rel=1e-5)
-    assert sorted(map(updates.count, set(updates))) == [2, 3]
+    assert update.call_count == 3 + 2  # ours in each of three steps
 
 
 def test_timms_step_is_ours_to_the_precision_of_bfloat16(monkeypatch):
@@ -125,11 +125,8 @@ def test_torchvisions_preset_augments_and_normalises(tmp_path):
     loader = benchmark.torchvision_loader(tmp_path, recipe)
     assert [images.shape for images, _ in loader] == [(4, 3, 32, 32)] * 2
     steps = loader.dataset.transform.transforms
-    names = [type(step).__name__ for step in steps]
-    assert (names[2], names[-1]) == ("TrivialAugmentWide", "RandomErasing")
-    image = Image.new("RGB", (32, 32), (200, 30, 90))
-    for step in steps[3:6]:
-        image = step(image)
+    assert {"TrivialAugmentWide", "RandomErasing"} < {type(step).__name__ for step in steps}
+    image = transforms.Compose(steps[3:6])(Image.new("RGB", (32, 32), (200, 30, 90)))
     pixels = torch.tensor([200, 30, 90], dtype=torch.uint8)[None, :, None, None]
     batch = Batch(pixels.expand(1, 3, 32, 32), torch.zeros(1, dtype=torch.long), [])
     ours, _ = Preprocess(torch.device("cpu"), 10)(batch)
@@ -143,15 +140,13 @@ def test_script_compares_implementations(tmp_path, capsys, quick):
     path = tmp_path / "new" / "benchmark.csv"
     assert run("benchmark.py", "--backbones", "resnet18", "--output", path, *SMALL) == 0
     table = pd.read_csv(path)
-    assert not table.isna().any().any()
+    assert not table.isna().any(axis=None)
     assert (table.value > 0).all()
-    assert table["round"].value_counts().nunique() == 1
     found = table[table["round"] == 1].groupby("task").implementation.apply(list)
     assert found["input"] == ["torchvision float32", "ours float32"]
     assert [name.split()[0] for name in found["step"]] == ["torchvision", "timm", "ours"]
     assert found["inference"][0] == "timm float32"
     assert {"torchvision float32", "ONNX Runtime float32"} < set(found["inference"])
-    assert not any("compiled" in name for name in found["inference"])
     assert set(table[table.task == "input"].threads) == {1}
     assert "ONNX Runtime float32" in capsys.readouterr().out
     assert len(benchmark.speed_table(benchmark.read_benchmark(path))) == 3
@@ -159,20 +154,18 @@ def test_script_compares_implementations(tmp_path, capsys, quick):
 
 @needs_linux
 def test_script_measures_costs(tmp_path, monkeypatch, quick):
-    names = ("darknet53", "cspdarknet53 split=slice")
-    studied = {name: benchmark.networks()[name] for name in names}
+    name = "cspdarknet53 split=slice"
+    studied = {name: benchmark.networks()[name]}
     monkeypatch.setattr(benchmark, "networks", lambda: studied)
     path = tmp_path / "benchmark.csv"
     args = ("--task", "costs", "--memory", "--width", 0.125, "--output", path, *SMALL)
     assert run("benchmark.py", *args) == 0
-    table = pd.read_csv(path)
+    table = pd.read_csv(path).set_index("quantity").value
     counts = {"parameters": 1, "multiply-accumulates": 1, "inference peak": 1, "training peak": 1}
     counts |= {"latency": 2, "inference": 2, "training": 2}
-    for name in names:
-        assert table[table.network == name].quantity.value_counts().to_dict() == counts
-    found = table.set_index(["network", "quantity"]).value
-    count = count_parameters(backbones.create_classifier("darknet53", 10, width=0.125))
-    assert found["darknet53", "parameters"].item() == pytest.approx(count / 1e6, rel=1e-5)
+    assert table.index.value_counts().to_dict() == counts
+    net = backbones.create_classifier("cspdarknet53", 10, width=0.125, split="slice")
+    assert table["parameters"] == pytest.approx(count_parameters(net) / 1e6, rel=1e-5)
 
 
 @needs_linux
@@ -226,11 +219,5 @@ def test_another_table_is_an_error_before_the_measuring(tmp_path, capsys, conten
     path = tmp_path / "another.csv"
     path.write_bytes(content)
     assert run("benchmark.py", "--output", path) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path} is not a table of scripts/benchmark.py")
-    assert error.count("\n") == 1
-
-
-def test_memory_is_measured_on_cpus_only(capsys):
-    assert run("benchmark.py", "--device", "cuda", "--memory") == 2
-    assert "--memory is measured with --device cpu only" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path} is not a table of scripts/benchmark.py")

@@ -39,16 +39,16 @@ def first_images(data, count):
 
 @pytest.mark.parametrize("make", [retinanet, faster_rcnn])
 def test_the_same_seed_trains_to_the_same_bits(scenes, make):
-    states, losses = [], []
+    found = []
     for seed in (5, 5, 6):
         model = detector(make)
         images = first_images(open_boxes(scenes, seed).train, 8)
         rows = train_detector(model, images, QUICK, seed=seed, quiet=True)
-        losses.append([row["train_loss"] for row in rows])
-        states.append(model.state_dict())
         assert [row["epoch"] for row in rows] == [1, 2]
-    assert losses[0] == losses[1] != losses[2]
-    assert_same_bits(*states[:2])
+        found.append((rows, model.state_dict()))
+    (rows, state), (same_rows, same_state), (other_rows, _) = found
+    assert rows == same_rows != other_rows
+    assert_same_bits(state, same_state)
 
 
 def test_a_detector_learns_its_images(scenes):
@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(scenes):
 
 
 def boxes(*rows):
-    return torch.tensor(rows, dtype=torch.float).reshape(-1, 4)
+    return torch.tensor(rows, dtype=torch.float)
 
 
 def test_at_each_place_the_clearest_is_kept():
@@ -135,22 +135,16 @@ def test_the_study_resumes_and_keeps_its_record(study, tmp_path, monkeypatch):
         run_detection_study(study, 2, tmp_path / "runs", output)
     table = run_detection_study(study, 2, tmp_path / "runs", output)
     assert seeds == [0, 0, 1, 1, 1]
-    order = [["from scratch", 0], ["pretrained", 0], ["from scratch", 1], ["pretrained", 1]]
-    assert table[["value", "seed"]].values.tolist() == order
+    assert table.seed.tolist() == [0, 0, 1, 1]
+    assert table.value.tolist() == ["from scratch", "pretrained"] * 2
     assert not table.isna().any(axis=None)
     assert pd.read_csv(output).map_pct.equals(table.map_pct)
     once = run_detection_study(study, 1, tmp_path / "others", output)  # of a record alone
     assert len(seeds) == 5
     assert once.equals(table)
-
-    other = dataclasses.replace(study, checkpoint=tmp_path / "a.pt")
     longer = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, epochs=3))
-    for wrong, words in (
-        (longer, "table.csv: 'from scratch' with seed 0 was recorded with epochs=1, not 3"),
-        (other, "recorded with classifier='trained for each seed', not .*a.pt"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            run_detection_study(wrong, 2, tmp_path / "runs", output)
+    with pytest.raises(ValueError, match="'from scratch' with seed 0 was recorded with epochs=1"):
+        run_detection_study(longer, 2, tmp_path / "runs", output)
 
 
 def test_pretrained_weights_reach_the_detector(study, tmp_path, monkeypatch):
@@ -170,14 +164,11 @@ def test_pretrained_weights_reach_the_detector(study, tmp_path, monkeypatch):
     assert_same_bits(seen[1], trained.ema.backbone.state_dict())
 
 
-def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
-    boxed = ("--data-dir", write_coco(tmp_path / "boxed"))
+def test_the_scripts_errors_are_one_line(folders, tmp_path, capsys):
+    boxed = write_coco(tmp_path / "boxed")
     for options, code, words in (
         (("--data-dir", folders), 1, "a detector needs boxes in COCO's format"),
-        ((*boxed, "--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
-        ((*boxed, "--checkpoint", "broken.pt"), 1, "broken.pt: not a checkpoint"),
+        (("--data-dir", boxed, "--checkpoint", "none.pt"), 2, "none.pt: no such checkpoint"),
         (("--seeds", "0"), 2, "'0' must be an integer of at least 1"),
     ):
         assert run("detect.py", *options) == code

@@ -17,20 +17,17 @@ from utils.recipe import DetectorRecipe
 # A call, its arguments, and words of the line.
 WRONG = [
     (notebook.validate_choice, (["a", "b"],), {"x": "c"}, "x='c' must be one of a, b"),
-    (notebook.validate_choice, (["a"], ": why"), {"x": ["a"]}, "x=['a'] must be one of a: why"),
     (notebook.validate_choices, (["a", "b"],), {"x": "a"}, "x='a' must be a list of some of a, b"),
     (notebook.validate_choices, (["a"],), {"x": []}, "x=[] must be a list"),
     (notebook.validate_choices, (["a"],), {"x": ["a", "c"]}, "x[1]='c' must be one of a"),
-    (notebook.validate_choices, (["a"],), {"x": ["a", "a"]}, "x=['a', 'a'] has 'a' twice"),
+    (notebook.validate_choices, (["a"],), {"x": ["a", "a"]}, "must be a list of different names"),
     (notebook.validate_int, (2, 9), {"x": 1}, "x=1 must be an integer from 2 to 9"),
     (notebook.validate_int, (2, 9), {"x": 2.0}, "x=2.0 must be an integer"),
-    (notebook.validate_int, (2, 9), {"x": "2"}, "x='2' must be an integer"),
     (notebook.validate_int, (0, 9), {"x": True}, "x=True must be an integer"),
     (notebook.make_recipe, ("quick", 0), {}, "epochs=0 must be an integer from 1"),
     (notebook.make_recipe, ("quick",), {"batch_size": "16"}, "batch_size='16' must be of type int"),
     (notebook.make_detector_recipe, ("3",), {}, "epochs='3' must be an integer"),
     (notebook.data_folder, (0,), {}, "data_dir=0 must be the path of a folder"),
-    (notebook.data_folder, ("a\0b",), {}, "is not a folder"),
     (notebook.boxes_folder, ("nowhere",), {}, "data_dir='nowhere': nowhere: no such folder"),
     (notebook.checkpoint_file, (None,), {}, "checkpoint=None must be the path of a run's"),
     (notebook.checkpoint_file, ("none.pt",), {}, "'none.pt': none.pt: no such checkpoint"),
@@ -58,15 +55,9 @@ def test_jupyter_shows_the_line_alone(capsys):
     [
         ("03", {"backbone": "vovnet3"}, "backbone='vovnet3' must be one of vovnet39"),
         ("03", {"backbone": "resnet18"}, "resnet18 takes no 'width'"),
-        ("03", {"seed": 2**63}, "seed=9223372036854775808 must be an integer"),
-        ("03", {"workers": "2"}, "workers='2' must be an integer"),
         ("04", {"backbone": "vovnet39"}, "one of cspdarknet19, cspdarknet53: no other has a split"),
-        ("04", {"processes": 0}, "processes=0 must be an integer"),
         ("05", {"backbone": "cspdarknet19"}, "must be one of vovnet19_slim, vovnet39, vovnet57"),
-        ("05", {"seeds": 1}, "seeds=1 must be an integer from 2"),
         ("06", {"tricks": ["CutMx"]}, "tricks[0]='CutMx' must be one of"),
-        ("06", {"epochs": 1}, "epochs=1 must be an integer from 2"),
-        ("08", {"backbone": "resnet18"}, "resnet18 takes no 'width'"),
         ("08", {"classifier_epochs": 0}, "classifier_epochs=0 must be an integer"),
     ],
 )
@@ -92,14 +83,12 @@ def test_right_values_pass(folders, number, monkeypatch):
 
 
 def test_a_folder_that_is_not_the_layout(tmp_path):
-    for make, line in (
-        (lambda root: (root / "train").mkdir(parents=True), "val is missing"),
-        (lambda root: (root / "val" / "a").mkdir(parents=True), "classes in val/ and not in train"),
-        (lambda root: (root / "train" / "a").mkdir(), "holds one class, a; needs at least two"),
-    ):
-        make(tmp_path)
-        with pytest.raises(notebook.ParameterError, match=line):
-            notebook.data_folder(str(tmp_path))
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(notebook.ParameterError, match="val is missing"):
+        notebook.data_folder(str(tmp_path))
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    with pytest.raises(notebook.ParameterError, match="holds one class, a; needs at least two"):
+        notebook.data_folder(str(tmp_path))
     with pytest.raises(notebook.ParameterError, match="a detector needs boxes in COCO's format"):
         notebook.boxes_folder(tmp_path)
 
@@ -107,20 +96,17 @@ def test_a_folder_that_is_not_the_layout(tmp_path):
 def test_a_folder_of_other_files_is_no_output(tmp_path):
     assert notebook.run_folder(str(tmp_path), "03", "config.json") == tmp_path  # empty
     (tmp_path / "thesis.txt").write_text("mine")
-    for path, line in (
-        (tmp_path, "holds other files and no run"),
-        ("thesis.txt", "Not a directory"),
-    ):
+    for name, line in (("", "holds other files and no run"), ("thesis.txt", "Not a directory")):
         with pytest.raises(notebook.ParameterError, match=line):
-            notebook.run_folder(tmp_path / path, "03", "config.json")
+            notebook.run_folder(tmp_path / name, "03", "config.json")
     (tmp_path / "config.json").touch()
     assert notebook.run_folder(str(tmp_path), "03", "config.json") == tmp_path
 
 
 def test_papermill_trains_on_a_folder(folders, tmp_path):
-    """Three classes of colour, one epoch of a VoVNet: each cell runs, and the run is as asked."""
+    """Three classes of colour, a VoVNet: each cell runs, and the run is as asked."""
     values = {"data_dir": folders, "output_dir": tmp_path / "run", "backbone": "vovnet19_slim"}
-    values |= {"epochs": 1, "batch_size": 8, "width": 0.125}
+    values |= {"epochs": 4, "batch_size": 8, "width": 0.125}
     given = [word for key, value in values.items() for word in ("-p", key, str(value))]
     path, output = ROOT / "notebooks" / "03_train_cspdarknet.ipynb", tmp_path / "out.ipynb"
     subprocess.run(
@@ -132,5 +118,5 @@ def test_papermill_trains_on_a_folder(folders, tmp_path):
     cells = nbformat.read(output, as_version=4).cells
     assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["backbone"], config["recipe"]["epochs"]) == ("vovnet19_slim", 1)
+    assert (config["backbone"], config["recipe"]["epochs"]) == ("vovnet19_slim", 4)
     assert len(config["classes"]) == 3

@@ -78,15 +78,11 @@ def test_a_row_per_run_and_test_size_and_a_curve_per_run(finished):
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
     curves = pd.read_csv(curves_path(root / "tiny.csv"))
     assert len(curves) == 4 * RECIPE.epochs
-    for (value, seed), curve in curves.groupby(["value", "seed"]):
-        folder = {"relu": "relu", "Mish, ours": "mish-ours"}[value]
-        metrics = pd.read_csv(root / "runs" / "tiny" / f"{folder}-seed{seed}" / "metrics.csv")
-        for ours, theirs in (
-            ("train_loss", "train_loss"),
-            ("held_out_top1_pct", "val_top1_pct"),
-            ("ema_held_out_loss", "ema_val_loss"),
-        ):
-            assert curve[ours].tolist() == pytest.approx(metrics[theirs].tolist(), abs=1e-4)
+    curve = curves[(curves.value == "Mish, ours") & (curves.seed == 1)]
+    metrics = pd.read_csv(root / "runs" / "tiny" / "mish-ours-seed1" / "metrics.csv")
+    for name in ("train_loss", "val_top1_pct", "ema_val_loss"):
+        written = curve[name.replace("val_", "held_out_")].tolist()
+        assert written == pytest.approx(metrics[name].tolist(), abs=1e-4)
 
 
 def test_rows_of_a_record_are_finished_runs_without_their_folders(finished, folders, tmp_path):
@@ -105,7 +101,7 @@ def test_rows_of_a_record_are_finished_runs_without_their_folders(finished, fold
 def test_a_trained_run_without_a_row_is_evaluated_and_not_trained_again(
     finished, folders, tmp_path, monkeypatch
 ):
-    """Here for another record, for a further test size, and for the held-out slice."""
+    """Here for another record, and for a further test size."""
     root, table = finished
     monkeypatch.setattr("utils.training.loop.Trainer.train_step", lambda *_: pytest.fail("trains"))
     larger = dataclasses.replace(MISH, test_sizes_px=(64,))
@@ -113,9 +109,6 @@ def test_a_trained_run_without_a_row_is_evaluated_and_not_trained_again(
     again = run_study(study, folders, root / "runs", tmp_path / "new.csv")
     assert again.test_crop_px.tolist() == [32, 64, 32, 64] * 2
     assert_same_results(again.drop(index=[3, 7]).reset_index(drop=True), table)
-    tuning = dataclasses.replace(TINY, variants=(MISH,), baseline=MISH.value, tuning=True)
-    tuned = run_study(tuning, folders, root / "runs", tmp_path / "tuned.csv")
-    assert tuned.val_images.tolist() == [3, 3]
 
 
 def test_an_interrupted_study_resumes(finished, folders, tmp_path, monkeypatch):
@@ -178,11 +171,10 @@ def test_an_interrupt_ends_the_processes_of_a_study(folders, tmp_path, monkeypat
 
     monkeypatch.setattr(runner, "write_table", interrupt)
     study = dataclasses.replace(TINY, seeds=tuple(range(50)))
-    places = folders, tmp_path / "runs", tmp_path / "tiny.csv"
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, *places, processes=2)
+        run_study(study, folders, tmp_path, tmp_path / "tiny.csv", processes=2)
     assert set(multiprocessing.active_children()) == before
-    assert pd.read_csv(places[2]).groupby(["value", "seed"]).ngroups == 1
+    assert pd.read_csv(tmp_path / "tiny.csv").groupby(["value", "seed"]).ngroups == 1
 
 
 def test_another_run_in_a_folder_is_a_failed_run(finished, folders, tmp_path):
@@ -213,17 +205,14 @@ def test_a_record_of_other_runs_is_an_error_and_stays(finished, folders, tmp_pat
         (TINY, table.assign(val_images=9), "was recorded with val_images=9, not 18"),
         (TINY, table[3:].assign(autocast=other), f"autocast='{other}', not '{table.autocast[0]}'"),
         (TINY, table.assign(study="act"), "not a record of the study tiny"),
-        (TINY, pd.DataFrame({"a": [1]}), "not a record of the study tiny"),
         (TINY, b"", "not a record of the study tiny"),
         (TINY, b"\xff\xfe\x00", "not a record of the study tiny"),
         (TINY, b"# Title\n\na, b, c\n", "not a record of the study tiny"),
     ):
         record.write_bytes(content if isinstance(content, bytes) else content.to_csv().encode())
         before = record.read_bytes()
-        with pytest.raises(ValueError, match=words) as caught:
+        with pytest.raises(ValueError, match=rf"tiny\.csv: .*{words}"):
             run_study(study, folders, tmp_path / "runs", record)
-        assert str(caught.value).startswith(str(record))
-        assert "\n" not in str(caught.value)
         assert record.read_bytes() == before
     table.assign(autocast=other).to_csv(record, index=False)
     again = run_study(TINY, folders, tmp_path / "runs", record)  # nothing to train, nothing mixed
@@ -244,11 +233,11 @@ def test_tuning_does_not_read_the_validation_images(folders, tmp_path):
 
 def test_the_script(finished, folders, tmp_path, monkeypatch, capsys):
     root, _ = finished
-    shutil.copy(root / "tiny.csv", tmp_path)
+    record = shutil.copy(root / "tiny.csv", tmp_path)
     studies = {"tiny": TINY, "hot": dataclasses.replace(TINY, name="hot", variants=(RELU, HOT))}
     monkeypatch.setattr(ablate, "STUDIES", studies)
-    options = ["--data-dir", str(folders), "--runs-dir", str(tmp_path / "runs")]
-    command = ["tiny", *options, "--output", str(tmp_path / "tiny.csv")]
+    options = ["--data-dir", str(folders), "--runs-dir", str(tmp_path / "runs"), "--output"]
+    command = ["tiny", *options, str(record)]
     assert ablate.main(command) == 0
     assert "no difference seen" in capsys.readouterr().out
     for wrong in (["--seeds", "3"], ["--processes", "0"], ["--devices", "abacus"]):
@@ -256,9 +245,7 @@ def test_the_script(finished, folders, tmp_path, monkeypatch, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert wrong[1] in line
-    assert (
-        ablate.main(["hot", *options, "--output", str(tmp_path / "hot.csv"), "--seeds", "1"]) == 1
-    )
+    assert ablate.main(["hot", *options, str(tmp_path / "hot.csv"), "--seeds", "1"]) == 1
     assert "Hot, seed 0: failed: the loss is not finite" in capsys.readouterr().err
 
 
@@ -269,14 +256,8 @@ def test_the_slice_is_cut_from_training_alone(folders):
     assert not both[0] & both[1]
     assert both[0] | both[1] == set(map(bytes, data.train.names))
     assert np.bincount(cut.val.labels).tolist() == [3, 3, 3]  # of 16 each
-    assert cut.val.folder == data.train.folder
-    for part in (cut.train, cut.val):
-        names = [data.classes[label] for label in part.labels]
-        assert [part.path(i).parent.name for i in range(len(part))] == names
+    paths = [cut.val.path(i) for i in range(len(cut.val))]
+    names = [data.classes[label] for label in cut.val.labels]
+    assert [path.parts[-3:-1] for path in paths] == [("train", name) for name in names]
     with pytest.raises(ValueError, match="fewer than 17 images"):
         hold_out(data, RECIPE, every=17)
-
-
-def test_a_baseline_that_is_no_value_is_an_error():
-    with pytest.raises(ValueError, match="baseline='none' is not one of"):
-        dataclasses.replace(TINY, baseline="none")

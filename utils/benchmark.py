@@ -65,12 +65,11 @@ IMPLEMENTATIONS = {
     "step": ("torchvision float32", "timm bfloat16", "ours bfloat16"),
     "input": ("torchvision float32", "ours float32"),
 }
-COMPILED = (
-    "ours compiled float32",
-    "timm channels_last compiled float32",
-    "ours compiled bfloat16",
-    "timm channels_last compiled bfloat16",
-)
+COMPILED = [
+    f"{whose} compiled {dtype}"
+    for dtype in ("float32", "bfloat16")
+    for whose in ("ours", "timm channels_last")
+]
 
 
 @dataclass(frozen=True)
@@ -161,12 +160,15 @@ def tidy(case: Case, quantity: str, unit: str, values: Sequence[float]) -> Rows:
 
 
 def inference_call(case: Case) -> measure.Call:
-    """Feature maps of random images by random weights.
+    """Feature maps of random images by random weights; for costs, logits under autocast.
 
-    timm's channels_last forms get images in the dtype and memory format of their weights; ours
-    converts them in each call.
+    The channels_last forms get images in the memory format of their weights, and timm's in their
+    dtype; `optimize` converts them in each call.
     """
     (images, _), name, words = case.batch(), case.network, case.implementation.split()
+    if case.task == "costs":
+        net, images = (x.to(memory_format=torch.channels_last) for x in (classifier(case), images))
+        return measure.forward(net, images, autocast_dtype(images.device, case.recipe.precision))
     if "ours" in words:
         net = optimize(create(name, **SHARED[name][1]), case.dtype, "compiled" in words)
         return measure.forward(net, images)
@@ -318,16 +320,9 @@ def costs(case: Case, rounds: int, peaks: bool) -> Rows:
         rows += tidy(each, "parameters", "million", [measure.count_parameters(net) / 1e6])
         rows += tidy(each, "multiply-accumulates", "GMACs", [macs / 1e9])
     single = [replace(each, batch_size=1) for each in cases]
-    rows += measure_cases(evaluation_call, single, rounds, "latency", 0)
-    rows += measure_cases(evaluation_call, cases, rounds, "inference", int(peaks))
+    rows += measure_cases(inference_call, single, rounds, "latency", 0)
+    rows += measure_cases(inference_call, cases, rounds, "inference", int(peaks))
     return rows + measure_cases(step_call, cases, rounds, "training", int(peaks))
-
-
-def evaluation_call(case: Case) -> measure.Call:
-    """A forward pass of a classifier under autocast, in channels_last."""
-    net = classifier(case).to(memory_format=torch.channels_last)
-    images = case.batch()[0].contiguous(memory_format=torch.channels_last)
-    return measure.forward(net, images, autocast_dtype(images.device, case.recipe.precision))
 
 
 def read_benchmark(path: Path) -> pd.DataFrame:

@@ -3,7 +3,9 @@
 import copy
 import math
 import multiprocessing
+import re
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -98,15 +100,15 @@ def time_interleaved(
         start_s = clock()
         call()
         counts[name] = max(1, math.ceil(round_s / (clock() - start_s)))
-    names = list(calls)
-    for k in range(rounds):
-        first = k % len(names)
-        for name in names[first:] + names[:first]:
+    order = deque(calls)
+    for _ in range(rounds):
+        for name in order:
             calls[name]()
             start_s = clock()
             for _ in range(counts[name]):
                 calls[name]()
             times_s[name].append((clock() - start_s) / counts[name])
+        order.rotate(-1)
     return times_s
 
 
@@ -129,7 +131,7 @@ def peak_memory(prepare: Callable[..., Call], *args: Any, calls: int = 1) -> int
     if not Path("/proc/self/clear_refs").exists():
         raise OSError("peak memory needs Linux, which reports it in /proc/self/status")
     context = multiprocessing.get_context("forkserver")  # imports PyTorch once for all processes
-    context.set_forkserver_preload(["torch", prepare.__module__])
+    context.set_forkserver_preload(["torch"])  # nothing of ours: it does not know this sys.path
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_growth, torch.get_num_threads(), calls, prepare, args).result()
 
@@ -145,6 +147,5 @@ def _growth(threads: int, calls: int, prepare: Callable[..., Call], args: tuple)
 
 
 def _status_bytes(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{entry}:")]
-    return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{entry}:\s+(\d+) kB", status)[1]) * 1024

@@ -1,7 +1,8 @@
-"""Validation of a notebook's parameter cell: a wrong value is an error in one line.
+"""Validation of a notebook's parameter cell, before anything is read or trained.
 
-It runs before anything is read or trained. papermill also sets these values, from the command line
-and with types of its own choice.
+Every function here raises ParameterError for a wrong value: one line with its name, the value and
+what it must be. papermill also sets these values, from the command line and with types of its own
+choice.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import difflib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.data import sample
 from utils.data.boxes import open_boxes
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE, SCENES = ROOT / "data" / "sample", ROOT / "data" / "scenes"
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 MAX_EPOCHS = 10_000
+T = TypeVar("T", Recipe, DetectorRecipe)
 
 
 class ParameterError(ValueError):
@@ -33,100 +35,79 @@ class ParameterError(ValueError):
 
 
 def validate_choice(names: Iterable[str], why: str = "", **values: Any) -> None:
-    """Raises ParameterError for a value that is not one of `names`; of many it lists the nearest.
+    """Each value is one of `names`; of many, the error lists the nearest.
 
     Args:
         why: ends the line, to explain the choice.
     """
     names = list(names)
     for key, value in values.items():
-        if not isinstance(value, str) or value not in names:
-            nearest = difflib.get_close_matches(str(value), names, cutoff=0.5)
-            shown = nearest if len(names) > 8 and nearest else names
-            raise ParameterError(f"{key}={value!r} must be one of {', '.join(shown)}{why}")
+        nearest = difflib.get_close_matches(str(value), names, cutoff=0.5)
+        shown = nearest if len(names) > 8 and nearest else names
+        good = isinstance(value, str) and value in names
+        _require(good, key, value, f"one of {', '.join(shown)}{why}")
 
 
 def validate_choices(names: Iterable[str], **values: Any) -> None:
-    """Raises ParameterError for a value that is not a list of one or more of `names`, each once."""
+    """Each value is a list of one or more of `names`, each once."""
     names = list(names)
     for key, value in values.items():
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ParameterError(f"{key}={value!r} must be a list of some of {', '.join(names)}")
+        good = isinstance(value, (list, tuple)) and len(value) > 0
+        _require(good, key, value, f"a list of some of {', '.join(names)}")
         for k, each in enumerate(value):
             validate_choice(names, **{f"{key}[{k}]": each})
-            if each in value[:k]:
-                raise ParameterError(f"{key}={value!r} has {each!r} twice")
+        _require(len(set(value)) == len(value), key, value, "a list of different names")
 
 
 def validate_int(low: int, high: int, **values: Any) -> None:
-    """Raises ParameterError for a value that is not an int from `low` to `high`."""
+    """Each value is an int from `low` to `high`."""
     for key, value in values.items():
-        if type(value) is not int or not low <= value <= high:  # True is an instance of int
-            raise ParameterError(f"{key}={value!r} must be an integer from {low} to {high}")
+        good = type(value) is int and low <= value <= high  # True is an instance of int
+        _require(good, key, value, f"an integer from {low} to {high}")
+
+
+def _require(good: bool, key: str, value: Any, wanted: str) -> None:
+    if not good:
+        raise ParameterError(f"{key}={value!r} must be {wanted}")
 
 
 def make_recipe(name: str, epochs: int | None = None, **changes: Any) -> Recipe:
     """The recipe of that name with the changes that are not None.
 
     The warm-up takes at most half of the epochs, so that short runs are possible.
-
-    Raises:
-        ParameterError: no such recipe, or a wrong value of a field.
     """
     validate_choice(RECIPES, recipe=name)
-    if epochs is not None:
-        validate_int(1, MAX_EPOCHS, epochs=epochs)
     changes = {key: value for key, value in changes.items() if value is not None}
-    values = dataclasses.asdict(RECIPES[name]) | changes
-    values["epochs"] = epochs or values["epochs"]
-    values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
-    try:
-        return Recipe(**values)
-    except ValueError as error:
-        raise ParameterError(str(error)) from error
+    epochs = RECIPES[name].epochs if epochs is None else epochs
+    return _with_epochs(RECIPES[name], epochs, **changes)
 
 
 def make_detector_recipe(epochs: int) -> DetectorRecipe:
     """The detector's recipe with this number of epochs; at most half of them are warm-up."""
+    return _with_epochs(DetectorRecipe(), epochs)
+
+
+def _with_epochs(recipe: T, epochs: int, **changes: Any) -> T:
     validate_int(1, MAX_EPOCHS, epochs=epochs)
-    warmup_epochs = min(DetectorRecipe.warmup_epochs, epochs / 2)
-    return DetectorRecipe(epochs=epochs, warmup_epochs=warmup_epochs)
-
-
-def _validate_path(wanted: str, check: Callable[[Path], Any], **value: Any) -> Path | None:
-    """The one value as a path that passes `check`; None for "".
-
-    Raises:
-        ParameterError: the value is not a path; or `check` raises, and the line says why.
-    """
-    ((key, given),) = value.items()
-    if not isinstance(given, (str, Path)):
-        raise ParameterError(f"{key}={given!r} must be {wanted}")
-    if given == "":
-        return None
-    path = Path(given).expanduser()
+    warmup_epochs = min(changes.pop("warmup_epochs", recipe.warmup_epochs), epochs / 2)
     try:
-        check(path)
-    except (ValueError, OSError) as error:
-        raise ParameterError(f"{key}={str(given)!r}: {error}") from error
-    return path
+        return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=warmup_epochs, **changes)
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
 
 
 def data_folder(data_dir: str | Path) -> Path:
     """The folder with `train/` and `val/` of at least two classes; for "" the embedded sample.
 
     The sample is drawn and sorted if it is not there yet.
-
-    Raises:
-        ParameterError: not a path, or not a folder of this layout.
     """
 
     def check(folder: Path) -> None:
         if len(classes := check_layout(folder)) < 2:
             raise ValueError(f"holds one class, {classes[0]}; needs at least two")
 
-    wanted = 'the path of a folder with train/ and val/, or "" for the embedded sample'
-    folder = _validate_path(wanted, check, data_dir=data_dir)
+    wanted = 'a folder with train/ and val/, or "" for the embedded sample'
+    folder = _validate_path("data_dir", data_dir, wanted, check)
     if folder is None:
         folder = sample.draw(SAMPLE)
         sort_val(SAMPLE / "LOC_val_solution.csv", folder / "val")
@@ -134,23 +115,16 @@ def data_folder(data_dir: str | Path) -> Path:
 
 
 def boxes_folder(data_dir: str | Path) -> Path:
-    """The folder of images with boxes; for "" the sample's scenes, drawn if need be.
-
-    Raises:
-        ParameterError: not a path, or not a folder in COCO's layout.
-    """
-    wanted = 'the path of a folder in COCO\'s layout, or "" for the embedded scenes'
-    return _validate_path(wanted, open_boxes, data_dir=data_dir) or sample.draw_scenes(SCENES)
+    """The folder of images with boxes in COCO's layout; for "" the sample's scenes, drawn here."""
+    wanted = 'a folder in COCO\'s layout, or "" for the embedded scenes'
+    folder = _validate_path("data_dir", data_dir, wanted, open_boxes)
+    return folder or sample.draw_scenes(SCENES)
 
 
 def checkpoint_file(checkpoint: str | Path) -> Path | None:
-    """The checkpoint of a run, None for "".
-
-    Raises:
-        ParameterError: not a path, or not a complete checkpoint.
-    """
-    wanted = 'the path of a run\'s checkpoint, or "" to train one'
-    return _validate_path(wanted, load_checkpoint, checkpoint=checkpoint)
+    """The complete checkpoint of a run; None for ""."""
+    wanted = 'a run\'s checkpoint, or "" to train one'
+    return _validate_path("checkpoint", checkpoint, wanted, load_checkpoint)
 
 
 def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:
@@ -159,9 +133,6 @@ def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:
     Args:
         number: of the notebook; a new folder's name begins with it.
         ours: a name that the folder of an earlier run of the notebook, to resume, has in it.
-
-    Raises:
-        ParameterError: not a path, or the folder holds something else.
     """
 
     def check(folder: Path) -> None:
@@ -169,6 +140,19 @@ def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:
         if names - {LOCK_NAME} and ours not in names:
             raise ValueError("holds other files and no run of this notebook; choose another folder")
 
-    wanted = 'the path of a new folder, or of a run to resume, or ""'
-    folder = _validate_path(wanted, check, output_dir=output_dir)
+    wanted = 'a new folder, or of a run to resume, or ""'
+    folder = _validate_path("output_dir", output_dir, wanted, check)
     return (folder or ROOT / "runs" / f"{number}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+
+
+def _validate_path(key: str, value: Any, wanted: str, check: Callable[[Path], Any]) -> Path | None:
+    """The value as a path that passes `check`, whose errors end the line; None for ""."""
+    _require(isinstance(value, (str, Path)), key, value, f"the path of {wanted}")
+    if value == "":
+        return None
+    path = Path(value).expanduser()
+    try:
+        check(path)
+    except (ValueError, OSError) as error:
+        raise ParameterError(f"{key}={str(value)!r}: {error}") from error
+    return path
