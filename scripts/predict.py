@@ -5,7 +5,8 @@
         --synset-mapping imagenet/LOC_synset_mapping.txt
 
 Images are read, resized and cropped as in scripts/evaluate.py. The name of a class is that of its
-folder, such as n01440764 for ImageNet, and with --synset-mapping also its words.
+folder, such as n01440764 for ImageNet, and with --synset-mapping also its words. Those of
+Imagenette's ten classes are known.
 
 --json prints a list of {"image": path, "predictions": [{"class", "name", "probability"}, ...]},
 the most likely class first; "name" is the words, or the class again.
@@ -18,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import DataError, Parser, exit_code, int_at_least, printable
+from utils.cli import Parser, exit_code, int_at_least, printable
 
 # isort: split
-from utils.data.imagenet import read_synsets
+from utils.data.imagenet import class_names
 from utils.distributed import pick_device
 from utils.training.checkpoint import load_trained
 from utils.training.evaluation import predict_files
@@ -39,16 +40,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args(argv)  # images before and after options
-
-
-def class_names(classes: list[str], synset_mapping: str | None) -> list[str]:
-    """The words of each class; its folder's name without a mapping."""
-    if synset_mapping is None:
-        return classes
-    words = read_synsets(synset_mapping)
-    if unknown := [name for name in classes if name not in words]:
-        raise DataError(f"{synset_mapping}: has no words for {unknown[0]}, a class of the run")
-    return [words[name] for name in classes]
 
 
 def predict(args: argparse.Namespace) -> None:

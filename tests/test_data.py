@@ -13,16 +13,16 @@ from PIL import Image
 from torchvision import transforms
 
 from utils.cli import DataError
-from utils.data import begin, eval_loader, folders, open_val_data, train_loader
+from utils.data import folders, open_val_data
 from utils.data.folders import (
     Batch,
     CorruptImageError,
-    EvalBatches,
     Key,
     Preprocess,
     TrainBatches,
-    collate,
-    in_threads,
+    begin,
+    eval_batches,
+    load_batch,
     open_folders,
     readable,
 )
@@ -92,8 +92,8 @@ def test_samples_depend_on_seed_epoch_and_index_alone(images_dir):
 def test_loaders_give_the_same_with_any_workers(images_dir, method, workers):
     """Workers ignore the signals that a terminal or a job manager sends to every process."""
     train = open_folders(images_dir, TINY).train
-    alone = train_loader(train, 8, 1, 0)
-    loader = train_loader(train, 8, 1, workers, False, 60)
+    alone = train.train_loader(8, 0)
+    loader = train.train_loader(8, workers, False, 60)
     loader.multiprocessing_context = method
     for epoch in (0, 1):
         for each in (alone, loader):
@@ -130,18 +130,26 @@ def test_batches_are_the_same_by_any_number_of_threads(images_dir, tmp_path, mon
 def test_threads_run_at_once_and_their_errors_arrive(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     meeting = threading.Barrier(2)
-    assert sorted(in_threads(lambda _: meeting.wait(timeout=60), range(2))) == [0, 1]
-    assert in_threads(lambda x: -x, range(9)) == [-x for x in range(9)]
+    blank = torch.zeros(3, 1, 1)
+    batch = load_batch(lambda _: (blank, meeting.wait(timeout=60)), range(2))
+    assert sorted(batch.labels.tolist()) == [0, 1]
+    assert load_batch(lambda x: (blank, x), range(9)).labels.tolist() == list(range(9))
     with pytest.raises(ZeroDivisionError):
-        in_threads(lambda x: 1 / (x - 2), range(9))
+        load_batch(lambda x: (blank, 1 // (x - 2)), range(9))
 
 
 def test_unreadable_images_are_skipped_or_raised():
-    good, error = torch.zeros(3, 4, 4, dtype=torch.uint8), CorruptImageError("x.JPEG: broken")
-    batch = collate([(good, 1), error, (good, 2)], [7, 8, 9])
+    def load(label):
+        if label == 0:
+            raise CorruptImageError("x.JPEG: broken")
+        return torch.zeros(3, 4, 4, dtype=torch.uint8), label
+
+    batch = load_batch(load, [1, 0, 2], [7, 8, 9])
     assert (batch.images.shape, batch.labels.tolist()) == ((2, 3, 4, 4), [1, 2])
-    assert (batch.corrupt, batch.indices) == ([error], [7, 9])
-    assert len(collate([error]).labels) == 0
+    assert batch.indices == [7, 9]
+    (error,) = batch.corrupt
+    assert error.__traceback__ is None
+    assert len(load_batch(load, [0]).labels) == 0
     skipped = {}
     assert list(readable([batch], True, skipped)) == [batch]
     assert list(skipped) == ["x.JPEG: broken"]
@@ -179,10 +187,10 @@ def test_processes_share_every_batch(images_dir, monkeypatch, world):
     for rank in range(world):
         monkeypatch.setattr(folders, "rank", lambda rank=rank: rank)
         shares.append([[k.index for k in batch] for batch in TrainBatches(50, 12, seed=1)])
-        batches = EvalBatches(50, 4)
+        batches = eval_batches(50, 4)
         assert len(batches) == len(list(batches))
         seen += [k.index for batch in batches for k in batch]
-        labels += [int(label) for batch in eval_loader(val, 4, 0) for label in batch.labels]
+        labels += [int(label) for batch in val.eval_loader(4, 0) for label in batch.labels]
     for step, batch in enumerate(complete):
         assert sorted(batch) == sorted(i for share in shares for i in share[step])
         assert {len(share[step]) for share in shares} == {12 // world}

@@ -264,7 +264,7 @@ def test_evaluation_of_lines_of_pixels_takes_their_middle(size_px):
     """As if the complete image were resized, which might not fit in memory."""
     image = picture(size_px=size_px)
     expected = v2.Compose([v2.PILToTensor(), v2.Resize(16), v2.CenterCrop(14)])(image)
-    found = transforms.eval_transform(16, 14)(image)
+    found = transforms.eval_transform(Recipe(eval_resize_px=16, eval_crop_px=14))(image)
     assert found.shape == (3, 14, 14)
     assert (found.int() - expected.int()).abs().float().mean() < 4
 

@@ -27,7 +27,7 @@ from backbones.deploy import optimize
 from utils import measure
 from utils.cli import import_optional
 from utils.data import sample
-from utils.data.folders import Batch, ImageFiles, Preprocess, TrainBatches, make_loader
+from utils.data.folders import Batch, ImageFiles, Preprocess
 from utils.data.transforms import train_transform
 from utils.recipe import RECIPES, Recipe
 from utils.records import write_table
@@ -267,7 +267,7 @@ def input_call(case: Case) -> measure.Call:
         loader, preprocess = torchvision_loader(folder.name, case.recipe), list
     else:
         images = ImageFiles(Path(folder.name), ["images"], train_transform(case.recipe))
-        loader = make_loader(images, TrainBatches(len(images), case.batch_size, seed=0), workers=0)
+        loader = images.train_loader(case.batch_size, 0)
         preprocess = Preprocess(torch.device(case.device), NUM_CLASSES)
     batches = map(preprocess, itertools.chain.from_iterable(itertools.repeat(loader)))
     call = partial(next, batches)

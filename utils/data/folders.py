@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from utils.cli import DataError
@@ -86,11 +86,16 @@ class ImageFiles(Dataset):
     Args:
         classes: names of the class folders; their order numbers the labels.
         transform: may run in several threads.
-        seed: of the transform's random numbers.
+        seed: of the transform's random numbers and the order of training.
+
+    Attributes:
+        packed: identifies the files of shards when a run is resumed; None for class folders.
 
     Raises:
         LayoutError: a class folder holds no image.
     """
+
+    packed: dict[str, str] | None = None
 
     def __init__(
         self, folder: Path, classes: list[str], transform: Transform, seed: int = 0
@@ -110,15 +115,24 @@ class ImageFiles(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         """A complete batch, as a DataLoader requests it."""
-        return collate(in_threads(self.__getitem__, keys), [key.index for key in keys])
+        return load_batch(self.__getitem__, keys, [key.index for key in keys])
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | CorruptImageError:
-        try:
-            image = open_image(self.path(key.index))
-            return self.transform(image, sample_rng(self.seed, *key)), int(self.labels[key.index])
-        except CorruptImageError as error:
-            # Returned without its traceback: a worker would raise it with several lines.
-            return CorruptImageError(str(error))
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        image = open_image(self.path(key.index))
+        return self.transform(image, sample_rng(self.seed, *key)), int(self.labels[key.index])
+
+    def train_loader(self, batch_size: int, *options: Any) -> DataLoader:
+        """A loader of this process's share of the training batches; `begin` sets the epoch.
+
+        Args:
+            batch_size: images per step over all processes.
+            options: workers, pin_memory, timeout_s; see `make_loader`.
+        """
+        return make_loader(self, TrainBatches(len(self), batch_size, self.seed), *options)
+
+    def eval_loader(self, batch_size: int, *options: Any) -> DataLoader:
+        """A loader of this process's share of the images, each once."""
+        return make_loader(self, eval_batches(len(self), batch_size), *options)
 
 
 def _image_names(folder: Path, class_name: str) -> list[bytes]:
@@ -131,10 +145,31 @@ def _image_names(folder: Path, class_name: str) -> list[bytes]:
     return [os.fsencode(os.path.join(class_name, name)) for name in sorted(names)]
 
 
-def collate(
-    samples: list[tuple[Tensor, int] | CorruptImageError], indices: Sequence[int] = ()
+def load_batch(
+    load: Callable[[Any], tuple[Tensor, int]], items: Sequence[Any], indices: Sequence[int] = ()
 ) -> Batch:
-    """Stacks the readable samples; `images` is empty if there are none."""
+    """Loads images in as many threads as PyTorch uses (a worker has one), and stacks them.
+
+    Decoding releases the interpreter's lock, so that all cores are used without workers.
+
+    Args:
+        load: image and label of an item; its CorruptImageError ends up in the batch.
+        indices: of the items in the dataset.
+    """
+
+    def attempt(item: Any) -> tuple[Tensor, int] | CorruptImageError:
+        try:
+            return load(item)
+        except CorruptImageError as error:
+            # Without its traceback: a worker would raise it with several lines.
+            return CorruptImageError(str(error))
+
+    threads = min(torch.get_num_threads(), MAX_THREADS, len(items))
+    if threads < 2:
+        samples = [attempt(item) for item in items]
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # made in 0.1 ms
+            samples = list(pool.map(attempt, items))
     corrupt = [sample for sample in samples if isinstance(sample, CorruptImageError)]
     good = [k for k, sample in enumerate(samples) if not isinstance(sample, CorruptImageError)]
     if not good:
@@ -200,35 +235,15 @@ class TrainBatches(Sampler[list[Key]]):
             yield [Key(self.epoch, int(i)) for i in batch[rank() :: world_size()]]
 
 
-class EvalBatches(Sampler[list[Key]]):
+def eval_batches(count: int, batch_size: int) -> BatchSampler:
     """Every image once over all processes, in order, without padding."""
-
-    def __init__(self, count: int, batch_size: int) -> None:
-        self.indices, self.batch_size = range(rank(), count, world_size()), batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for i in range(0, len(self.indices), self.batch_size):
-            yield [Key(0, index) for index in self.indices[i : i + self.batch_size]]
-
-
-def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Applies the function to each item, in as many threads as PyTorch uses (a worker has one).
-
-    Decoding releases the interpreter's lock, so that all cores are used without workers.
-    """
-    threads = min(torch.get_num_threads(), MAX_THREADS, len(items))
-    if threads < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:  # made in 0.1 ms
-        return list(pool.map(function, items))
+    keys = [Key(0, index) for index in range(rank(), count, world_size())]
+    return BatchSampler(keys, max(1, batch_size // world_size()), drop_last=False)
 
 
 def make_loader(
     dataset: Dataset,
-    batches: TrainBatches | EvalBatches | None,
+    batches: Sampler | None,
     workers: int,
     pin_memory: bool = False,
     timeout_s: float = 0,
@@ -247,7 +262,7 @@ def make_loader(
         dataset,
         **sampling,
         num_workers=workers,
-        collate_fn=_identity,
+        collate_fn=torch.nn.Identity(),  # they are collated
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         timeout=timeout_s if workers else 0,
@@ -256,8 +271,9 @@ def make_loader(
     )
 
 
-def _identity(batch: Batch) -> Batch:
-    return batch
+def begin(loader: DataLoader, epoch: int, first_step: int = 0) -> None:
+    """Sets the epoch of a training loader's next pass, and how many of its batches are skipped."""
+    (loader.batch_sampler or loader.dataset).begin(epoch, first_step)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -297,8 +313,7 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
 
 def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles:
     """Opens `data_dir/val` with the recipe's validation transform."""
-    transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
-    return ImageFiles(Path(data_dir) / "val", classes, transform)
+    return ImageFiles(Path(data_dir) / "val", classes, eval_transform(recipe))
 
 
 def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
@@ -319,7 +334,7 @@ def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
     train, val = copy.copy(data.train), copy.copy(data.train)
     train.names, train.labels = data.train.names[~held_out], labels[~held_out]
     val.names, val.labels = data.train.names[held_out], labels[held_out]
-    val.transform = eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
+    val.transform = eval_transform(recipe)
     return Splits(train, val, data.classes)
 
 

@@ -15,18 +15,17 @@ its old or its new name, so a run may be killed and started again.
 import csv
 import errno
 import filecmp
-import io
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from utils.cli import DataError, progress_bar, summarize
 from utils.records import lock
 
-WNID = re.compile(r"n[0-9]{8}")
-IMAGE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a plain file name: no separator, no dot
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 # Lines of the synset file for Imagenette, which comes without it.
@@ -87,9 +86,7 @@ def sort_val(
     return summary
 
 
-def plan(
-    labels: dict[str, str], val_dir: str | Path, *, undo: bool = False
-) -> tuple[Moves, list[str]]:
+def plan(labels: dict[str, str], val_dir: Path, *, undo: bool = False) -> tuple[Moves, list[str]]:
     """Plans the moves in a folder that may be half sorted.
 
     Returns:
@@ -100,7 +97,6 @@ def plan(
         LayoutError: an image is missing, its target has other bytes, or a name is taken. Links are
             not accepted: a relative one would break, a folder may be on another volume.
     """
-    val_dir = Path(val_dir)
     found = _scan(val_dir)
     pairs = [(f"{image}.JPEG", f"{wnid}/{image}.JPEG") for image, wnid in labels.items()]
     if undo:
@@ -123,14 +119,13 @@ def plan(
     return moves, sorted([*unnamed, *(source for source, _ in copies)])
 
 
-def apply(moves: Moves, val_dir: str | Path, *, progress: bool = False) -> None:
+def apply(moves: Moves, val_dir: Path, *, progress: bool = False) -> None:
     """Renames each source to its target, never over an existing file.
 
     Raises:
         LayoutError: the files have changed since the plan, or the system refuses. No image is
             lost, and a second run resumes.
     """
-    val_dir = Path(val_dir)
     for folder in sorted({(val_dir / target).parent for _, target in moves}):
         folder.mkdir(exist_ok=True)
     for source, target in progress_bar(moves, unit=" images", disable=not (progress and moves)):
@@ -153,25 +148,13 @@ def read_solution(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         LayoutError: not a CSV in UTF-8, a column missing, no images, bad or repeated lines.
     """
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    labels, bad_lines = {}, []
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        if not {"ImageId", "PredictionString"} <= set(header):
-            raise LayoutError(f"{path}: columns {header}: expected ImageId,PredictionString")
-        for row in reader:
-            cells = dict(zip(header, map(str.strip, row), strict=False))
-            image, objects = (cells.get(name, "") for name in ("ImageId", "PredictionString"))
-            wnid = objects.partition(" ")[0]
-            is_valid = IMAGE_ID.fullmatch(image) and WNID.fullmatch(wnid) and image not in labels
-            if is_valid and len(row) == len(header):
-                labels[image] = wnid
-            elif any(cells.values()):
-                bad_lines.append(f"line {reader.line_num} {','.join(row)[:80]!r}")
-    except csv.Error as error:
-        raise LayoutError(f"{path}: line {reader.line_num} is not CSV: {error}") from error
-    _validate_lines(path, labels, bad_lines, "ILSVRC2012_val_00000001,n01440764 1 2 3 4")
-    return labels
+    table = _read_csv(path)
+    table.columns = table.columns.str.strip()
+    if not {"ImageId", "PredictionString"} <= {*table.columns}:
+        raise LayoutError(f"{path}: columns {[*table]}: expected ImageId,PredictionString")
+    lines = table["ImageId"].str.strip() + "," + table["PredictionString"].str.strip()
+    example = "ILSVRC2012_val_00000001,n01440764 1 2 3 4"
+    return _read_pairs(path, lines, r"([A-Za-z0-9_-]+),(n[0-9]{8})(?: .*)?", example)
 
 
 def read_synsets(path: str | Path) -> dict[str, str]:
@@ -181,32 +164,51 @@ def read_synsets(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         LayoutError: not UTF-8, no lines, bad or repeated lines.
     """
-    names, bad_lines = {}, []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        wnid, _, text = line.strip().partition(" ")
-        if wnid and WNID.fullmatch(wnid) and text and wnid not in names:
-            names[wnid] = text.strip()
-        elif wnid:
-            bad_lines.append(f"line {number} {line.strip()!r}")
-    _validate_lines(path, names, bad_lines, "n01440764 tench, Tinca tinca")
-    return names
+    lines = _read_csv(path, sep="\t", names=["line"], quoting=csv.QUOTE_NONE)["line"].str.strip()
+    return _read_pairs(path, lines, "(n[0-9]{8}) +(.+)", "n01440764 tench, Tinca tinca")
 
 
-def _validate_lines(path: str | Path, found: dict, bad_lines: list[str], example: str) -> None:
-    if bad_lines or not found:
-        lines = summarize(bad_lines or ["no entries"])
-        raise LayoutError(f"{path}: bad lines: {lines}: expected each name once, as in {example}")
+def _read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, **options)
+    except ValueError as error:
+        raise LayoutError(f"{path}: not text in UTF-8: {str(error).strip()}") from error
+    return table.fillna("")
 
 
-def class_names(data_dir: str | Path, classes: Sequence[str]) -> list[str]:
-    """Readable names of class folders, such as "tench" for n01440764.
+def _read_pairs(path: str | Path, lines: pd.Series, pattern: str, example: str) -> dict[str, str]:
+    """The two groups of the pattern in each line."""
+    lines = lines[~lines.isin(["", ","])]
+    pairs = lines.str.extract(rf"\A{pattern}\Z")
+    bad = lines[pairs[0].isna() | pairs[0].duplicated()].tolist()
+    if bad or lines.empty:
+        found = summarize([line[:80] for line in bad]) if bad else "no entries"
+        raise LayoutError(f"{path}: bad lines: {found}: expected each name once, as in {example}")
+    return dict(zip(pairs[0], pairs[1], strict=True))
 
-    From the download's `LOC_synset_mapping.txt`, three folders above `train/`, if it exists, or for
-    Imagenette's ten classes. Other names are returned unchanged.
+
+def class_names(classes: Sequence[str], synsets: str | Path | None) -> list[str]:
+    """Names of class folders, such as "tench, Tinca tinca" for n01440764.
+
+    Args:
+        synsets: a `LOC_synset_mapping.txt`, or None, which knows Imagenette's classes alone and
+            leaves the others as they are.
+
+    Raises:
+        FileNotFoundError, LayoutError: from `read_synsets`, or the file lacks a class.
     """
-    synsets = Path(data_dir, "..", "..", "..", "LOC_synset_mapping.txt")
-    words = read_synsets(synsets) if synsets.is_file() else IMAGENETTE
-    return [words.get(name, name).split(",")[0] for name in classes]
+    if synsets is None:
+        return [IMAGENETTE.get(name, name) for name in classes]
+    words = read_synsets(synsets)
+    if unknown := [name for name in classes if name not in words]:
+        raise LayoutError(f"{synsets}: has no words for the classes {summarize(unknown)}")
+    return [words[name] for name in classes]
+
+
+def find_synsets(data_dir: str | Path) -> Path | None:
+    """The download's `LOC_synset_mapping.txt`, three folders above `train/`, if there is one."""
+    path = Path(data_dir, "..", "..", "..", "LOC_synset_mapping.txt")
+    return path if path.is_file() else None
 
 
 def check_layout(data_dir: str | Path) -> list[str]:
@@ -236,11 +238,9 @@ def check_layout(data_dir: str | Path) -> list[str]:
             "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
             f"--val_image_dir {shlex.quote(str(folder))}{more}"
         )
-    for one, other in (("train", "val"), ("val", "train")):
-        if only := sorted(classes[one] - classes[other]):
-            raise LayoutError(
-                f"{data_dir}: classes in {one}/ and not in {other}/: {summarize(only)}"
-            )
+    common = classes["train"] & classes["val"]
+    if only := sorted(f"{split}/{name}" for split in classes for name in classes[split] - common):
+        raise LayoutError(f"{data_dir}: classes in only one of train/ and val/: {summarize(only)}")
     if not classes["train"]:
         raise LayoutError(f"{data_dir}: train/ and val/ are empty: expected a folder per class")
     return sorted(classes["train"])
@@ -256,15 +256,6 @@ def _scan(folder: str | Path, prefix: str = "") -> dict[str, str]:
         else:
             found[path] = "file" if entry.is_file(follow_symlinks=False) else "other"
     return found
-
-
-def _read_text(path: str | Path) -> str:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file: give the one from the Kaggle download")
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LayoutError(f"{path} is not UTF-8 text: {error.reason} {error.start}") from error
 
 
 def _is_image(path: str) -> bool:

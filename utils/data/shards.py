@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import DataPipeline, TarWriter, batched, detshuffle
 from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import group_by_keys, tar_file_iterator
@@ -44,29 +44,18 @@ INDEX_KEYS = {"format", "split", "shard", "counts", "classes", "seed", "files"}
 Sample = dict[str, Any]  # of webdataset: __key__, cls, jpg and path
 
 
-def is_shards(data_dir: str) -> bool:
-    """Whether a --data-dir is a brace pattern or a pipe of shards rather than a folder."""
-    return data_dir.startswith("pipe:") or ("{" in data_dir and not os.path.isdir(data_dir))
-
-
-def open_shards(pattern: str, recipe: Recipe, seed: int = 0) -> "tuple[Shards, Shards, list[str]]":
-    """The train and val shards of a brace pattern with the recipe's transforms, and the classes.
+def open_shards(pattern: str | Path, recipe: Recipe, seed: int = 0) -> folders.Splits:
+    """The train and val shards of a brace pattern with the recipe's transforms.
 
     Raises:
         DataError: a split is missing or incomplete, its first shard cannot be read, or the two were
             not packed together. All other shards are checked when they are read.
     """
-    splits, val_transform = [], eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)
-    for split, transform in (("train", train_transform(recipe)), ("val", val_transform)):
-        urls = [u for u in braceexpand(pattern) if re.search(rf"\b{split}-\d+\.tar", u)]
-        if not urls:
-            example = "shards/{train-{000000..001281},val-{000000..000049}}.tar"
-            raise DataError(f"{pattern}: names no {split} shard; write it as in {example}")
-        splits.append(Shards(urls, transform, seed))
-    train, val = splits
+    train = Shards(str(pattern), "train", train_transform(recipe), seed)
+    val = Shards(str(pattern), "val", eval_transform(recipe), seed)
     if val.index != train.index | {"split": "val", "counts": val.counts}:
         raise DataError(f"{val.urls[0]}: not packed together with {train.urls[0]}")
-    return train, val, train.classes
+    return folders.Splits(train, val, train.classes)
 
 
 def read_samples(url: str) -> Iterator[Sample]:
@@ -99,16 +88,21 @@ def read_samples(url: str) -> Iterator[Sample]:
 
 
 class Shards:
-    """The images of one split; `urls` are all its shards in order, the rest as in `ImageFiles`."""
+    """The images of one split, in the shards of a brace pattern; the rest as in `ImageFiles`."""
 
-    def __init__(self, urls: list[str], transform: Transform, seed: int = 0) -> None:
-        self.urls, self.transform, self.seed = urls, transform, seed
-        self.index = next(read_samples(urls[0]))
+    def __init__(self, pattern: str, split: str, transform: Transform, seed: int = 0) -> None:
+        self.urls = [u for u in braceexpand(pattern) if re.search(rf"\b{split}-\d+\.tar", u)]
+        if not self.urls:
+            example = "shards/{train-{000000..001281},val-{000000..000049}}.tar"
+            raise DataError(f"{pattern}: names no {split} shard; write it as in {example}")
+        self.transform, self.seed = transform, seed
+        self.index = next(read_samples(self.urls[0]))
         self.classes, self.counts = self.index["classes"], self.index["counts"]
+        self.packed = {"files": self.index["files"]}
         self.starts = np.cumsum([0, *self.counts])
         self.labels = {str(label).encode(): label for label in range(len(self.classes))}
-        if len(urls) != len(self.counts):
-            raise DataError(f"{urls[0]}: one of {len(self.counts)} shards, not of {len(urls)}")
+        if (found := len(self.urls)) != len(self.counts):
+            raise DataError(f"{self.urls[0]}: one of {len(self.counts)} shards, not of {found}")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -137,16 +131,19 @@ class Shards:
                 raise DataError(f"{self.path(index)}: damaged; copy or pack the shard again")
             yield sample
 
-    def decode(self, epoch: int, sample: Sample) -> tuple[Tensor, int] | folders.CorruptImageError:
-        """Image and label, or the error, as of `ImageFiles`."""
+    def decode(self, epoch: int, sample: Sample) -> tuple[Tensor, int]:
+        """Image and label."""
         index = int(sample["__key__"])
         name = f"{self.path(index)} ({printable(os.fsdecode(sample['path']))})"
-        try:
-            image = open_image(name, sample["jpg"])
-            rng = folders.sample_rng(self.seed, epoch, index)
-            return self.transform(image, rng), self.labels[sample["cls"]]
-        except folders.CorruptImageError as error:
-            return folders.CorruptImageError(str(error))
+        image = open_image(name, sample["jpg"])
+        rng = folders.sample_rng(self.seed, epoch, index)
+        return self.transform(image, rng), self.labels[sample["cls"]]
+
+    def train_loader(self, batch_size: int, *options: Any, train: bool = True) -> DataLoader:
+        """As of `ImageFiles`."""
+        return folders.make_loader(ShardBatches(self, batch_size, train), None, *options)
+
+    eval_loader = partialmethod(train_loader, train=False)
 
 
 class ShardBatches(IterableDataset):
@@ -192,15 +189,12 @@ class ShardBatches(IterableDataset):
             shuffle = detshuffle(BUFFER_IMAGES, seed=seed)
         end = min(starts[-1] + self.batch_size, self.last)
         samples = partial(self.shards.read, order, starts[0], end)
-        make_batch = batched(self.batch_size, partial(self._make_batch, epoch))
+        decode = partial(self.shards.decode, epoch)
         try:
-            yield from DataPipeline(samples, shuffle, make_batch)
+            for some in DataPipeline(samples, shuffle, batched(self.batch_size, None)):
+                yield folders.load_batch(decode, some, [int(each["__key__"]) for each in some])
         except DataError as error:
             yield error
-
-    def _make_batch(self, epoch: int, samples: list[Sample]) -> folders.Batch:
-        decoded = folders.in_threads(partial(self.shards.decode, epoch), samples)
-        return folders.collate(decoded, [int(sample["__key__"]) for sample in samples])
 
 
 def make_shards(
@@ -219,43 +213,42 @@ def make_shards(
     output_dir.mkdir(parents=True, exist_ok=True)
     with lock(output_dir):
         sums = _read_sums(output_dir)
-        for index, images in progress_bar(jobs, unit=" shards"):
-            name = f"{index['split']}-{index['shard']:06d}.tar"
-            path = output_dir / name
-            digest = _sha256(path) if path.exists() else None
-            if digest is None or digest != sums.get(name, digest):
-                write_atomic(path, partial(_pack, index, images))
+        for index, *content in progress_bar(jobs, unit=" shards"):
+            path = output_dir / f"{index['split']}-{index['shard']:06d}.tar"
+            digest = _sha256(path)
+            if digest is None or digest != sums.get(path.name, digest):
+                write_atomic(path, partial(_pack, index, *content))
                 digest, packed = _sha256(path), packed + 1
             elif next(read_samples(str(path))) != index:
                 raise DataError(f"{path}: of other files or options; choose another --output-dir")
-            sums[name] = digest
+            sums[path.name] = digest
         lines = [f"{sums[name]}  {name}\n" for name in sorted(sums)]
         write_atomic(output_dir / SUMS, partial(Path.write_text, data="".join(lines)))
     return f"{len(jobs)} shards: packed {packed}, {len(jobs) - packed} were there already"
 
 
 def _plan(data_dir: Path, images_per_shard: int, seed: int) -> Iterator[tuple]:
-    """The index of each shard, and the `ImageFiles` of its split."""
+    """The index of each shard, the `ImageFiles` of its split, and which of them are in it."""
     data = folders.open_folders(data_dir, Recipe())
     files = hashlib.sha256(data.train.names.tobytes() + data.val.names.tobytes()).hexdigest()
-    for split, images in (("train", data.train), ("val", data.val)):
-        firsts = range(0, len(images), images_per_shard)
-        counts = [min(images_per_shard, len(images) - first) for first in firsts]
-        for shard in range(len(counts)):
+    shuffled = np.random.default_rng((PACK_STREAM, seed)).permutation(len(data.train))
+    for split, order in (("train", shuffled), ("val", np.arange(len(data.val)))):
+        parts = np.split(order, range(images_per_shard, len(order), images_per_shard))
+        counts = [len(part) for part in parts]
+        for shard, part in enumerate(parts):
             index = {"format": 1, "split": split, "shard": shard, "counts": counts}
-            yield index | {"classes": data.classes, "seed": seed, "files": files}, images
+            index |= {"classes": data.classes, "seed": seed, "files": files}
+            yield index, getattr(data, split), part
 
 
-def _pack(index: Sample, images: folders.ImageFiles, path: Path) -> None:
-    order, starts = np.arange(len(images)), np.cumsum([0, *index["counts"]])
-    if index["split"] == "train":
-        order = np.random.default_rng((PACK_STREAM, index["seed"])).permutation(order)
+def _pack(index: Sample, images: folders.ImageFiles, part: np.ndarray, path: Path) -> None:
+    first = sum(index["counts"][: index["shard"]])
     # Times, owners and modes are fixed, and so the bytes.
     with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0) as tar:
         tar.write({"__key__": "__meta__/index", "json": index})
-        for key in range(starts[index["shard"]], starts[index["shard"] + 1]):
-            name, label = bytes(images.names[order[key]]), images.labels[order[key]]
-            sample = {"jpg": images.path(order[key]).read_bytes(), "cls": label, "path": name}
+        for key, image in enumerate(part, start=first):
+            name, label = bytes(images.names[image]), images.labels[image]
+            sample = {"jpg": images.path(image).read_bytes(), "cls": label, "path": name}
             tar.write({"__key__": f"{key:09d}", **sample})
 
 
@@ -268,9 +261,8 @@ def verify_shards(output_dir: Path) -> str:
     if not (sums := _read_sums(output_dir)):
         raise DataError(f"{output_dir / SUMS}: missing, or lists no shard; pack the folder again")
     for name in progress_bar(sums, unit=" shards"):
-        path = output_dir / name
-        if not path.exists() or _sha256(path) != sums[name]:
-            raise DataError(f"{path}: missing, or damaged by its checksum; pack the folder again")
+        if _sha256(output_dir / name) != sums[name]:
+            raise DataError(f"{output_dir / name}: missing or damaged; pack the folder again")
     return f"{len(sums)} shards: all match their checksums"
 
 
@@ -279,6 +271,9 @@ def _read_sums(output_dir: Path) -> dict[str, str]:
     return {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (\S+)\n", text)}
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path) -> str | None:
+    """The checksum of a file; None if it is missing."""
+    if not path.exists():
+        return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

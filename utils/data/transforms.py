@@ -308,15 +308,14 @@ def _train(recipe: Recipe, image: OpenImage, rng: random.Random | None = None) -
     return as_tensor(rgb)
 
 
-def eval_transform(resize_px: int, crop_px: int) -> Transform:
-    """Resizes the shorter side to `resize_px` and crops the centre; nothing is random."""
-    return partial(_evaluate, resize_px, crop_px)
+def eval_transform(recipe: Recipe) -> Transform:
+    """Resizes the shorter side and crops the centre, as the recipe says; nothing is random."""
+    return partial(_evaluate, recipe)
 
 
-def _evaluate(
-    resize_px: int, crop_px: int, image: OpenImage, rng: random.Random | None = None
-) -> Tensor:
+def _evaluate(recipe: Recipe, image: OpenImage, rng: random.Random | None = None) -> Tensor:
     rgb = as_tensor(pixels(image))
     longest_px = MAX_ASPECT * min(rgb.shape[1:])
     rgb = functional.center_crop(rgb, [min(edge_px, longest_px) for edge_px in rgb.shape[1:]])
-    return functional.center_crop(functional.resize(rgb, [resize_px]), [crop_px])
+    rgb = functional.resize(rgb, [recipe.eval_resize_px])
+    return functional.center_crop(rgb, [recipe.eval_crop_px])

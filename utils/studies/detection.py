@@ -25,8 +25,8 @@ from utils.cli import progress_bar
 from utils.data.boxes import BoxedBatch, BoxedImages, Target, open_boxes
 from utils.data.folders import (
     STEP_STREAM,
-    EvalBatches,
     TrainBatches,
+    eval_batches,
     make_loader,
     open_folders,
     seeded,
@@ -106,7 +106,7 @@ def detect(model: nn.Module, images: BoxedImages, batch_size: int = 16) -> list[
     device = next(model.parameters()).device
     model.eval()
     found = []
-    for batch in make_loader(images, EvalBatches(len(images), batch_size), 0):
+    for batch in make_loader(images, eval_batches(len(images), batch_size), 0):
         detections = model(_to_device(batch, device)[0])
         found += [{key: value.cpu() for key, value in each.items()} for each in detections]
     return found

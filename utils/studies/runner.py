@@ -25,7 +25,7 @@ import torch
 
 from backbones import create_classifier
 from utils.cli import progress_bar
-from utils.data.folders import EvalBatches, ImageFiles, Splits, hold_out, make_loader, open_folders
+from utils.data.folders import ImageFiles, Splits, hold_out, open_folders
 from utils.distributed import pick_device
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
@@ -361,7 +361,7 @@ def train_classifier(
 
 def _evaluate(trainer: Trainer, run_dir: Path, images: ImageFiles, recipe: Recipe) -> Row:
     """Accuracy of a trained run at the recipe's test size, its costs, and how it was made."""
-    loader = make_loader(images, EvalBatches(len(images), 64), 0, trainer.device.type == "cuda")
+    loader = images.eval_loader(64, 0, trainer.device.type == "cuda")
     result, speed = trainer.evaluate(loader), pd.DataFrame(trainer.speed)
     config, size_px = json.loads((run_dir / "config.json").read_text()), recipe.eval_crop_px
     return {

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from backbones.classifier import Classifier
 from backbones.deploy import optimize
 from utils import distributed
-from utils.data import eval_loader, open_val_data
-from utils.data.folders import Batch, Preprocess, collate, in_threads, readable
+from utils.data import open_val_data
+from utils.data.folders import Batch, Preprocess, load_batch, readable
 from utils.data.transforms import CorruptImageError, Transform, eval_transform, open_image
 from utils.recipe import Recipe
 from utils.training.checkpoint import Trained
@@ -129,7 +129,7 @@ def evaluate_trained(
     recipe, device = trained.recipe, trained.device
     val = open_val_data(data_dir, trained.classes, _at_size(recipe, size_px))
     batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
-    loader = eval_loader(val, batch_size, workers, device.type == "cuda")
+    loader = val.eval_loader(batch_size, workers, device.type == "cuda")
     skipped: dict[str, None] = {}
     results = evaluate(
         {"raw": trained.raw, "EMA": trained.ema},
@@ -181,7 +181,7 @@ def predict_files(
             raise FileNotFoundError(f"{path}: no such image file")
     _, probabilities = predict(
         trained.ema,
-        _file_batches(paths, eval_transform(recipe.eval_resize_px, recipe.eval_crop_px)),
+        _file_batches(paths, eval_transform(recipe)),
         Preprocess(trained.device, len(trained.classes), recipe.channels_last),
         autocast_dtype(trained.device, recipe.precision),
     )
@@ -191,8 +191,11 @@ def predict_files(
 def _file_batches(paths: Sequence[str | Path], transform: Transform) -> Iterator[Batch]:
     """Batches of image files without known classes; their label is 0."""
     for first in range(0, len(paths), MAX_BATCH_SIZE):
-        batch = paths[first : first + MAX_BATCH_SIZE]
-        yield collate(in_threads(lambda path: (transform(open_image(path)), 0), batch))
+        some = paths[first : first + MAX_BATCH_SIZE]
+        batch = load_batch(lambda path: (transform(open_image(path)), 0), some)
+        if batch.corrupt:
+            raise batch.corrupt[0]
+        yield batch
 
 
 def over_chance(top1_pct: float, classes: int) -> float:

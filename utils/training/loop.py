@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.cli import Stopped, progress_bar, summarize
-from utils.data import begin, describe, eval_loader, train_loader
-from utils.data.folders import STEP_STREAM, Batch, Preprocess, Splits, readable, stream_seed
+from utils.data.folders import STEP_STREAM, Batch, Preprocess, Splits, begin, readable, stream_seed
 from utils.data.transforms import CorruptImageError
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
@@ -429,18 +428,13 @@ class StopRequest:
 
 
 def make_loaders(
-    data: Splits,
-    recipe: Recipe,
-    seed: int,
-    workers: int,
-    device: torch.device,
-    timeout_s: float = 0,
+    data: Splits, recipe: Recipe, workers: int, device: torch.device, timeout_s: float = 0
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of the training and validation batches."""
     options = (workers, device.type == "cuda", timeout_s)
     return (
-        train_loader(data.train, recipe.batch_size, seed, *options),
-        eval_loader(data.val, recipe.batch_size, *options),
+        data.train.train_loader(recipe.batch_size, *options),
+        data.val.eval_loader(recipe.batch_size, *options),
     )
 
 
@@ -491,7 +485,7 @@ def fit(
         Stopped: a signal came, and the run is saved.
     """
     run_dir, device = Path(run_dir), device or distributed.pick_device()
-    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
+    loaders = make_loaders(data, recipe, workers, device, timeout_s)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     sizes = len(loaders[0]), len(data.classes)
     trainer = Trainer(model.to(device), recipe, *sizes, seed, skip_corrupt, **options)
@@ -598,7 +592,7 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
         "recipe": dataclasses.asdict(trainer.recipe),
         "seed": trainer.seed,
         "classes": data.classes,
-        "shards": describe(data.train),
+        "shards": data.train.packed,
         "train_images": len(data.train),
         "val_images": len(data.val),
         "autocast": dtype_name(trainer.dtype),
@@ -637,7 +631,7 @@ def dry_run(
         ValueError, CorruptImageError, DivergedError, RuntimeError: as `fit`.
     """
     device = device or distributed.pick_device()
-    loaders = make_loaders(data, recipe, seed, workers, device, timeout_s)
+    loaders = make_loaders(data, recipe, workers, device, timeout_s)
     steps, crop_px = len(loaders[0]), recipe.train_crop_px
     trainer = Trainer(model.to(device), recipe, steps, len(data.classes), seed, **options)
     total = recipe.epochs * steps
