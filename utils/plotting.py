@@ -219,7 +219,7 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
     """A grid of images, each under its title.
 
     Args:
-        images: PIL images, or uint8 tensors `[3, H, W]`.
+        images: PIL images, or tensors `[3, H, W]`, uint8 or floats from 0 to 1.
     """
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(7.2, 7.2 / columns * rows * 1.18), layout="constrained")
@@ -227,7 +227,7 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
         axes.axis("off")
         axes.set_anchor("N")  # aligns the titles of a row
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
-        axes.imshow(image.permute(1, 2, 0) if isinstance(image, Tensor) else image)
+        axes.imshow(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image)
         lines = [textwrap.fill(line, 120 // columns) for line in title.splitlines()]
         axes.set_title("\n".join(lines), fontsize=8)  # as wide as its column
     return figure
@@ -314,21 +314,17 @@ def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequenc
         maps: `[1, C, H, W]` each, at least three channels and pixels, fine to coarse.
         strides: of the maps.
     """
-    height, width = 2 * image.height / image.width + 0.6, 2 * (1 + len(maps))
-    figure, (first, *others) = _panels(1 + len(maps), height, width)
-    first.imshow(image)
-    first.set_title(f"image\n{image.height} x {image.width}")
-    for panel, found, stride in zip(others, maps, strides, strict=True):
+    shown, titles = [image], [f"image\n{image.height} x {image.width}"]
+    for found, stride in zip(maps, strides, strict=True):
         _, channels, height, width = found.shape
         features = found[0].flatten(1).T
         features = features - features.mean(0)
-        shown = features @ torch.linalg.svd(features, full_matrices=False).Vh[:3].T
-        low, high = shown.quantile(torch.tensor([0.02, 0.98]), 0)
-        rgb = ((shown - low) / (high - low)).clamp(0, 1).view(height, width, 3)
-        panel.imshow(rgb.numpy(), interpolation="nearest")
-        panel.set_title(f"stride {stride}\n{channels} x {height} x {width}")
-    for axes in (first, *others):
-        axes.axis("off")
+        scores = features @ torch.linalg.svd(features, full_matrices=False).Vh[:3].T
+        low, high = scores.quantile(torch.tensor([0.02, 0.98]), 0)
+        shown.append(((scores - low) / (high - low)).clamp(0, 1).T.view(3, height, width))
+        titles.append(f"stride {stride}\n{channels} x {height} x {width}")
+    figure = plot_images(shown, titles, columns=len(shown))
+    figure.set_size_inches(2 * len(shown), 2 * image.height / image.width + 0.35)
     return figure
 
 

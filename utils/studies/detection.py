@@ -5,9 +5,8 @@ out. The study trains each seed's detector from random weights and from a traine
 CSV has a row per run, as those of `utils.studies.runner`.
 """
 
-import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from utils.data.folders import (
 from utils.distributed import pick_device
 from utils.recipe import DetectorRecipe, Recipe
 from utils.records import command_line, describe_machine, lock, provenance
-from utils.studies.runner import Row, Variant, read_record, record_runs, train_classifier
+from utils.studies.runner import Result, Row, RunKey, Variant, record_runs, train_classifier
 from utils.training.loop import PROGRESS_STEPS, DivergedError, lr_factor, param_groups
 
 SCRATCH, PRETRAINED = "from scratch", "pretrained"
@@ -179,14 +178,15 @@ def run_detection_study(
         "autocast": "float32",
         "classifier": str(study.checkpoint or "trained for each seed"),
     }
-    keys = itertools.product((SCRATCH, PRETRAINED), range(seeds))
-    expected = {key: settings for key in sorted(keys, key=lambda key: key[1])}
+    expected = {(value, k): [settings] for k in range(seeds) for value in (SCRATCH, PRETRAINED)}
     runs_dir.mkdir(parents=True, exist_ok=True)
+
+    def run_all(keys: list[RunKey]) -> Generator[Result, None, None]:
+        for key in keys:
+            yield key, [_run(study, *key, runs_dir) | settings], []
+
     with lock(runs_dir, wait=False):
-        rows = read_record(output, "detection", expected)
-        missing = [key for key in expected if not rows[key]]
-        results = ((key, [_run(study, *key, runs_dir) | settings], []) for key in missing)
-        return record_runs(output, rows, results, len(missing))
+        return record_runs(output, "detection", expected, run_all)
 
 
 def _run(study: DetectionStudy, variant: str, seed: int, runs_dir: Path) -> Row:

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import re
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
@@ -143,26 +143,21 @@ def run_study(
     data = open_folders(data_dir, study.recipe)
     held_out = hold_out(data, study.recipe, HOLD_OUT_EVERY)
     val_images = len((held_out if study.tuning else data).val)
-    settings = {}
+    dtype = dtype_name(autocast_dtype(targets[0], study.recipe.precision))
+    jobs, expected = {}, {}
     for variant, seed in study.runs():
-        recipe, shared = study.recipe_of(variant), {"val_images": val_images}
-        shared |= {"epochs": recipe.epochs, "train_crop_px": recipe.train_crop_px}
-        settings[variant.value, seed] = {"network": variant.network, **shared}
-    rows = read_record(output, study.name, settings)
-    tested = {key: [row["test_crop_px"] for row in found] for key, found in rows.items()}
-    missing = [
-        (study, variant, seed, data_dir, runs_dir)
-        for variant, seed in study.runs()
-        if tested[variant.value, seed] != study.sizes_px(variant)
-    ]
-    if missing:  # one study has one type
-        dtype = dtype_name(autocast_dtype(targets[0], study.recipe.precision))
-        for found in rows.values():
-            _validate(output, found, {"autocast": dtype})
-    results = (_run(*job, targets[0]) for job in missing)
-    if processes > 1:
-        results = _in_processes(missing, processes, targets)
-    return record_runs(output, rows, results, len(missing))
+        key, recipe = (variant.value, seed), study.recipe_of(variant)
+        jobs[key] = study, variant, seed, data_dir, runs_dir
+        known = {"network": variant.network, "val_images": val_images, "autocast": dtype}
+        known |= {"epochs": recipe.epochs, "train_crop_px": recipe.train_crop_px}
+        expected[key] = [{**known, "test_crop_px": px} for px in study.sizes_px(variant)]
+
+    def run_all(keys: list[RunKey]) -> Generator[Result, None, None]:
+        if processes > 1:
+            return _in_processes([jobs[key] for key in keys], processes, targets)
+        return (_run(*jobs[key], targets[0]) for key in keys)
+
+    return record_runs(output, study.name, expected, run_all)
 
 
 def finished(table: pd.DataFrame) -> pd.DataFrame:
@@ -177,41 +172,64 @@ def curves_path(output: str | Path) -> Path:
     return output.with_name(f"{output.stem}_curves{output.suffix}")
 
 
-def read_record(
-    output: str | Path, study: str, settings: Mapping[RunKey, Row]
-) -> dict[RunKey, list[Row]]:
-    """The rows of every finished run in a study's CSV.
+def record_runs(
+    output: str | Path,
+    study: str,
+    expected: Mapping[RunKey, list[Row]],
+    run_all: Callable[[list[RunKey]], Generator[Result, None, None]],
+) -> pd.DataFrame:
+    """Runs what a study's CSV lacks; writes it, and its learning curves, after every run.
 
     Args:
-        settings: of the runs to train, in the order of the record. Those that are not in the CSV
-            get no rows.
+        output: the CSV. Other runs of the study in it are kept.
+        expected: the columns of each run's rows that are known before it, in the order of the CSV.
+        run_all: yields the result of each of these runs; it is closed at the end.
+
+    Returns:
+        The complete table.
 
     Raises:
-        ValueError: the file is not a record of this study, or a run has other settings.
+        ValueError: `output` is not a record of this study, or its runs have other settings.
     """
-    runs = {key: [] for key in settings}
+    rows = {key: [] for key in expected} | _read_runs(output, study)
+    missing = []
+    for key, known in expected.items():
+        tested, wanted = ([row.get("test_crop_px") for row in x] for x in (rows[key], known))
+        if tested != wanted:
+            missing.append(key)
+    varies = {"test_crop_px"} if missing else {"test_crop_px", "autocast"}
+    for key, (known, *_) in expected.items():  # runs that are added must have the same autocast
+        for row in rows[key]:
+            _validate(output, row, {k: v for k, v in known.items() if k not in varies})
+    path, curves = curves_path(output), {key: [] for key in rows}
+    if path.exists():
+        curves |= _by_run(pd.read_csv(path, dtype=TEXT))
+    options = {"unit": " runs", "smoothing": 0, "disable": not missing}
+    with closing(run_all(missing)) as results:
+        for key, found, curve in progress_bar(results, total=len(missing), **options):
+            rows[key], curves[key] = found, curve
+            write_table(output, [*itertools.chain(*rows.values())])
+            if curve:
+                write_table(path, [*itertools.chain(*curves.values())])
+    return pd.DataFrame(itertools.chain(*rows.values()))
+
+
+def _read_runs(output: str | Path, study: str) -> dict[RunKey, list[Row]]:
+    """The rows of the finished runs in a study's CSV."""
     try:
         table = pd.read_csv(output, dtype=TEXT)
     except FileNotFoundError:
-        return runs
+        return {}
     except ValueError:  # pandas' parser errors, and bytes that are not text
         table = pd.DataFrame()
     if not {"study", "status", "value", "seed"} <= set(table) or set(table.study) != {study}:
         raise ValueError(f"{output}: not a record of the study {study}; choose another output")
-    runs |= _by_run(finished(table))
-    for key, expected in settings.items():
-        _validate(output, runs[key], expected)
-    return runs
+    return _by_run(finished(table))
 
 
-def _by_run(table: pd.DataFrame) -> dict[RunKey, list[Row]]:
-    runs = table.groupby(["value", "seed"], sort=False)
-    return {key: rows.to_dict("records") for key, rows in runs}
-
-
-def _validate(output: str | Path, rows: list[Row], expected: Row) -> None:
-    """Raises ValueError if recorded rows have other settings, as far as they name them."""
-    for row, (name, value) in itertools.product(rows, expected.items()):
+def _validate(output: str | Path, row: Row, known: Row) -> None:
+    """Raises ValueError if a recorded run has other settings, as far as it names them."""
+    for name, value in known.items():
         if row.get(name, value) != value:
             raise ValueError(
                 f"{output}: {row['value']!r} with seed {row['seed']} was recorded with "
@@ -219,33 +237,9 @@ def _validate(output: str | Path, rows: list[Row], expected: Row) -> None:
             )
 
 
-def record_runs(
-    output: str | Path,
-    rows: dict[RunKey, list[Row]],
-    results: Generator[Result, None, None],
-    count: int,
-) -> pd.DataFrame:
-    """Adds each result to its record, the CSV and its learning curves, as soon as it is there.
-
-    Args:
-        rows: of every run, in the order of the record, see `read_record`.
-        results: is closed at the end, also by an error.
-        count: of the results, for the progress bar.
-
-    Returns:
-        The complete table.
-    """
-    path, curves = curves_path(output), {key: [] for key in rows}
-    if path.exists():
-        curves |= _by_run(pd.read_csv(path, dtype=TEXT))
-    options = {"unit": " runs", "smoothing": 0, "disable": not count}
-    with closing(results):
-        for key, found, curve in progress_bar(results, total=count, **options):
-            rows[key], curves[key] = found, curve
-            write_table(output, [*itertools.chain(*rows.values())])
-            if curve:
-                write_table(path, [*itertools.chain(*curves.values())])
-    return pd.DataFrame(itertools.chain(*rows.values()))
+def _by_run(table: pd.DataFrame) -> dict[RunKey, list[Row]]:
+    runs = table.groupby(["value", "seed"], sort=False)
+    return {key: rows.to_dict("records") for key, rows in runs}
 
 
 def _in_processes(
