@@ -98,9 +98,7 @@ def test_rows_of_a_record_are_finished_runs_without_their_folders(finished, fold
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_trained_run_without_a_row_is_evaluated_and_not_trained_again(
-    finished, folders, tmp_path, monkeypatch
-):
+def test_a_trained_run_without_a_row_is_only_evaluated(finished, folders, tmp_path, monkeypatch):
     """Here for another record, and for a further test size."""
     root, table = finished
     monkeypatch.setattr("utils.training.loop.Trainer.train_step", lambda *_: pytest.fail("trains"))
@@ -121,9 +119,7 @@ def test_an_interrupted_study_resumes(finished, folders, tmp_path, monkeypatch):
     assert started == ["relu-seed0", "mish-ours-seed0", *["relu-seed1"] * 2, "mish-ours-seed1"]
 
 
-def test_a_failed_run_is_a_row_that_says_so_and_is_tried_again(
-    finished, folders, tmp_path, monkeypatch
-):
+def test_a_failed_run_is_a_row_and_tried_again(finished, folders, tmp_path, monkeypatch):
     root, _ = finished
     study = dataclasses.replace(TINY, variants=(MISH, HOT), baseline="Hot", seeds=(0,))
     shutil.copytree(root / "runs", tmp_path / "runs")
@@ -135,7 +131,6 @@ def test_a_failed_run_is_a_row_that_says_so_and_is_tried_again(
     assert table.status[0] == "done"
     assert table.status[1].startswith("failed: the loss is not finite")
     assert set(pd.read_csv(curves_path(places[2])).value) == {MISH.value}
-    assert list(statistics.summarize(table, study.top1_column).index) == [MISH.value]
     assert list(statistics.differences(study, table).verdict) == ["too few seeds"]
 
 
@@ -150,13 +145,10 @@ def test_a_killed_process_is_a_failed_run_and_the_others_give_the_same(finished,
             time.sleep(0.01)
         os.kill(started.pop().pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    threading.Thread(target=kill).start()
     table = run_study(TINY, *places, processes=2, devices=["cpu", "cpu"])
-    killer.join()
-    assert table.status[table.status != "done"].tolist() == [
-        "failed: its process was killed (exit code -9), perhaps because memory ran out"
-    ]
+    (status,) = table.status[table.status != "done"]
+    assert status.startswith("failed: its process was killed (exit code -9)")
     torch.set_num_threads(1)
     assert_same_results(run_study(TINY, *places), finished[1])  # three of four are kept
 

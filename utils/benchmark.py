@@ -145,7 +145,6 @@ def measure_cases(
     unit, rows = "ms" if quantity == "latency" else "ms/image", []
     for case in cases:
         rows += tidy(case, quantity, unit, [1e3 * t / case.batch_size for t in times_s[case]])
-    for case in cases:
         if peak_calls and not {"compiled", "ONNX"} & set(case.implementation.split()):
             peak = partial(measure.peak_memory, prepare, case, calls=peak_calls)
             peaks = [peak() / 2**20 for _ in range(PEAK_ROUNDS)]

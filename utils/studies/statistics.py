@@ -192,10 +192,9 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
     return shown
 
 
-def pairs_table(
-    table: pd.DataFrame, by: str, baseline: str, other: str, column: str
-) -> pd.DataFrame:
-    """Two values of a study beside each other, and their difference, for each value of `by`."""
+def pairs_table(table: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
+    """The two values of a study and their difference, for each value of `by`."""
+    baseline, other = table.value.unique()
     found = differences_within(table, by, baseline, column).droplevel("value")
     means = table.pivot_table(column, by, "value", mean_std)[[baseline, other]]
     return _table(means.add_suffix(", top-1 (%)"), found, found.n, by)
@@ -233,15 +232,13 @@ def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
 def length_table(results: Path = RESULTS) -> pd.DataFrame:
     """The full recipe compared with the small one at each length."""
     table = by_length(read_study("length", results))
-    return pairs_table(table, "epochs", "small", "full", STUDIES["length"].top1_column)
+    return pairs_table(table, "epochs", STUDIES["length"].top1_column)
 
 
 def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     """Training at the smaller size compared with training at the larger one, per test size."""
-    study = STUDIES["fixres"]
-    larger, smaller = (variant.value for variant in study.variants)
     table = read_study("fixres", results).rename(columns={"test_crop_px": "test crop (px)"})
-    return pairs_table(table, "test crop (px)", larger, smaller, study.top1_column)
+    return pairs_table(table, "test crop (px)", STUDIES["fixres"].top1_column)
 
 
 def read_detection(results: Path = RESULTS) -> pd.DataFrame:
