@@ -85,9 +85,6 @@ def test_samples_depend_on_seed_epoch_and_index_alone(images_dir):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ---- loaders -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("method", "workers"), [("fork", 3), ("spawn", 1), ("forkserver", 1)])
 def test_loaders_give_the_same_with_any_workers(images_dir, method, workers):
     """Workers ignore the signals that a terminal or a job manager sends to every process."""
@@ -127,21 +124,14 @@ def test_batches_are_the_same_by_any_number_of_threads(images_dir, tmp_path, mon
     assert len(found[0].corrupt) == 48 - len(found[0].indices) > 2
 
 
-def test_threads_run_at_once_and_their_errors_arrive(monkeypatch):
+def test_batches_are_loaded_in_threads_and_unreadable_images_skipped_or_raised(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     meeting = threading.Barrier(2)
-    blank = torch.zeros(3, 1, 1)
-    batch = load_batch(lambda _: (blank, meeting.wait(timeout=60)), range(2))
-    assert sorted(batch.labels.tolist()) == [0, 1]
-    assert load_batch(lambda x: (blank, x), range(9)).labels.tolist() == list(range(9))
-    with pytest.raises(ZeroDivisionError):
-        load_batch(lambda x: (blank, 1 // (x - 2)), range(9))
 
-
-def test_unreadable_images_are_skipped_or_raised():
     def load(label):
         if label == 0:
             raise CorruptImageError("x.JPEG: broken")
+        meeting.wait(timeout=60)  # two at once
         return torch.zeros(3, 4, 4, dtype=torch.uint8), label
 
     batch = load_batch(load, [1, 0, 2], [7, 8, 9])
@@ -150,6 +140,8 @@ def test_unreadable_images_are_skipped_or_raised():
     (error,) = batch.corrupt
     assert error.__traceback__ is None
     assert len(load_batch(load, [0]).labels) == 0
+    with pytest.raises(ZeroDivisionError):
+        load_batch(lambda x: 1 // x, [0, 0])
     skipped = {}
     assert list(readable([batch], True, skipped)) == [batch]
     assert list(skipped) == ["x.JPEG: broken"]
@@ -157,9 +149,6 @@ def test_unreadable_images_are_skipped_or_raised():
         next(readable([batch], False, {}))
     with pytest.raises(CorruptImageError):  # in place of a batch, as of a broken shard
         next(readable([error], True, {}))
-
-
-# ---- samplers ------------------------------------------------------------------------------------
 
 
 def test_train_batches_are_a_new_permutation_every_epoch():
@@ -203,9 +192,6 @@ def test_processes_share_every_batch(images_dir, monkeypatch, world):
         TrainBatches(50, 60, seed=0)
 
 
-# ---- on the device -------------------------------------------------------------------------------
-
-
 def test_evaluation_input_is_torchvisions_reference(photographs):
     """Resize, center crop, to [0, 1], normalize, by the classic transforms."""
     val = open_folders(photographs, RECIPES["imagenet"]).val
@@ -237,20 +223,18 @@ def test_mixing_against_ten_lines(kind):
     """Both mix each image with the one before it, and the targets by the share of pixels."""
     plain, labels = Preprocess(torch.device("cpu"), 3)(RAW)
     mixer, shares = Preprocess(torch.device("cpu"), 3, **{f"{kind}_alpha": 1.0}), []
+    before, one_hot = plain[[3, 0, 1, 2]], torch.eye(3)[labels]
     for seed in range(20):
         torch.manual_seed(seed)
         images, targets = mixer(RAW)
-        before = plain[[3, 0, 1, 2]]
         if kind == "cutmix":
-            own = (images == plain).all(1)  # per pixel
-            assert torch.equal(images, torch.where(own[:, None], plain, before))
-            assert torch.equal(own[0], own[1])
-            share = own[0].float().mean()
+            share = (images == plain).all(1)[:, None].float()  # per pixel
+            assert torch.equal(share[0], share[1])
         else:
-            share = targets[0, 0]  # label 0 is not that of the image before
-            expected = share * plain + (1 - share) * before
-            torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
-        one_hot = torch.eye(3)[labels]
+            share = targets[0, 0].expand(4, 1, 1, 1)  # label 0 is not that of the image before
+        expected = share * plain + (1 - share) * before
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+        share = share[0].mean()
         expected = share * one_hot + (1 - share) * one_hot[[3, 0, 1, 2]]
         torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-5)
         shares.append(float(share))

@@ -23,7 +23,6 @@ from backbones.weights import WeightsError, load_weights
 from utils.cli import printable
 from utils.data.imagenet import LayoutError, read_solution
 from utils.data.transforms import FORMATS, CorruptImageError, open_image, pixels, resized_crop
-from utils.training.checkpoint import RunError, load_checkpoint
 
 # Inserted into a good file: bytes with a meaning somewhere, and any others.
 PIECES = st.sampled_from(
@@ -74,8 +73,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-# ---- LOC_val_solution.csv ------------------------------------------------------------------------
-
 SOLUTION = b"ImageId,PredictionString\n" + b"".join(
     b"ILSVRC2012_val_%08d,n0144353%d 1 2 30 40 \r\n" % (k, k) for k in range(4)
 )
@@ -97,9 +94,6 @@ def test_solutions(folder, content):
             assert re.fullmatch(r"n[0-9]{8}", wnid)
             assert image.encode() in content
             assert wnid.encode() in content
-
-
-# ---- Darknet's .weights --------------------------------------------------------------------------
 
 
 def first_layers():
@@ -150,9 +144,6 @@ def test_darknet_weights(folder, content, strict, name):
     assert report is None or (report.loaded and not (strict and report.missing))
 
 
-# ---- images --------------------------------------------------------------------------------------
-
-
 def drawn(format, mode="RGB", size_px=(24, 17), **options):
     """A small image file of noise, in which every byte matters."""
     noise = np.random.default_rng(2).integers(0, 256, (size_px[1], size_px[0], 3), dtype=np.uint8)
@@ -188,21 +179,3 @@ def test_images(content):
             found, (width, height) = decode(image), image.size
             assert found.dtype == np.uint8
             assert found.shape == ((height, width, 3) if decode is pixels else (4, 4, 3))
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-BUFFER = io.BytesIO()
-torch.save({"config": {"epochs": 1}, "model": {"w": torch.arange(12.0)}, "ema": {}}, BUFFER)
-
-
-@given(st.one_of(mutated(BUFFER.getvalue()), st.binary(max_size=200)))
-@example(BUFFER.getvalue())
-@example(b"")
-@example(b"cposix\nsystem\n(S'touch code-was-run'\ntR.")  # a pickle
-def test_checkpoints(folder, content):
-    """A checkpoint, or RunError."""
-    path = folder / "last.pt"
-    path.write_bytes(content)
-    with one_line(RunError, path):
-        assert load_checkpoint(path).keys() == {"config", "model", "ema"}

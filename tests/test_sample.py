@@ -49,9 +49,6 @@ def snapshot(path):
     }
 
 
-# ---- layout --------------------------------------------------------------------------------------
-
-
 def test_the_layout_is_kaggles(drawn):
     """Class folders in train/, a flat val/, two solution files, the names, our marker: no more."""
     train = {f"{DATA}/train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in range(20)}
@@ -93,9 +90,6 @@ def test_solutions_name_each_image_once_with_a_box_inside_it(drawn, split):
     assert set(modes) == {"RGB", "L", "CMYK"}
     assert modes.count("CMYK") == 1
     assert modes.count("L") <= 0.1 * len(modes)
-
-
-# ---- what is in the images -----------------------------------------------------------------------
 
 
 def test_colour_does_not_tell_the_class():
@@ -140,25 +134,17 @@ def test_boxes_are_those_of_the_objects(monkeypatch):
     assert len(labels) == 10
 
 
-# ---- the same bytes ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("draw", "counts", "sha256"),
-    [
-        (sample.draw, TINY, "2e89a818949f7eb1ad4a9b257a4d132b12514ade2f01ece3a950eb69a7f28ab9"),
-        (
-            sample.draw_scenes,
-            FEW,
-            "413afa9ddb238cef183213a61c040ef1102c7cfb63d8708147a4b53a9cb1f73e",
-        ),
-    ],
-)
-def test_the_bytes_are_those_of_the_first_release(tmp_path, draw, counts, sha256):
+def test_the_bytes_are_those_of_the_first_release(tmp_path):
     """Records and notebooks hold results on them."""
-    draw(tmp_path, **counts)
-    content = b"".join(path.encode() + b"\0" + data for path, data in files(tmp_path).items())
-    assert hashlib.sha256(content).hexdigest() == sha256
+    sample.draw(tmp_path / "images", **TINY)
+    sample.draw_scenes(tmp_path / "scenes", **FEW)
+    for name, sha256 in (
+        ("images", "2e89a818949f7eb1ad4a9b257a4d132b12514ade2f01ece3a950eb69a7f28ab9"),
+        ("scenes", "413afa9ddb238cef183213a61c040ef1102c7cfb63d8708147a4b53a9cb1f73e"),
+    ):
+        found = files(tmp_path / name)
+        content = b"".join(path.encode() + b"\0" + data for path, data in found.items())
+        assert hashlib.sha256(content).hexdigest() == sha256
 
 
 def test_an_image_depends_on_seed_split_and_number_alone(drawn, scenes, tmp_path):
@@ -177,9 +163,6 @@ def test_an_image_depends_on_seed_split_and_number_alone(drawn, scenes, tmp_path
     small, other = (files(tmp_path / name) for name in ("small", "other"))
     assert small.keys() == other.keys()
     assert all(small[path] != other[path] for path in small if path.endswith("JPEG"))
-
-
-# ---- drawing again -------------------------------------------------------------------------------
 
 
 def test_a_second_draw_changes_nothing_even_after_sorting(tmp_path):
@@ -229,42 +212,29 @@ def test_a_killed_draw_is_finished_by_one_that_waited(
     assert files(killed) == files(complete)
 
 
-# ---- refusals ------------------------------------------------------------------------------------
-
-
-def occupy(path, how):
-    """Puts something in the way."""
-    if how == "is a file":
-        path.write_text("mine")
-    elif how == "another sample":
-        sample.draw(path, seed=5, **TINY)
-    else:
-        (path / "ILSVRC").mkdir(parents=True)
-        (path / {"foreign": "thesis.tex", "foreign marker": "sample.json"}[how]).write_text("{}")
-
-
-@pytest.mark.parametrize("how", ["foreign", "foreign marker", "is a file", "another sample"])
-def test_other_files_are_kept(tmp_path, how):
-    """One line with the path, and nothing changed."""
+@pytest.mark.parametrize("name", ["thesis.tex", "sample.json", None])
+def test_other_files_are_kept(tmp_path, capsys, name):
+    """One line with the path, and nothing changed: a folder, another sample, or a file (None)."""
     root = tmp_path / "taken"
-    occupy(root, how)
+    if name:
+        (root / "ILSVRC").mkdir(parents=True)
+    (root / name if name else root).write_text("{}")
     before = snapshot(root)
     for draw in (sample.draw, sample.draw_scenes):
         with pytest.raises(ValueError, match=re.escape(str(root))) as error:
             draw(root)
         assert "\n" not in str(error.value)
+    assert sample.main([str(root)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"error: {re.escape(str(root))}.*\n", captured.err)
     assert snapshot(root) == before
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    """Draws and prints the folder, or refuses in one line."""
+def test_the_command_draws(tmp_path, monkeypatch, capsys):
     draw = sample.draw
     monkeypatch.setattr(sample, "draw", lambda *args, **named: draw(*args, **named, **TINY))
     assert sample.main([str(tmp_path / "a"), "--seed", "4"]) == 0
     assert str(tmp_path / "a" / DATA) in capsys.readouterr().out
     draw(tmp_path / "b", seed=4, **TINY)
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert sample.main([str(tmp_path / "a" / "sample.json" / "c")]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert re.fullmatch(rf"error: {re.escape(str(tmp_path))}.*\n", captured.err)

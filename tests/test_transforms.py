@@ -7,7 +7,6 @@ import random
 import runpy
 import struct
 import warnings
-import zlib
 from functools import partial
 
 import numpy as np
@@ -33,9 +32,6 @@ def picture(mode="RGB", size_px=(37, 29)):
     return coarse.resize(size_px, Image.Resampling.BICUBIC).convert(mode)
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
@@ -58,12 +54,6 @@ def test_what_imagenet_contains_is_decoded_as_pillow_does(tmp_path, mode, option
     assert np.array_equal(pixels(opened), np.asarray(Image.open(path).convert("RGB")))
 
 
-def test_photographs_are_decoded_as_pillow_does(photographs):
-    for path in sorted(photographs.glob("*/*/*.JPEG"))[::4]:
-        expected = np.asarray(Image.open(path).convert("RGB"))
-        assert np.array_equal(np.asarray(transforms.decode(path)), expected)
-
-
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path, format):
     """Pillow's own conversion makes all above 255 white."""
@@ -72,21 +62,16 @@ def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path, format):
     assert pixels(open_image(path))[0].tolist() == [[v] * 3 for v in (0, 0, 1, 156, 255)]
 
 
-def claiming(width, height, depth=8, colour=0):
-    """A PNG file that claims a size, whatever it holds."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    chunks = header, b"IDAT" + zlib.compress(bytes(99)), b"IEND"
-    sizes_and_sums = (
-        (struct.pack(">I", len(c) - 4), struct.pack(">I", zlib.crc32(c))) for c in chunks
-    )
-    parts = zip(chunks, sizes_and_sums, strict=True)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(size + c + check for c, (size, check) in parts)
-
-
 def saved(format, size_px=(300, 200)):
     buffer = io.BytesIO()
     picture(size_px=size_px).save(buffer, format)
     return buffer.getvalue()
+
+
+def claiming(width, height):
+    """A BMP file that claims a size, whatever it holds."""
+    content = saved("BMP")
+    return content[:18] + struct.pack("<ii", width, height) + content[26:]
 
 
 JPEG = saved("JPEG")
@@ -94,14 +79,12 @@ AT = JPEG.index(b"\xff\xc0") + 5  # height and width
 BROKEN_FILES = {
     "cut short": JPEG[: len(JPEG) // 2],
     "empty": b"",
-    "text": b"no image\n",
-    "a header alone": JPEG[:20],
     "zeros after the header": JPEG[:400] + bytes(4000),
     "EPS, which is a program": saved("EPS"),
     "PNG with a broken checksum": saved("PNG")[:-300] + bytes(300),
-    "PNG of no width": claiming(0, 9),
-    "PNG of 400 million pixels": claiming(20_000, 20_000, 1),
-    "PNG above our limit and below Pillow's": claiming(13_000, 13_000, 8, 6),
+    "no width": claiming(0, 9),
+    "400 million pixels": claiming(20_000, 20_000),
+    "above our limit and below Pillow's": claiming(13_000, 13_000),
     "JPEG of 4 billion pixels": JPEG[:AT] + struct.pack(">HH", 65_500, 65_500) + JPEG[AT + 4 :],
 }
 
@@ -126,8 +109,6 @@ def test_pillow_prints_no_warnings(tmp_path):
         runpy.run_path(transforms.__file__)["decode"](tmp_path / "x.JPEG")
     assert not seen
 
-
-# ---- crops ---------------------------------------------------------------------------------------
 
 # Two independent samples of so many draws differ by more, in the largest distance of their
 # cumulative distributions (Kolmogorov and Smirnov), once in ten thousand times.
@@ -268,8 +249,6 @@ def test_evaluation_of_lines_of_pixels_takes_their_middle(size_px):
     assert found.shape == (3, 14, 14)
     assert (found.int() - expected.int()).abs().float().mean() < 4
 
-
-# ---- augmentation --------------------------------------------------------------------------------
 
 # Largest mean difference to torchvision's, in Pillow, in levels of 255: OpenCV's warps round
 # coordinates to 1/32 of a pixel and blend with black at the border, where Pillow stops; its grey

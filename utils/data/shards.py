@@ -40,7 +40,6 @@ from utils.records import lock, write_atomic
 BUFFER_IMAGES = 1000  # encoded images that each worker shuffles: 110 MB of ImageNet
 SUMS = "SHA256SUMS"
 PACK_STREAM = 3  # first word of the packing order's seed; utils.data.folders has 0 to 2
-INDEX_KEYS = {"format", "split", "shard", "counts", "classes", "seed", "files"}
 Sample = dict[str, Any]  # of webdataset: __key__, cls, jpg and path
 
 
@@ -75,7 +74,7 @@ def read_samples(url: str) -> Iterator[Sample]:
             files = tar_file_iterator(stream, skip_meta=None)
             samples = group_by_keys(file | {"__url__": url} for file in files)
             index = json.loads(next(samples)["json"])
-            if index.keys() != INDEX_KEYS or index["format"] != 1:
+            if index["format"] != 1:
                 raise ValueError("no index that scripts/make_shards.py of this version writes")
             yield index
             yield from samples
@@ -215,7 +214,7 @@ def make_shards(
         sums = _read_sums(output_dir)
         for index, *content in progress_bar(jobs, unit=" shards"):
             path = output_dir / f"{index['split']}-{index['shard']:06d}.tar"
-            digest = _sha256(path)
+            digest = _sha256(path) if path.exists() else None
             if digest is None or digest != sums.get(path.name, digest):
                 write_atomic(path, partial(_pack, index, *content))
                 digest, packed = _sha256(path), packed + 1
@@ -261,8 +260,8 @@ def verify_shards(output_dir: Path) -> str:
     if not (sums := _read_sums(output_dir)):
         raise DataError(f"{output_dir / SUMS}: missing, or lists no shard; pack the folder again")
     for name in progress_bar(sums, unit=" shards"):
-        if _sha256(output_dir / name) != sums[name]:
-            raise DataError(f"{output_dir / name}: missing or damaged; pack the folder again")
+        if not (path := output_dir / name).exists() or _sha256(path) != sums[name]:
+            raise DataError(f"{path}: missing or damaged; pack the folder again")
     return f"{len(sums)} shards: all match their checksums"
 
 
@@ -271,9 +270,6 @@ def _read_sums(output_dir: Path) -> dict[str, str]:
     return {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (\S+)\n", text)}
 
 
-def _sha256(path: Path) -> str | None:
-    """The checksum of a file; None if it is missing."""
-    if not path.exists():
-        return None
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

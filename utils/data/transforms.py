@@ -239,16 +239,7 @@ def _smooth(rgb: np.ndarray) -> np.ndarray:
     return smooth
 
 
-def _solarize(rgb: np.ndarray, threshold: float) -> np.ndarray:
-    levels = np.arange(256, dtype=np.uint8)
-    return cv2.LUT(rgb, np.where(levels < threshold, levels, 255 - levels))
-
-
-def _in_pillow(operation: Callable[[Image.Image], Image.Image], rgb: np.ndarray) -> np.ndarray:
-    return np.array(operation(Image.fromarray(rgb)))
-
-
-MAGNITUDES = 31  # strengths of an operation, from none to the largest
+LEVELS = np.arange(256, dtype=np.uint8)
 # TrivialAugment's "wide" space (arXiv:2103.10158, table 7): whether the strength m of 0 to 1 may be
 # negative, and the operation on uint8 `[H, W, 3]`.
 OPERATIONS: dict[str, tuple[bool, Callable[[np.ndarray, float], np.ndarray]]] = {
@@ -263,21 +254,24 @@ OPERATIONS: dict[str, tuple[bool, Callable[[np.ndarray, float], np.ndarray]]] = 
     "Sharpness": (True, lambda rgb, m: _blend(_smooth(rgb), rgb, m)),
     "Brightness": (True, lambda rgb, m: _blend(np.zeros_like(rgb), rgb, m)),
     "Posterize": (False, lambda rgb, m: rgb & np.uint8(256 - 2 ** round(6 * m))),
-    "Solarize": (False, lambda rgb, m: _solarize(rgb, 255 * (1 - m))),
-    "AutoContrast": (False, lambda rgb, m: _in_pillow(ImageOps.autocontrast, rgb)),
-    "Equalize": (False, lambda rgb, m: _in_pillow(ImageOps.equalize, rgb)),
+    "Solarize": (
+        False,
+        lambda rgb, m: cv2.LUT(rgb, np.where(255 * (1 - m) > LEVELS, LEVELS, 255 - LEVELS)),
+    ),
+    "AutoContrast": (False, lambda rgb, m: np.array(ImageOps.autocontrast(Image.fromarray(rgb)))),
+    "Equalize": (False, lambda rgb, m: np.array(ImageOps.equalize(Image.fromarray(rgb)))),
 }
 
 
 def trivial_augment(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
-    """TrivialAugmentWide (arXiv:2103.10158): one random operation at a random strength.
+    """TrivialAugmentWide (arXiv:2103.10158): one random operation at one of 31 strengths.
 
     Ranges, odds and pixels are those of torchvision's TrivialAugmentWide with bilinear
     interpolation, except that warps round coordinates to 1/32 of a pixel and blend with black at
     the border, and that blends are rounded differently at times (tests/test_transforms.py).
     """
     signed, operation = OPERATIONS[rng.choice(list(OPERATIONS))]
-    strength = rng.randrange(MAGNITUDES) / (MAGNITUDES - 1)
+    strength = rng.randrange(31) / 30
     return operation(rgb, -strength if signed and rng.random() < 0.5 else strength)
 
 
