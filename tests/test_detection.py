@@ -1,6 +1,7 @@
 """Detectors: training, precision against a hand count, and the study of pretrained backbones."""
 
 import dataclasses
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -122,25 +123,20 @@ def study(scenes, folders):
 
 
 def test_the_study_resumes_and_keeps_its_record(study, tmp_path, monkeypatch):
-    output, seeds, train = tmp_path / "new" / "table.csv", [], detection.train_detector
-
-    def interrupted(*args, seed, **options):
-        seeds.append(seed)
-        if len(seeds) == 3:
-            raise KeyboardInterrupt
-        return train(*args, seed=seed, **options)
-
-    monkeypatch.setattr(detection, "train_detector", interrupted)
+    output, train = tmp_path / "new" / "table.csv", mock.Mock(wraps=detection.train_detector)
+    monkeypatch.setattr(detection, "train_detector", train)
+    train.side_effect = [mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt]
     with pytest.raises(KeyboardInterrupt):
         run_detection_study(study, 2, tmp_path / "runs", output)
+    train.side_effect = None
     table = run_detection_study(study, 2, tmp_path / "runs", output)
-    assert seeds == [0, 0, 1, 1, 1]
+    assert [call.kwargs["seed"] for call in train.call_args_list] == [0, 0, 1, 1, 1]
     assert table.seed.tolist() == [0, 0, 1, 1]
     assert table.value.tolist() == ["from scratch", "pretrained"] * 2
     assert not table.isna().any(axis=None)
     assert pd.read_csv(output).map_pct.equals(table.map_pct)
     once = run_detection_study(study, 1, tmp_path / "others", output)  # of a record alone
-    assert len(seeds) == 5
+    assert train.call_count == 5
     assert once.equals(table)
     longer = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, epochs=3))
     with pytest.raises(ValueError, match="'from scratch' with seed 0 was recorded with epochs=1"):
