@@ -62,10 +62,9 @@ def browser(name, width_px, height_px):
     for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage"):
         options.add_argument(f"--{argument}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.add_argument(f"--window-size={width_px},{height_px}")
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
-        size = {"width": width_px, "height": height_px, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         yield driver
     finally:
         driver.save_screenshot(SHOTS / f"{name}-last.png")
@@ -150,9 +149,6 @@ def test_run_all_cells(lab, path):
         wait(driver, 60, lambda: "[*]:" in texts(driver, PROMPT))
         wait(driver, 600, progressed)
         assert len(bars) > 2
-        bar = driver.find_element(By.XPATH, "//pre[contains(., '%|')]")
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", bar)
-        driver.save_screenshot(SHOTS / f"{path.stem}-running.png")
         wait(driver, 1800, finished)
         photograph(driver, path.stem, ".jp-WindowedPanel-outer")
         assert driver.execute_script(FIND_DEFECTS) == []
