@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 from utils.cli import summarize
-from utils.data.folders import ImageFiles, Splits, open_folders, open_val
+from utils.data.folders import ImageFiles, Splits, open_folders
 from utils.data.imagenet import LayoutError, check_layout
 from utils.data.shards import Shards, open_shards
+from utils.data.transforms import eval_transform
 from utils.recipe import Recipe
 
 
@@ -24,7 +25,8 @@ def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> I
     if _is_shards(data_dir):
         val = open_shards(data_dir, recipe).val
     else:
-        val = open_val(data_dir, check_layout(data_dir), recipe)
+        found = check_layout(data_dir)
+        val = ImageFiles(Path(data_dir) / "val", found, eval_transform(recipe))
     if val.classes != classes:
         differing = summarize(sorted(set(val.classes) ^ set(classes)))
         raise LayoutError(

@@ -308,12 +308,8 @@ def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
     """
     classes = check_layout(data_dir)
     train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
-    return Splits(train, open_val(data_dir, classes, recipe), classes)
-
-
-def open_val(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles:
-    """Opens `data_dir/val` with the recipe's validation transform."""
-    return ImageFiles(Path(data_dir) / "val", classes, eval_transform(recipe))
+    val = ImageFiles(Path(data_dir) / "val", classes, eval_transform(recipe))
+    return Splits(train, val, classes)
 
 
 def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:

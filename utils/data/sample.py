@@ -14,8 +14,7 @@ have the same distribution in every class. Flips, rotations and inverted colours
 import colorsys
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -205,13 +204,13 @@ def render(rng: Rng, class_index: int) -> tuple[Image.Image, Box]:
     return _photograph(rng, canvas, outlines[0].mean(axis=0)), box
 
 
-def render_scene(rng: Rng, side_px: int = SCENE_PX) -> tuple[Image.Image, list[tuple[int, Box]]]:
+def render_scene(rng: Rng) -> tuple[Image.Image, list[tuple[int, Box]]]:
     """Draws one square image with one to four objects, which may overlap a little.
 
     Returns:
         The RGB image, and the class index and the box, as in `render`, of each object.
     """
-    canvas_px = (side_px * SUPERSAMPLING, side_px * SUPERSAMPLING)
+    canvas_px = (SCENE_PX * SUPERSAMPLING, SCENE_PX * SUPERSAMPLING)
     canvas, mean = _background(rng, canvas_px)
     objects = []
     for centre, radius_px in _places(rng, canvas_px[0]):
@@ -277,28 +276,23 @@ def _draw_split(data: Path, split: str, seed: int, per_class: int, bar: tqdm) ->
     return "\n".join(lines) + "\n"
 
 
-@contextmanager
-def _drawing(
-    root: Path, content: str, settings: dict[str, object], images: int, progress: bool
-) -> Iterator[tqdm | None]:
-    """Locks the folder; yields a progress bar if its `content` is still to be drawn, or None.
+def _draw_once(
+    root: Path, content: str, settings: dict[str, object], fill: Callable[[], None]
+) -> None:
+    """Locks the folder and fills it with its `content`, unless that is drawn already.
 
     Raises:
         ValueError: `root` holds anything else.
     """
     marked = json.dumps(settings).encode() + b"\n"
     if _is_drawn(root, content, marked):  # before the lock, which writes to the folder
-        yield None
         return
     root.mkdir(parents=True, exist_ok=True)
     with lock(root):
-        if _is_drawn(root, content, marked):
-            yield None
-            return
-        write_atomic(root / UNFINISHED, lambda path: path.write_bytes(marked))
-        with progress_bar(total=images, unit=" images", disable=not progress) as bar:
-            yield bar
-        (root / UNFINISHED).replace(root / MARKER)
+        if not _is_drawn(root, content, marked):
+            write_atomic(root / UNFINISHED, lambda path: path.write_bytes(marked))
+            fill()
+            (root / UNFINISHED).replace(root / MARKER)
 
 
 def _is_drawn(root: Path, content: str, settings: bytes) -> bool:
@@ -341,13 +335,16 @@ def draw(
     root, counts = Path(root), {"train": train_per_class, "val": val_per_class}
     settings = {"version": VERSION, "seed": seed, "per_class": counts}
     data, images = root / "ILSVRC" / "Data" / "CLS-LOC", len(CLASSES) * sum(counts.values())
-    with _drawing(root, "ILSVRC", settings, images, progress) as bar:
-        if bar is not None:
-            names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
-            (root / "LOC_synset_mapping.txt").write_text(names)
+
+    def fill() -> None:
+        names = "".join(f"{wnid} {words}\n" for wnid, words in zip(WNIDS, CLASSES, strict=True))
+        (root / "LOC_synset_mapping.txt").write_text(names)
+        with progress_bar(total=images, unit=" images", disable=not progress) as bar:
             for split in SPLITS:
                 solution = _draw_split(data, split, seed, counts[split], bar)
                 (root / f"LOC_{split}_solution.csv").write_text(solution)
+
+    _draw_once(root, "ILSVRC", settings, fill)
     return data
 
 
@@ -369,12 +366,15 @@ def draw_scenes(
     """
     root, counts = Path(root), {"train": train_images, "val": val_images}
     settings = {"version": VERSION, "seed": seed, "scenes": counts}
-    with _drawing(root, "annotations", settings, sum(counts.values()), progress) as bar:
-        if bar is not None:
-            (root / "annotations").mkdir(exist_ok=True)
+
+    def fill() -> None:
+        (root / "annotations").mkdir(exist_ok=True)
+        with progress_bar(total=sum(counts.values()), unit=" images", disable=not progress) as bar:
             for number, split in enumerate(SPLITS):
                 found = _draw_scenes(root / split, number, seed, counts[split], bar)
                 (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(found))
+
+    _draw_once(root, "annotations", settings, fill)
     return root
 
 
