@@ -230,20 +230,17 @@ def test_two_runs_wait_for_a_third_and_both_succeed(tmp_path):
     assert contents(val) == sorted_tree(MANY)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_solutions_are_read(tmp_path):
+    for text in (
         "ImageId,PredictionString\na_1,n01440764 1 2 3 4\nb-2,n01443537\n",
         "\ufeffImageId,PredictionString\na_1,n01440764\nb-2,n01443537",
         "ImageId,PredictionString\r\na_1,n01440764 1 2 \r\nb-2,n01443537\r\n\r\n",
         " ImageId , PredictionString \n\n a_1 ,  n01440764  1 2  \n  \nb-2 , n01443537 \n\n",
         'PredictionString,other,ImageId\nn01440764,"x,y",a_1\n"n01443537 1 2",,b-2\n',
-    ],
-)
-def test_solutions_are_read(tmp_path, text):
-    write(tmp_path / "solution.csv", text)
-    labels = read_solution(tmp_path / "solution.csv")
-    assert labels == {"a_1": "n01440764", "b-2": "n01443537"}
+    ):
+        write(tmp_path / "solution.csv", text)
+        labels = read_solution(tmp_path / "solution.csv")
+        assert labels == {"a_1": "n01440764", "b-2": "n01443537"}
 
 
 BAD_ROWS = [
@@ -302,15 +299,10 @@ def touch(folder, paths):
         write(folder / path / "x" if path.endswith("/") else folder / path, "")
 
 
-@pytest.mark.parametrize(
-    "paths",
-    [
-        "train/n2/x.JPEG train/n1/x.JPEG val/n1/y.JPEG val/n2/y.JPEG",
-        "train/n1/ train/n2/ train/.git/ train/a.tar val/n1/ val/n2/ val/._a.JPEG val/a.txt",
-    ],
-)
-def test_a_good_layout(tmp_path, paths):
-    touch(tmp_path, paths)
+def test_a_good_layout(tmp_path):
+    touch(
+        tmp_path, "train/n1/ train/n2/x.JPEG train/.git/ train/a.tar val/n2/ val/._a.JPEG val/n1/"
+    )
     assert check_layout(str(tmp_path)) == check_layout(tmp_path) == ["n1", "n2"]
 
 
