@@ -155,7 +155,8 @@ def test_a_second_run_packs_damaged_shards_only(images, packed, copied, capsys):
         assert "13 shards: packed 1, 12 were there already" in capsys.readouterr().out
     assert files_of(copied) == files_of(packed)
     after = mtimes_of(copied, os.listdir(copied))
-    assert {name for name in after if after[name] != before[name]} == {*damage, "SHA256SUMS"}
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed - {".lock"} == {*damage, "SHA256SUMS"}  # some filelocks truncate their file
 
 
 def kill_at(nth, *folders):
