@@ -69,9 +69,10 @@ def retinanet(
 
     Args:
         net: any backbone, such as `create(name, out_indices=(2, 3, 4))` for the paper's strides.
-        num_classes: of objects, at least 1, without the background; labels are 1 to `num_classes`.
-        out_channels: of the pyramid and the head, a multiple of 32 (GroupNorm's groups).
-        options: of `torchvision.models.detection.RetinaNet`, such as `min_size` and `max_size`, to
+        num_classes: number of object classes, at least 1, without the background; labels count
+            from 1.
+        out_channels: channels of the pyramid and the head, a multiple of 32 (GroupNorm's groups).
+        options: arguments of torchvision's RetinaNet, such as `min_size` and `max_size`, to
             which images are resized (default: 800 and 1333 pixels), or `image_mean` and
             `image_std`, one number per channel of values 0 to 1.
 
@@ -101,9 +102,10 @@ def faster_rcnn(
 
     Args:
         net: any backbone, such as `create(name, out_indices=(1, 2, 3, 4))` for the paper's strides.
-        num_classes: of objects, at least 1, without the background; labels are 1 to `num_classes`.
-        out_channels: of the pyramid.
-        options: of `torchvision.models.detection.FasterRCNN`; see `retinanet`.
+        num_classes: number of object classes, at least 1, without the background; labels count
+            from 1.
+        out_channels: channels of the pyramid.
+        options: arguments of `torchvision.models.detection.FasterRCNN`; see `retinanet`.
     """
     validate_count("num_classes", num_classes)
     pyramid = Pyramid(net, out_channels, LastLevelMaxPool())

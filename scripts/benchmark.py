@@ -43,10 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="inference under torch.compile, too: minutes each")
     add("--memory", action="store_true", help="peak memory, too, of CPUs under Linux")
     add("--rounds", type=count, default=7, help="timed rounds (default: 7)")
-    add("--threads", type=count, default=2, help="of all but input, which has 1 (default: 2)")
+    add(
+        "--threads",
+        type=count,
+        default=2,
+        help="threads; input uses 1 (default: 2)",
+    )
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--output", type=Path, default=Path("results/benchmark.csv"), help="CSV file in which rows "
-        "are added or replaced (default: results/benchmark.csv)")  # fmt: skip
+    add("--output", type=Path, default=Path("runs/benchmark.csv"), help="CSV file in which rows "
+        "are added or replaced (default: runs/benchmark.csv)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.memory and args.device != "cpu":
         parser.error("--memory is measured with --device cpu only")

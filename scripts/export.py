@@ -44,9 +44,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--backbone", help="a name of backbones.list_models()")
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="PATH", help="a new .onnx or .pt2 file")
-    add("--weights", help="of --backbone: a file, or a name of torchvision's (default: random)")
-    add("--options", type=json_object, default={}, metavar="JSON", help="of backbones.create")
-    add("--classifier", action="store_true", help="of --checkpoint: with its head, to logits")
+    add("--weights", help="weights of --backbone: a file, or a name of torchvision's")
+    add(
+        "--options",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="arguments of backbones.create",
+    )
+    add("--classifier", action="store_true", help="export the classifier of --checkpoint")
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     if args.weights and args.checkpoint:
@@ -60,11 +66,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def json_object(text: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
         example = '{"out_indices": [2, 3, 4]}'
-        message = f"{text!r} must be a JSON object, such as {example}"
-        raise argparse.ArgumentTypeError(message) from error
+        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object, such as {example}")
+    return value
 
 
 def open_network(args: argparse.Namespace) -> Backbone | Classifier:

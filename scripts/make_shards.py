@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "--seed",
         type=int_at_least(0),
         default=0,
-        help="of the training images' order (default: %(default)s)",
+        help="seed of the training images' order (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     return exit_code(lambda: print(pack_or_verify(args)))

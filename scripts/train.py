@@ -16,7 +16,7 @@ ImageNet's flat val/. Shards come from scripts/make_shards.py, on a disk or thro
 A run that was stopped at any moment resumes with the same command and --output-dir. On class
 folders it ends in the same weights as without the stop.
 
-SIGINT or SIGTERM saves and stops; a second signal interrupts at once.
+SIGINT or SIGTERM saves and stops; the same signal again interrupts at once.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(default: at the ends of epochs)")  # fmt: skip
     add("--keep-every", type=count, default=0, metavar="N", help="keep the checkpoint of every N-th"
         " epoch beside the last and the best")  # fmt: skip
-    add("--timeout-s", type=count, default=600, metavar="S", help="longest wait for a worker or "
-        "another process, seconds (default: %(default)s)")  # fmt: skip
+    add("--timeout-s", type=count, default=600, metavar="S", help="timeout in seconds for "
+        "workers and other processes (default: %(default)s)")  # fmt: skip
     add("--tensorboard", action="store_true", help="also log for TensorBoard")
     add("--dry-run", action="store_true", help="a few steps and an estimate; nothing is written")
     recipe.add_arguments(parser, chosen)

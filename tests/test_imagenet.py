@@ -135,7 +135,7 @@ def test_other_files_stay_and_are_reported(tmp_path, capsys, more):
 IMAGE = f"val/{ONE}.JPEG"
 BAD_TREES = {  # what is changed, and the error
     "no csv": (lambda f: (f / "solution.csv").unlink(), "solution.csv: No such file"),
-    "bad csv": (lambda f: write(f / "solution.csv", ""), "solution.csv: not text in UTF-8"),
+    "bad csv": (lambda f: write(f / "solution.csv", ""), "solution.csv: not a CSV file in UTF-8"),
     "no val": (lambda f: shutil.rmtree(f / "val"), "val is not a folder"),
     "one image missing": (lambda f: (f / IMAGE).unlink(), "CSV missing: 1 ("),
     "image in another class folder": (
@@ -249,10 +249,10 @@ BAD_ROWS = [
     *(f"a\\b,{B}", f"{ONE}.JPEG,{B}", f"{TWO},{C}", f"{TWO},{A}"),
 ]
 BAD_SOLUTIONS = [
-    ("", "not text in UTF-8: No columns"),
-    (f"{HEAD}caf\udce9,x\n", "not text in UTF-8: .* byte 0xe9"),
-    (f'{HEAD}"{ONE},{B}', "not text in UTF-8: .* EOF inside string"),
-    (f"{HEAD}{TWO},{C}\n{ONE},{B},1\n", "not text in UTF-8: .* line 3, saw 3"),
+    ("", "not a CSV file in UTF-8: No columns"),
+    (f"{HEAD}caf\udce9,x\n", "not a CSV file in UTF-8: .* byte 0xe9"),
+    (f'{HEAD}"{ONE},{B}', "not a CSV file in UTF-8: .* EOF inside string"),
+    (f"{HEAD}{TWO},{C}\n{ONE},{B},1\n", "not a CSV file in UTF-8: .* line 3, saw 3"),
     (HEAD, "no entries"),
     ("id,label\na,b\n", r"columns \['id', 'label'\]: expected ImageId,PredictionString"),
     (f"ImageId;PredictionString\n{ONE};{B}\n", "columns .*: expected ImageId,PredictionString"),
@@ -264,7 +264,7 @@ BAD_SYNSETS = [
     ("n01440764\n", r"bad lines: 1 \(n01440764\)"),
     ("n1 tench\n", r"bad lines: 1 \(n1 tench\)"),
     ("n01440764 tench\n\nn01440764 shark\n", r"bad lines: 1 \(n01440764 shark\)"),
-    ("n01440764 caf\udce9\n", "not text in UTF-8"),
+    ("n01440764 caf\udce9\n", "not a CSV file in UTF-8"),
 ]
 
 
@@ -288,7 +288,7 @@ def test_names_of_classes(tmp_path):
     for start, end in (("", "\n"), ("\ufeff", "\r\n"), ("", "\n\n")):
         write(tmp_path / "LOC_synset_mapping.txt", f"{start}{A} a, b{end}n03126707 crane{end}")
         assert class_names(classes, find_synsets(data)) == ["a, b", "crane"]
-    with pytest.raises(LayoutError, match=r"has no words for the classes 1 \(cats\)"):
+    with pytest.raises(LayoutError, match=r"has no names for the classes 1 \(cats\)"):
         class_names([A, "cats"], find_synsets(data))
     imagenette = {wnid: ", ".join(words) for wnid, words in Imagenette._WNID_TO_CLASS.items()}
     assert class_names([*imagenette, "cats"], None) == [*imagenette.values(), "cats"]

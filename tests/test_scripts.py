@@ -99,7 +99,7 @@ def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys)
     assert any(re.fullmatch(r" +\d+\.\d\d %  n00000000  red, carmine", line) for line in lines[1:4])
     mapping.write_text("n00000000 red\nn00000001 green\n")
     assert run("predict.py", *args) == 1
-    assert "has no words for the classes 1 (n00000002)" in capsys.readouterr().err
+    assert "has no names for the classes 1 (n00000002)" in capsys.readouterr().err
 
 
 @torch.no_grad()

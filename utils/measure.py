@@ -43,7 +43,7 @@ def forward(
     """Returns a forward pass in eval mode on the device of the images, which waits for its end.
 
     Args:
-        dtype: of autocast.
+        dtype: type for autocast.
         compile: use `torch.compile` with frozen weights. The first call is made here, because the
             option must be set while it compiles.
     """
@@ -122,7 +122,7 @@ def peak_memory(prepare: Callable[..., Call], *args: Any, calls: int = 1) -> int
     Args:
         prepare: a function of a module; returns the call. What it allocates, such as a network's
             weights, is not counted.
-        args: of `prepare`; must be picklable.
+        args: arguments of `prepare`; must be picklable.
         calls: how often the call is made until the peak is read.
 
     Raises:

@@ -131,7 +131,7 @@ def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:
     """The folder of a run; for "" a new one below `runs/`, not created yet.
 
     Args:
-        number: of the notebook; a new folder's name begins with it.
+        number: number of the notebook; a new folder's name begins with it.
         ours: a name that the folder of an earlier run of the notebook, to resume, has in it.
     """
 

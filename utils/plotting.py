@@ -103,7 +103,7 @@ def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
     """Ratios with their ranges over rounds on a log axis, a marker per implementation.
 
     Args:
-        rows: of `utils.benchmark.ratios`.
+        rows: the result of `utils.benchmark.ratios`.
         by: the column whose values are the figure's rows.
     """
     names, groups = list(rows[by].unique()), rows.groupby("implementation", sort=False)
@@ -144,7 +144,7 @@ def plot_trade_offs(
         panels: column of a cost to the label of its axis.
         by: column that groups points under one colour and name, at most ten; by default the index
             names each point.
-        scale: of the costs; a linear one begins at zero.
+        scale: scale of the costs; a linear one begins at zero.
     """
     figure, all_axes = _panels(len(panels), height=3.6, sharey=True)
     for axes, (column, label) in zip(all_axes, panels.items(), strict=True):
@@ -244,8 +244,8 @@ def plot_boxes(
 
     Args:
         images: uint8 `[3, H, W]`.
-        truth: of each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
-        names: of the classes; labels count them from 1.
+        truth: for each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
+        names: names of the classes; labels count them from 1.
         found: the detections in each image, with `scores`; None to name the true objects.
     """
     figure = plot_images(images, [""] * len(images), columns)
@@ -281,7 +281,7 @@ def plot_maps(
 
     Args:
         maps: `[1, C, H, W]` each, fine to coarse.
-        strides: of the maps.
+        strides: strides of the maps.
     """
     figure = Figure(
         figsize=(9, 1.02 * len(maps) * image.height / image.width + 0.3), layout="constrained"
@@ -312,7 +312,7 @@ def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequenc
 
     Args:
         maps: `[1, C, H, W]` each, at least three channels and pixels, fine to coarse.
-        strides: of the maps.
+        strides: strides of the maps.
     """
     shown, titles = [image], [f"image\n{image.height} x {image.width}"]
     for found, stride in zip(maps, strides, strict=True):

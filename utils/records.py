@@ -1,6 +1,7 @@
 """Files and records: atomic writes, folder locks, and the provenance of a number."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -18,11 +19,12 @@ import torch
 import torchvision
 from filelock import FileLock, Timeout
 
-from utils.cli import DataError
+from utils.cli import DataError, warn
 
 T = TypeVar("T")
 PARTIAL = ".partial"  # suffix of a file that is being written
 LOCK_NAME = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network drives
 
 
 def describe_machine() -> dict[str, Any]:
@@ -47,7 +49,7 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
     """The columns of a record that say how and where a run was made.
 
     Args:
-        config: of a run, or the result of `describe_machine` with a `command`.
+        config: the config of a run, or the result of `describe_machine` with a `command`.
     """
     return {
         "threads": config["hardware"]["threads"],
@@ -138,6 +140,10 @@ def lock(folder: Path, wait: bool = True) -> Iterator[None]:
             f"{folder}: another process is working in this folder; wait until it ends, or choose "
             "another folder"
         ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn(f"{folder}: no file locks on this drive ({error.strerror}); use no second process")
     try:
         yield
     finally:

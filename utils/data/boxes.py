@@ -32,11 +32,11 @@ class BoxedImages(Dataset):
     Boxes are clipped to the image; those without area, and crowds, are left out.
 
     Args:
-        folder: of the images.
+        folder: folder of the images.
         annotations: JSON with `images`, `annotations` (`bbox` is x, y, width, height) and
             `categories`.
         flip: whether half of the images are mirrored, other ones in each epoch.
-        seed: of the choice.
+        seed: seed of the choice.
 
     Attributes:
         classes: names of the categories in the order of their ids; labels count them from 1.

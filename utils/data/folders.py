@@ -86,7 +86,7 @@ class ImageFiles(Dataset):
     Args:
         classes: names of the class folders; their order numbers the labels.
         transform: may run in several threads.
-        seed: of the transform's random numbers and the order of training.
+        seed: seed of the transform's random numbers and of the training order.
 
     Attributes:
         packed: identifies the files of shards when a run is resumed; None for class folders.
@@ -154,7 +154,7 @@ def load_batch(
 
     Args:
         load: image and label of an item; its CorruptImageError ends up in the batch.
-        indices: of the items in the dataset.
+        indices: indices of the items in the dataset.
     """
 
     def attempt(item: Any) -> tuple[Tensor, int] | CorruptImageError:

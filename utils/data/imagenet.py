@@ -69,9 +69,10 @@ def sort_val(
     if not val_dir.is_dir():
         raise NotADirectoryError(f"{val_dir} is not a folder: give the one with the images of val")
     labels = read_solution(solution_path)
-    with lock(val_dir):
-        moves, left_alone = plan(labels, val_dir, undo=undo)
-        if not dry_run:
+    moves, left_alone = plan(labels, val_dir, undo=undo)
+    if not dry_run and (moves or undo):  # else nothing is written, not even the lock
+        with lock(val_dir):
+            moves, left_alone = plan(labels, val_dir, undo=undo)
             apply(moves, val_dir, progress=progress)
             for folder in {val_dir / wnid for wnid in labels.values()} if undo else ():
                 if folder.is_dir() and not any(folder.iterdir()):
@@ -108,7 +109,7 @@ def plan(labels: dict[str, str], val_dir: Path, *, undo: bool = False) -> tuple[
     missing = [source for source, target in pairs if not found.keys() & {source, target}]
     differing = [a for a, b in copies if not filecmp.cmp(val_dir / a, val_dir / b, shallow=False)]
     for problem, paths in {
-        "names in the way; images must be plain files, class folders real folders, no links": taken,
+        "names already taken, or links; images must be files and class folders directories": taken,
         "images of the CSV missing": missing,
         "images differ from those in place, and are not overwritten": differing,
     }.items():
@@ -172,7 +173,7 @@ def _read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, **options)
     except ValueError as error:
-        raise LayoutError(f"{path}: not text in UTF-8: {str(error).strip()}") from error
+        raise LayoutError(f"{path}: not a CSV file in UTF-8: {str(error).strip()}") from error
     return table.fillna("")
 
 
@@ -191,8 +192,7 @@ def class_names(classes: Sequence[str], synsets: str | Path | None) -> list[str]
     """Names of class folders, such as "tench, Tinca tinca" for n01440764.
 
     Args:
-        synsets: a `LOC_synset_mapping.txt`, or None, which knows Imagenette's classes alone and
-            leaves the others as they are.
+        synsets: a `LOC_synset_mapping.txt`, or None to name the classes of Imagenette only.
 
     Raises:
         FileNotFoundError, LayoutError: from `read_synsets`, or the file lacks a class.
@@ -201,7 +201,7 @@ def class_names(classes: Sequence[str], synsets: str | Path | None) -> list[str]
         return [IMAGENETTE.get(name, name) for name in classes]
     words = read_synsets(synsets)
     if unknown := [name for name in classes if name not in words]:
-        raise LayoutError(f"{synsets}: has no words for the classes {summarize(unknown)}")
+        raise LayoutError(f"{synsets}: has no names for the classes {summarize(unknown)}")
     return [words[name] for name in classes]
 
 
@@ -232,7 +232,7 @@ def check_layout(data_dir: str | Path) -> list[str]:
     images = sorted(e.name for e in entries if e.name not in classes["val"] and _is_image(e.name))
     if images:
         state = "half sorted" if classes["val"] else "not sorted into class folders"
-        more = " and take away what the CSV does not name" if classes["val"] else ""
+        more = " and remove images that the CSV does not list" if classes["val"] else ""
         raise LayoutError(
             f"{folder} is {state}: images directly in it: {summarize(images)}: run python "
             "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "

@@ -97,7 +97,8 @@ class Shards:
         self.transform, self.seed = transform, seed
         self.index = next(read_samples(self.urls[0]))
         self.classes, self.counts = self.index["classes"], self.index["counts"]
-        self.packed = {"files": self.index["files"]}
+        self.packed = {"files": self.index["files"], "packing_seed": self.index["seed"]}
+        self.packed["images_per_shard"] = self.counts[0]
         self.starts = np.cumsum([0, *self.counts])
         self.labels = {str(label).encode(): label for label in range(len(self.classes))}
         if (found := len(self.urls)) != len(self.counts):

@@ -107,8 +107,13 @@ def _length() -> Study:
     return Study("length", "recipe and epochs", "small, 6 epochs", SHORT, variants, THREE)
 
 
-MAKERS = (_learning_rate, _csp_split, _vovnet, _leave_one_out, _add_one, _fixres, _length)
-STUDIES = {study.name: study for study in (make() for make in MAKERS)}
+STUDIES = {
+    study.name: study
+    for study in (
+        *(_learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
+        *(_add_one(), _fixres(), _length()),
+    )
+}
 
 
 def networks() -> dict[str, Variant]:

@@ -53,6 +53,11 @@ class Variant:
     test_sizes_px: tuple[int, ...] = ()  # sides of test crops beside the recipe's; a row each
 
     @property
+    def slug(self) -> str:
+        """The value as the name of a folder."""
+        return re.sub(r"[^a-z0-9]+", "-", self.value.lower()).strip("-")
+
+    @property
     def network(self) -> str:
         """The backbone with its options, such as "cspdarknet53 split=slice"."""
         return " ".join([self.backbone, *(f"{k}={v}" for k, v in self.options.items())])
@@ -86,6 +91,8 @@ class Study:
             raise ValueError(
                 f"study {self.name}: baseline={self.baseline!r} is not one of {values}"
             )
+        if len({variant.slug for variant in self.variants}) < len(values):
+            raise ValueError(f"study {self.name}: two variants share a name or folder: {values}")
 
     def runs(self) -> list[tuple[Variant, int]]:
         """Every variant with every seed, seeds outermost: an unfinished study is balanced."""
@@ -301,8 +308,7 @@ def _run(
 ) -> Result:
     """Trains or resumes one run and evaluates it. A failure is a row as well."""
     recipe, facts = study.recipe_of(variant), study.facts(variant, seed)
-    slug = re.sub(r"[^a-z0-9]+", "-", variant.value.lower()).strip("-")
-    run_dir = Path(runs_dir) / study.name / f"{slug}-seed{seed}"
+    run_dir = Path(runs_dir) / study.name / f"{variant.slug}-seed{seed}"
     config = {
         "study": study.name,
         "value": variant.value,
@@ -345,7 +351,7 @@ def train_classifier(
     """Trains a classifier of a study, or resumes it from its last complete epoch.
 
     Args:
-        config: of the run folder; its `backbone` and `options` make the network.
+        config: the config of the run folder; its `backbone` and `options` make the network.
     """
     torch.manual_seed(seed)
     model = create_classifier(config["backbone"], len(data.classes), **config["options"])

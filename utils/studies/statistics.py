@@ -25,8 +25,8 @@ def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean, standard deviation and number of seeds of each value, and its network's cost.
 
     Args:
-        table: of one study; each run counts once, at the test size of its recipe.
-        column: of the accuracy, such as `Study.top1_column`.
+        table: the record of one study; each run counts once, at the test size of its recipe.
+        column: column of the accuracy, such as `Study.top1_column`.
 
     Returns:
         Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs`.
@@ -40,7 +40,7 @@ def compare(table: pd.DataFrame, baseline: str | int, column: str) -> pd.DataFra
     """Differences to the baseline, paired over seeds, with Student's 95 % interval.
 
     Args:
-        table: of one study and one test size; failed runs are left out.
+        table: the rows of one study and one test size; failed runs are left out.
         baseline: the value that the others are compared with.
 
     Returns:

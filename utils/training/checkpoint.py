@@ -80,7 +80,7 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
         if key in PROVENANCE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            names = sorted(old.keys() | new.keys())
+            names = sorted((old.keys() | new.keys()) - set(PROVENANCE))
             key = next((name for name in names if old.get(name) != new.get(name)), None)
             if key is None:  # one has an entry None that the other lacks
                 continue

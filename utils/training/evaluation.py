@@ -199,13 +199,13 @@ def _file_batches(paths: Sequence[str | Path], transform: Transform) -> Iterator
 
 
 def over_chance(top1_pct: float, classes: int) -> float:
-    """A top-1 accuracy on a scale from 0, chance, to 1, no error."""
+    """A top-1 accuracy rescaled so that chance is 0 and 100 % is 1."""
     chance_pct = 100 / classes
     return (top1_pct - chance_pct) / (100 - chance_pct)
 
 
 def confused_pairs(labels: Tensor, guesses: Tensor, names: list[str]) -> pd.DataFrame:
-    """Pairs of classes by how often the first is taken for the second, in descending order.
+    """Pairs of classes by how often the first is predicted as the second, in descending order.
 
     Args:
         labels, guesses: true and predicted class of each image, `[N]`.

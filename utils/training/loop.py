@@ -110,7 +110,7 @@ class Trainer:
     Args:
         model: on its device already; trained in place.
         steps_per_epoch: optimizer steps per pass over the training images.
-        seed: of the random numbers in a step (mixing, dropout), together with the step.
+        seed: seeds the random numbers of each step (mixing, dropout), together with its number.
         skip_corrupt: skip unreadable images instead of raising.
         compile: run the network under `torch.compile`.
         sync_batchnorm: compute BatchNorm statistics over the images of all processes.
@@ -364,9 +364,9 @@ class _StopRequested(Exception):
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM inside its `with` block; a second signal interrupts at once.
+    """Catches SIGINT and SIGTERM inside its `with` block; the same signal again interrupts.
 
-    A SIGTERM within `REPEAT_S` of the first signal counts as the same one. An ignored signal stays
+    Of two SIGTERMs within `REPEAT_S` the second is ignored. An ignored signal stays
     ignored. Outside the main thread nothing is caught.
 
     Args:
@@ -468,7 +468,8 @@ def fit(
         sync_batchnorm: BatchNorm over the images of all processes; on GPUs only.
         checkpoint_steps: also save after every so many steps; 0 saves at the ends of epochs.
         keep_every: keep the checkpoint of every so many epochs; 0 keeps the last and the best.
-        timeout_s: how long to wait for a batch of a worker process; 0 waits forever.
+        timeout_s: how long to wait for a batch of a worker process, 0 forever; processes wait
+            `utils.distributed.MARGIN_S` longer for each other.
         tensorboard: also log every row for TensorBoard.
         quiet: show neither a progress bar nor a line per epoch.
         catch_signals: whether SIGINT and SIGTERM save before they stop the run.
@@ -621,7 +622,7 @@ def dry_run(
 
     Args:
         model: trained in place for these steps.
-        name: of the network, to print.
+        name: the network's name, to print.
         seed, workers, device, timeout_s, options: as of `fit`; options are those of `Trainer`.
 
     Returns:
