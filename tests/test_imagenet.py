@@ -145,10 +145,10 @@ BAD_TREES = {  # what is changed, and the error
         lambda f: write(f / f"val/{B}/{ONE}.JPEG", "other"), "and are not overwritten: 1 (",
     ),
     "class folder is a file": (lambda f: write(f / f"val/{B}", ""), f"1 ({B})"),
-    "class folder is a link": (lambda f: (f / f"val/{B}").symlink_to(f), f"no links: 1 ({B})"),
+    "class folder is a link": (lambda f: (f / f"val/{B}").symlink_to(f), f"directories: 1 ({B})"),
     "image is a link": (
         lambda f: [(f / IMAGE).unlink(), (f / IMAGE).symlink_to("../solution.csv")],
-        f"no links: 1 ({ONE}.JPEG)",
+        f"directories: 1 ({ONE}.JPEG)",
     ),
     "target is a folder": (
         lambda f: (f / f"val/{B}/{ONE}.JPEG").mkdir(parents=True), f"1 ({B}/{ONE}.JPEG)",
