@@ -109,14 +109,14 @@ def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
     names, groups = list(rows[by].unique()), rows.groupby("implementation", sort=False)
     height = 1 + 0.2 * len(names) * len(groups)
     figure, (axes,) = _panels(1, height, width=8, grid="x")
-    for k, (label, points) in enumerate(groups):
+    for k, ((label, points), style) in enumerate(_styled(groups)):
         y = points[by].map(names.index) + 0.8 * ((k + 0.5) / len(groups) - 0.5)
         x = points.ratio_median
         reach = [x - points.ratio_min, points.ratio_max - x]
-        axes.errorbar(x, y, xerr=reach, fmt="osD^vP"[k % 6], ms=5, label=label)
+        axes.errorbar(x, y, xerr=reach, label=label, **{**style, "ls": "", "ms": 5})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend()
+    _legend(figure, "median, min to max over rounds")
     _label_rows(axes, names, x_label, reference=1)
     return figure
 
