@@ -96,7 +96,7 @@ def test_outputs_read_well(path, code):
         text = data.get("text/plain", "") if len(data) == 1 else output.get("text", "")
         assert not re.search(r"<Figure size|<[^>]* at 0x|^None$|^\[<", text), text
         assert not re.search(r"<tbody>\s*<tr>\s*<th>0</th>", data.get("text/html", ""))
-        assert len(b64decode(data.get("image/png", ""))) < 300_000
+        assert len(b64decode(data.get("image/png", ""))) < 400_000
         pictures += "image/png" in data
     page, _ = HTMLExporter().from_filename(path)
     assert len(re.findall(r"<img[^>]*data:image/png", page)) == pictures
