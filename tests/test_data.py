@@ -151,6 +151,11 @@ def test_batches_are_loaded_in_threads_and_unreadable_images_skipped_or_raised(m
         next(readable([error], True, {}))
 
 
+def test_train_batches_use_every_image_if_batches_divide_them():
+    batches = list(TrainBatches(48, 8, seed=1))
+    assert sorted(key.index for batch in batches for key in batch) == list(range(48))
+
+
 def test_train_batches_are_a_new_permutation_every_epoch():
     sampler, epochs = TrainBatches(50, 8, seed=1), []
     for epoch in (0, 1, 0):

@@ -19,6 +19,7 @@ from torch import nn
 
 import backbones
 from backbones.classifier import Classifier
+from utils import distributed
 from utils.data.folders import Batch, CorruptImageError, open_folders
 from utils.training.loop import (
     DivergedError,
@@ -121,6 +122,7 @@ def test_one_step_against_ten_lines():
     # A ReLU that rounding flips would show in gradients.
     model, reference = make_model(act="silu"), make_model(act="silu").train()
     trainer = Trainer(model, recipe, steps_per_epoch=1000, num_classes=3)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
     lr = 8.0 * 8 / 1024
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -160,6 +162,27 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         assert losses == pytest.approx(found[0][0], rel=1e-5)
         for name, value in weights.items():
             torch.testing.assert_close(value, found[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_seed_step_and_process_draw_the_mixing(monkeypatch):
+    """Each of them alone changes how one batch is mixed, and so its loss before any update."""
+    recipe, losses = dataclasses.replace(TINY, precision="float32"), []
+    for seed, step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        trainer = Trainer(without_batchnorm(), recipe, 9, num_classes=3, seed=seed)
+        trainer.step = step
+        losses.append(trainer.train_step(make_batch()).item())
+    assert losses[0] == losses[4]
+    assert len(set(losses)) == 4
+
+
+def test_raw_and_ema_weights_are_evaluated_under_their_names():
+    """The raw weights predict class 0 and the EMA weights class 1, of images of class 0."""
+    trainer = Trainer(make_model(), TINY, steps_per_epoch=1, num_classes=3)
+    for model, label in ((trainer.model, 0), (trainer.ema.module, 1)):
+        model.head.bias.data[label] = 1e4
+    found = trainer.evaluate([Batch(make_batch().images, torch.zeros(8, dtype=torch.long), [])])
+    assert (found[""]["top1_pct"], found["ema_"]["top1_pct"]) == (100, 0)
 
 
 SHARE = """
@@ -274,11 +297,13 @@ def test_fit_learns_and_writes_down_what_it_did(folders, tmp_path):
     assert (speed[["train_time_s", "eval_time_s", "train_images_per_s"]] > 0).all().all()
 
 
-def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpoint_steps", [0, 2], ids=["an epoch's end", "its middle"])
+def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, checkpoint_steps):
     """Stopped in the middle of an epoch and started again with other workers: the same bits."""
     data = open_folders(folders, TINY, seed=3)
     fit(make_model(), data, TINY, tmp_path / "whole", seed=3)
     train_step, steps = Trainer.train_step, 9
+    options = {"seed": 3, "checkpoint_steps": checkpoint_steps}
 
     def interrupt(self, batch):
         if self.step == steps:
@@ -287,11 +312,11 @@ def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "train_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fit(make_model(), data, TINY, tmp_path / "parts", seed=3)
+        fit(make_model(), data, TINY, tmp_path / "parts", **options)
     monkeypatch.setattr(Trainer, "train_step", train_step)
     torch.manual_seed(99)
     torch.rand(7)
-    fit(make_model(seed=8), data, TINY, tmp_path / "parts", seed=3, workers=2)
+    fit(make_model(seed=8), data, TINY, tmp_path / "parts", **options, workers=2)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
