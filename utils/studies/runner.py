@@ -281,7 +281,9 @@ def _in_processes(
             try:
                 result = receiver.recv()
             except EOFError:
-                process.join()
+                result = None
+            process.join()  # whose memory the next one needs
+            if result is None:
                 reason = f"its process was killed (exit code {process.exitcode})"
                 result = _failed(*job[:3], f"{reason}, perhaps because memory ran out")
             yield result
