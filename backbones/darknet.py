@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.base import Backbone, validate_choice
-from backbones.layers import ConvNormAct, scale_channels
+from backbones.layers import ConvNormAct, LastNorm, last_norm_weight, scale_channels
 
 Split = Literal["separate", "slice", "partial"]
 Layout = Literal["half", "darknet"]
@@ -60,10 +60,11 @@ VARIANTS = {
 class Block(nn.Module):
     """Residual block: 1x1 to `mid_channels`, 3x3 back, plus the input. Keeps `[N, C, H, W]`."""
 
-    def __init__(self, channels: int, mid_channels: int, act: str) -> None:
+    def __init__(self, channels: int, mid_channels: int, act: str, last_norm: float) -> None:
         super().__init__()
         self.conv1 = ConvNormAct(channels, mid_channels, 1, act=act)
         self.conv2 = ConvNormAct(mid_channels, channels, 3, act=act)
+        nn.init.constant_(self.conv2.norm.weight, last_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.conv1(x))
@@ -72,10 +73,13 @@ class Block(nn.Module):
 class DarknetStage(nn.Sequential):
     """Strided 3x3 convolution, then residual blocks. `[N, C, H, W]` to `[N, C', H/2, W/2]`."""
 
-    def __init__(self, in_channels: int, channels: int, depth: int, act: str) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, depth: int, act: str, last_norm: float
+    ) -> None:
         super().__init__()
         self.conv = ConvNormAct(in_channels, channels, 3, stride=2, act=act)
-        self.blocks = nn.Sequential(*(Block(channels, channels // 2, act) for _ in range(depth)))
+        blocks = [Block(channels, channels // 2, act, last_norm) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
 
 
 class CSPStage(nn.Module):
@@ -96,6 +100,7 @@ class CSPStage(nn.Module):
         channels: int,
         depth: int,
         act: str,
+        last_norm: float = 1.0,
         *,
         split: Split,
         wide: bool = False,
@@ -114,7 +119,8 @@ class CSPStage(nn.Module):
             self.split_conv = ConvNormAct(channels, 2 * part, 1, act=act)
             for half in self.split_conv.conv.weight.chunk(2):  # fan-out of a half, as "separate"
                 nn.init.kaiming_normal_(half, mode="fan_out", nonlinearity="relu")
-        self.blocks = nn.Sequential(*(Block(part, channels // 2, act) for _ in range(depth)))
+        blocks = [Block(part, channels // 2, act, last_norm) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.transition_conv = ConvNormAct(part, part, 1, act=act) if transition else None
         self.out_conv = ConvNormAct(2 * part, channels, 1, act=act)
 
@@ -139,22 +145,31 @@ class Darknet(Backbone):
         config: the variant.
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
+        last_norm: see `backbones.layers.last_norm_weight`.
         options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
     """
 
     def __init__(
-        self, config: DarknetConfig, *, act: str = "relu", width: float = 1.0, **options: Any
+        self,
+        config: DarknetConfig,
+        *,
+        act: str = "relu",
+        width: float = 1.0,
+        last_norm: LastNorm = 1.0,
+        **options: Any,
     ) -> None:
         channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
         super().__init__(channels[1:], STRIDES, **options)
-        self.config, self.act = config, act
+        self.config, self.act, self.last_norm = config, act, last_norm
         self.stem = ConvNormAct(self.in_channels, channels[0], 3, act=act)
         self.stages = nn.ModuleList(
             self.make_stage(i, channels[i], channels[i + 1]) for i in range(self.num_stages)
         )
 
     def make_stage(self, index: int, in_channels: int, channels: int) -> nn.Module:
-        return DarknetStage(in_channels, channels, self.config.depths[index], self.act)
+        depth = self.config.depths[index]
+        last_norm = last_norm_weight(self.last_norm, depth)
+        return DarknetStage(in_channels, channels, depth, self.act, last_norm)
 
 
 class CSPDarknet(Darknet):
@@ -189,7 +204,8 @@ class CSPDarknet(Darknet):
             return ConvNormAct(in_channels, channels, 3, stride=2, act=self.act)
         authors = self.layout == "darknet"
         options = {"split": self._split, "wide": authors and index == 0, "transition": authors}
-        return CSPStage(in_channels, channels, depth, self.act, **options)
+        last_norm = last_norm_weight(self.last_norm, depth)
+        return CSPStage(in_channels, channels, depth, self.act, last_norm, **options)
 
 
 def convert_split(net: nn.Module, split: Literal["separate", "slice"]) -> nn.Module:

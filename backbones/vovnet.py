@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
 from backbones.base import Backbone, validate_choice
-from backbones.layers import ConvNormAct, EffectiveSqueezeExcite, scale_channels
+from backbones.layers import (
+    ConvNormAct,
+    EffectiveSqueezeExcite,
+    LastNorm,
+    last_norm_weight,
+    scale_channels,
+)
 
 ESE = Literal[True, False, "last"]
 StemStride = Literal[2, 4]
@@ -66,6 +72,7 @@ class OSABlock(nn.Module):
         depth: number of 3x3 convolutions, each with `conv_channels` outputs.
         residual: add the input to the output; needs equal channels.
         ese: gate the output's channels.
+        last_norm: initial weight of the last BatchNorm where there is a residual.
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class OSABlock(nn.Module):
         *,
         residual: bool,
         ese: bool,
+        last_norm: float = 1.0,
     ) -> None:
         super().__init__()
         self.residual = residual
@@ -86,6 +94,8 @@ class OSABlock(nn.Module):
             ConvNormAct(widths[i], widths[i + 1], 3, act=act) for i in range(depth)
         )
         self.out_conv = ConvNormAct(sum(widths), channels, 1, act=act)
+        if residual:
+            nn.init.constant_(self.out_conv.norm.weight, last_norm)
         self.ese = EffectiveSqueezeExcite(channels) if ese else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,6 +134,7 @@ class VoVNet(Backbone):
         stem_stride: 2 or 4, see the module's docstring.
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
+        last_norm: see `backbones.layers.last_norm_weight`.
         options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
     """
 
@@ -138,6 +149,7 @@ class VoVNet(Backbone):
         stem_stride: StemStride = 2,
         act: str = "relu",
         width: float = 1.0,
+        last_norm: LastNorm = 1.0,
         **options: Any,
     ) -> None:
         validate_choice("residual", residual, (True, False))
@@ -173,6 +185,7 @@ class VoVNet(Backbone):
                     act,
                     residual=residual and k > 0,
                     ese=k == depth - 1 if ese == "last" else ese,
+                    last_norm=last_norm_weight(last_norm, depth - 1),
                 )
                 for k in range(depth)
             ]

@@ -279,7 +279,7 @@ def test_list_models_takes_wildcards():
         (
             "darknet53",
             {"split": "slice"},
-            "darknet53 takes no 'split'; it takes act, width, out_in",
+            "darknet53 takes no 'split'; it takes act, width, last_norm, out_in",
         ),
         ("cspdarknet53", {"splits": 1}, "no 'splits'; it takes split, layout, act, width"),
         (

@@ -53,6 +53,24 @@ def _learning_rate() -> Study:
     return Study(name, "learning rate", baseline, SHORT, variants, (0,), tuning=True)
 
 
+def _initialization() -> Study:
+    """The initial weight of each block's last norm, with its own learning rate."""
+    recipe = replace(SHORT, epochs=4, trivial_augment=False, min_crop_area=0.35)
+    variants = tuple(
+        Variant(
+            f"{backbone}, last norm {start}, {rate:g}",
+            backbone,
+            {"last_norm": start},
+            {"lr_per_1024": rate},
+        )
+        for rate in (2.0, 0.8, 0.3, 0.1)
+        for backbone in ("darknet53", "cspdarknet53", "vovnet57")
+        for start in (1.0, 0.2, "depth")
+    )
+    name, baseline = "initialization", variants[0].value
+    return Study(name, "initialization", baseline, recipe, variants, THREE, tuning=True)
+
+
 def _csp_split() -> Study:
     splits = ("separate", "slice", "partial")
     variants = [Variant(split, "cspdarknet53", {"split": split}) for split in splits]
@@ -110,7 +128,7 @@ def _length() -> Study:
 STUDIES = {
     study.name: study
     for study in (
-        *(_learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
+        *(_initialization(), _learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
         *(_add_one(), _fixres(), _length()),
     )
 }
