@@ -56,6 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--skip-corrupt", action="store_true", help="skip and list unreadable images")
     add("--compile", action="store_true", help="torch.compile: slow to start, for long runs")
     add("--sync-batchnorm", action="store_true", help="BatchNorm over the images of all GPUs")
+    add("--eval-every", type=int_at_least(0), default=1, metavar="N", help="evaluate after every N "
+        "epochs and after the last; 0: after the last alone (default: 1)")  # fmt: skip
     add("--checkpoint-steps", type=count, default=0, metavar="N", help="also save every N steps "
         "(default: at the ends of epochs)")  # fmt: skip
     add("--keep-every", type=count, default=0, metavar="N", help="keep the checkpoint of every N-th"
@@ -95,6 +97,7 @@ def train(args: argparse.Namespace) -> None:
         "skip_corrupt": args.skip_corrupt,
         "compile": args.compile,
         "sync_batchnorm": args.sync_batchnorm,
+        "eval_every": args.eval_every,
         "timeout_s": args.timeout_s,
     }
     with distributed.process_group(device, args.timeout_s):

@@ -21,6 +21,7 @@ import backbones
 from backbones.classifier import Classifier
 from utils import distributed
 from utils.data.folders import Batch, CorruptImageError, open_folders
+from utils.plotting import plot_curves
 from utils.training.loop import (
     DivergedError,
     Trainer,
@@ -297,6 +298,23 @@ def test_fit_learns_and_writes_down_what_it_did(folders, tmp_path):
     assert (speed[["train_time_s", "eval_time_s", "train_images_per_s"]] > 0).all().all()
 
 
+def test_epochs_without_evaluation_train_the_same(folders, tmp_path):
+    recipe = dataclasses.replace(TINY, epochs=4)
+    found = {}
+    for every, evaluated in ((1, [1, 2, 3, 4]), (3, [3, 4]), (0, [4])):
+        run_dir = tmp_path / f"every {every}"
+        data = open_folders(folders, recipe)
+        trainer = fit(make_model(), data, recipe, run_dir, eval_every=every, quiet=True)
+        table = pd.read_csv(run_dir / "metrics.csv")
+        assert list(table.epoch) == [1, 2, 3, 4]
+        assert list(table.dropna().epoch) == evaluated
+        best = torch.load(run_dir / "best.pt")["metrics"][-1]
+        assert best["ema_val_top1_pct"] == table.ema_val_top1_pct.max()
+        found[every] = trainer.metrics[-1]
+        plot_curves(table)
+    assert found[0] == found[1] == found[3]
+
+
 @pytest.mark.parametrize("checkpoint_steps", [0, 2], ids=["an epoch's end", "its middle"])
 def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, checkpoint_steps):
     """Stopped in the middle of an epoch and started again with other workers: the same bits."""
@@ -352,7 +370,8 @@ def test_dry_run_prints_a_plan_and_writes_nothing(folders, tmp_path, monkeypatch
         )
         assert "0.00391 at step 5" in lines[2]  # 0.5 * 8 / 1024, at the end of the warm-up
         epoch_s, eval_s = map(
-            float, re.findall(r"each ([\d.e-]+) s .* and ([\d.e-]+) s", lines[-1])[0]
+            float,
+            re.findall(r"epochs of ([\d.e-]+) s .* 3 evaluations of ([\d.e-]+) s", lines[-1])[0],
         )
         assert total_s == pytest.approx(3 * (epoch_s + eval_s), rel=0.02)
         assert 0 < total_s < 600

@@ -45,6 +45,7 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
     table = pd.DataFrame(rows)
     figure, (loss, top1) = _panels(2, height=3.4)
     loss.plot(table.epoch, table.train_loss, ".-", color=TRAIN, label="training (augmented)")
+    table = table.dropna()  # the epochs that were evaluated
     for prefix, colour, label in (("", RAW, "raw"), ("ema_", EMA, "EMA")):
         loss.plot(table.epoch, table[f"{prefix}val_loss"], ".-", color=colour, label=label)
         top1.plot(table.epoch, table[f"{prefix}val_top1_pct"], ".-", color=colour, label=label)

@@ -3,9 +3,9 @@
 A study is declared in `utils.studies.definitions`. `run_study` trains the missing runs and writes
 two tidy CSV files, results and learning curves, which `utils.studies.statistics` evaluates.
 
-No run reads the validation set while it trains: its curves are measured on a slice cut from the
-training images, the same slice for every run. The validation images are read once, after the last
-epoch; a study that tunes does not read them at all.
+A run trains on all training images and reads the validation images once, after its last epoch. The
+runs of a study that tunes do not read them at all: they train without a slice of the training
+images, the same for every run, and are evaluated on it after every epoch.
 """
 
 import itertools
@@ -72,7 +72,8 @@ class Study:
         weights: the weights whose accuracy is compared, EMA ("ema") or last ("raw").
         extra_evaluations: other evaluations of the baseline's runs, compared with the baseline:
             a name to the weights and the side of the test crop in pixels.
-        tuning: evaluate on the held-out slice; the validation images are not read.
+        tuning: evaluate on a slice held out of the training images, after every epoch; the
+            validation images are not read.
     """
 
     name: str
@@ -147,9 +148,7 @@ def run_study(
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     targets = [pick_device(name) for name in devices or (None,)]
-    data = open_folders(data_dir, study.recipe)
-    held_out = hold_out(data, study.recipe, HOLD_OUT_EVERY)
-    val_images = len((held_out if study.tuning else data).val)
+    val_images = len(_open(study, study.recipe, data_dir).val)
     dtype = dtype_name(autocast_dtype(targets[0], study.recipe.precision))
     jobs, expected = {}, {}
     for variant, seed in study.runs():
@@ -320,21 +319,28 @@ def _run(
         "data_dir": str(data_dir),
     }
     try:
-        data = hold_out(open_folders(data_dir, recipe, seed), recipe, HOLD_OUT_EVERY)
-        trainer = train_classifier(data, recipe, run_dir, config, seed, device)
+        data, every = _open(study, recipe, data_dir, seed), int(study.tuning)
+        trainer = train_classifier(data, recipe, run_dir, config, seed, device, every)
         rows = []
         for crop_px in study.sizes_px(variant):
             tested = recipe.tested_at(crop_px)
-            data = open_folders(data_dir, tested)
-            images = (hold_out(data, tested, HOLD_OUT_EVERY) if study.tuning else data).val
+            images = _open(study, tested, data_dir).val
             rows.append({**facts, "status": "done", **_evaluate(trainer, run_dir, images, tested)})
     except Exception as error:  # the other runs of the study continue
         expected = isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError))
         reason = str(error) if expected and str(error) else repr(error)
         return _failed(study, variant, seed, reason)
     curve = pd.DataFrame(trainer.metrics).round(4).drop(columns=["step", "first_lr"])
+    if not study.tuning:  # evaluated after the last epoch alone
+        curve = curve[["epoch", "train_loss"]]
     curve.columns = curve.columns.str.replace("val_", "held_out_")
     return (variant.value, seed), rows, [{**facts, **row} for row in curve.to_dict("records")]
+
+
+def _open(study: Study, recipe: Recipe, data_dir: str | Path, seed: int = 0) -> Splits:
+    """The images that a study's runs train on and are evaluated on."""
+    data = open_folders(data_dir, recipe, seed)
+    return hold_out(data, recipe, HOLD_OUT_EVERY) if study.tuning else data
 
 
 def _failed(study: Study, variant: Variant, seed: int, reason: str) -> Result:
@@ -349,6 +355,7 @@ def train_classifier(
     config: Row,
     seed: int,
     device: torch.device | None = None,
+    eval_every: int = 0,
 ) -> Trainer:
     """Trains a classifier of a study, or resumes it from its last complete epoch.
 
@@ -357,23 +364,26 @@ def train_classifier(
     """
     torch.manual_seed(seed)
     model = create_classifier(config["backbone"], len(data.classes), **config["options"])
-    options = {"config": config, "seed": seed, "device": device, "quiet": True}
-    return fit(model, data, recipe, run_dir, **options, catch_signals=False)
+    options = {"config": config, "seed": seed, "device": device, "eval_every": eval_every}
+    return fit(model, data, recipe, run_dir, **options, quiet=True, catch_signals=False)
 
 
 def _evaluate(trainer: Trainer, run_dir: Path, images: ImageFiles, recipe: Recipe) -> Row:
     """Accuracy of a trained run at the recipe's test size, its costs, and how it was made."""
-    loader = images.eval_loader(64, 0, trainer.device.type == "cuda")
-    result, speed = trainer.evaluate(loader), pd.DataFrame(trainer.speed)
+    last, speed = trainer.metrics[-1], pd.DataFrame(trainer.speed)
+    raw_pct, ema_pct = last["val_top1_pct"], last["ema_val_top1_pct"]
     config, size_px = json.loads((run_dir / "config.json").read_text()), recipe.eval_crop_px
+    if size_px != trainer.recipe.eval_crop_px:
+        result = trainer.evaluate(images.eval_loader(64, 0, trainer.device.type == "cuda"))
+        raw_pct, ema_pct = (result[prefix]["top1_pct"] for prefix in ("", "ema_"))
     return {
         "epochs": recipe.epochs,
         "train_crop_px": recipe.train_crop_px,
         "test_crop_px": size_px,
-        "top1_raw_pct": round(result[""]["top1_pct"], 3),
-        "top1_ema_pct": round(result["ema_"]["top1_pct"], 3),
+        "top1_raw_pct": round(raw_pct, 3),
+        "top1_ema_pct": round(ema_pct, 3),
         "final_loss": round(trainer.metrics[-1]["train_loss"], 4),
-        "val_images": result[""]["images"],
+        "val_images": len(images),
         "parameters": count_parameters(trainer.model),
         "gmacs": round(count_macs(trainer.model, size_px, size_px) / 1e9, 4),
         "images_per_s": round(speed.train_images_per_s.median(), 1),

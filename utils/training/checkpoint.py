@@ -4,7 +4,7 @@
 - `metrics.csv`: one row per epoch; the same on every run of the same seed
 - `speed.csv`: one row per epoch; depends on the machine
 - `last.pt`: weights, EMA weights, optimizer, step and the rows so far
-- `best.pt`: the checkpoint of the epoch with the best EMA accuracy; `epoch_0010.pt` if asked for
+- `best.pt`: the checkpoint with the best EMA accuracy; `epoch_0010.pt` if asked for
 - `curves.png`: drawn by `utils.plotting` when the run ends
 """
 
@@ -120,7 +120,8 @@ def finish_save(run_dir: Path, checkpoint: dict[str, Any], keep_every: int) -> N
     if checkpoint["step"] != rows[-1]["step"]:  # in the middle of an epoch
         return
     names = []
-    if max(row["ema_val_top1_pct"] for row in rows) == rows[-1]["ema_val_top1_pct"]:
+    tops = [row.get("ema_val_top1_pct", -1) for row in rows]  # not every epoch is evaluated
+    if tops[-1] == max(0, *tops):
         names.append("best.pt")
     if keep_every and rows[-1]["epoch"] % keep_every == 0:
         names.append(f"epoch_{rows[-1]['epoch']:04d}.pt")

@@ -244,8 +244,11 @@ class Trainer:
         self.loss_sums = state["under_way"]["loss_sums"].to(self.device)
         self.loss_sum = self.loss_sums[distributed.rank()].clone()
 
-    def end_epoch(self, train_loss: float, batches: Iterable[Batch]) -> None:
-        """Evaluates the raw and the EMA weights, and ends the current epoch with its rows.
+    def end_epoch(self, train_loss: float, batches: Iterable[Batch] | None) -> None:
+        """Ends the current epoch with its rows.
+
+        Args:
+            batches: those to evaluate the raw and the EMA weights on; None skips the evaluation.
 
         Raises:
             DivergedError: a validation loss is not finite.
@@ -259,7 +262,8 @@ class Trainer:
             "first_lr": self.lr_at(self.epoch * self.steps_per_epoch),
             "train_loss": train_loss,
         }
-        for prefix, result in self.evaluate(batches).items():
+        results = {} if batches is None else self.evaluate(batches)
+        for prefix, result in results.items():
             row |= {f"{prefix}val_{key}": result[key] for key in ("loss", "top1_pct", "top5_pct")}
         if not all(math.isfinite(value) for value in row.values()):
             raise DivergedError(
@@ -451,6 +455,7 @@ def fit(
     skip_corrupt: bool = False,
     compile: bool = False,
     sync_batchnorm: bool = False,
+    eval_every: int = 1,
     checkpoint_steps: int = 0,
     keep_every: int = 0,
     timeout_s: float = 600,
@@ -466,6 +471,7 @@ def fit(
         skip_corrupt: skip and list unreadable images instead of stopping.
         compile: train under `torch.compile`: a minute or more at the start, then faster steps.
         sync_batchnorm: BatchNorm over the images of all processes; on GPUs only.
+        eval_every: evaluate after every so many epochs and the last; 0: after the last alone.
         checkpoint_steps: also save after every so many steps; 0 saves at the ends of epochs.
         keep_every: keep the checkpoint of every so many epochs; 0 keeps the last and the best.
         timeout_s: how long to wait for a batch of a worker process, 0 forever; processes wait
@@ -517,11 +523,17 @@ def fit(
             bar.set_description_str(f"epoch {trainer.epoch + 1}/{recipe.epochs}")
             begin(loaders[0], trainer.epoch, trainer.step_in_epoch)
             train_loss = train_one_epoch(trainer, loaders[0], bar, after_step)
-            trainer.end_epoch(train_loss, stop.watch(loaders[1]))
+            due = (trainer.epoch + 1) in evaluated_epochs(recipe.epochs, eval_every)
+            trainer.end_epoch(train_loss, stop.watch(loaders[1]) if due else None)
             save()
             if distributed.rank() == 0:
                 _report(trainer, None if quiet else bar, run_dir if tensorboard else None)
     return trainer
+
+
+def evaluated_epochs(epochs: int, eval_every: int) -> set[int]:
+    """The epochs, from 1, after which a run evaluates: every `eval_every`-th, and the last."""
+    return {epochs, *range(eval_every, epochs, eval_every)} if eval_every else {epochs}
 
 
 def _save(trainer: Trainer, run_dir: Path, config: dict[str, Any], keep_every: int) -> None:
@@ -575,10 +587,13 @@ def _report(trainer: Trainer, bar: tqdm | None, log_dir: Path | None) -> None:
     """Prints the last epoch above the bar, and logs it for TensorBoard."""
     row, speed = trainer.metrics[-1], trainer.speed[-1]
     if bar is not None:
+        top1 = ""
+        if "val_top1_pct" in row:
+            raw, ema = row["val_top1_pct"], row["ema_val_top1_pct"]
+            top1 = f"  val top-1 raw {raw:5.1f} %  EMA {ema:5.1f} %"
         bar.write(
             f"epoch {row['epoch']:3d}/{trainer.recipe.epochs}  train loss {row['train_loss']:.3f}"
-            f"  val top-1 raw {row['val_top1_pct']:5.1f} %  EMA {row['ema_val_top1_pct']:5.1f} %"
-            f"  ({speed['train_images_per_s']:.0f} images/s)"
+            f"{top1}  ({speed['train_images_per_s']:.0f} images/s)"
         )
     if log_dir is not None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
@@ -612,6 +627,7 @@ def dry_run(
     seed: int = 0,
     workers: int = 0,
     device: torch.device | None = None,
+    eval_every: int = 1,
     timeout_s: float = 600,
     **options: Any,
 ) -> float:
@@ -623,7 +639,8 @@ def dry_run(
     Args:
         model: trained in place for these steps.
         name: the network's name, to print.
-        seed, workers, device, timeout_s, options: as of `fit`; options are those of `Trainer`.
+        seed, workers, device, eval_every, timeout_s: as of `fit`.
+        options: as of `Trainer`.
 
     Returns:
         Estimated seconds of the complete run, without checkpoints.
@@ -665,11 +682,12 @@ def dry_run(
     paces_s = torch.tensor([times_s[0], min(times_s[-3:]), eval_step_s], device=device)
     first_s, step_s, eval_step_s = distributed.gather(paces_s).amax(0).tolist()
     epoch_s, eval_s = steps * step_s, len(loaders[1]) * eval_step_s
-    total_s = recipe.epochs * (epoch_s + eval_s)
+    evaluations = len(evaluated_epochs(recipe.epochs, eval_every))
+    total_s = recipe.epochs * epoch_s + evaluations * eval_s
     lines += [
         f"first step: {first_s:.3g} s, later steps: {step_s:.3g} s",
         f"estimate: {datetime.timedelta(seconds=round(total_s))} (h:mm:ss) for {recipe.epochs} "
-        f"epochs, each {epoch_s:.3g} s of training and {eval_s:.3g} s of evaluation",
+        f"epochs of {epoch_s:.3g} s and {evaluations} evaluations of {eval_s:.3g} s",
     ]
     if distributed.rank() == 0:
         print("\n".join(lines))
