@@ -3,7 +3,7 @@
     python scripts/export.py --checkpoint runs/NAME/last.pt --output net.onnx
     python scripts/export.py --checkpoint runs/NAME/last.pt --classifier --output net.pt2
     python scripts/export.py --backbone resnet50 --weights IMAGENET1K_V2 --output resnet50.onnx \\
-        --options '{"out_indices": [2, 3, 4]}'
+        --option out_indices=2,3,4
 
 A checkpoint gives its EMA weights. The network takes float32 images [batch, channels, height,
 width] of any batch and of any size above 32 pixels. Networks of this project and of torchvision
@@ -16,14 +16,12 @@ onnxscript and onnxruntime.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import DataError, Parser, exit_code
+from utils.cli import DataError, Parser, backbone_option, exit_code
 
 # isort: split
 import torch
@@ -45,34 +43,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="PATH", help="a new .onnx or .pt2 file")
     add("--weights", help="weights of --backbone: a file, or a name of torchvision's")
-    add(
-        "--options",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="arguments of backbones.create",
-    )
+    add("--option", action="append", default=[], type=backbone_option, metavar="KEY=VALUE",
+        help="an option of the backbone, such as act=mish; repeatable")  # fmt: skip
     add("--classifier", action="store_true", help="export the classifier of --checkpoint")
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     if args.weights and args.checkpoint:
         parser.error("--weights is for --backbone; a checkpoint has its own")
-    if args.options.keys() & {"name", "weights"}:
-        parser.error("--options takes no name or weights; use --backbone and --weights")
-    if args.classifier and (args.backbone or args.options):
-        parser.error("--classifier is for --checkpoint without --options")
+    if args.classifier and (args.backbone or args.option):
+        parser.error("--classifier is for --checkpoint without --option")
     return args
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        example = '{"out_indices": [2, 3, 4]}'
-        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object, such as {example}")
-    return value
 
 
 def open_network(args: argparse.Namespace) -> Backbone | Classifier:
@@ -80,10 +60,10 @@ def open_network(args: argparse.Namespace) -> Backbone | Classifier:
         trained = load_trained(args.checkpoint, torch.device("cpu"))
         if args.classifier:
             return trained.ema
-        options = {**trained.options, **args.options}
+        options = {**trained.options, **dict(args.option)}
         return backbones.create(trained.backbone, weights=trained.ema.state_dict(), **options)
     try:
-        return backbones.create(args.backbone, weights=args.weights, **args.options)
+        return backbones.create(args.backbone, weights=args.weights, **dict(args.option))
     except WeightsError as error:
         if Path(args.weights).exists():  # the file is wrong, not the option
             raise DataError(str(error)) from error

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import Parser, exit_code, int_at_least
+from utils.cli import Parser, backbone_option, exit_code, int_at_least
 
 # isort: split
 import torch
@@ -49,6 +49,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
     add("--output-dir", type=Path, help="folder of the run (default: a new one in runs/)")
     add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
+    add("--option", action="append", default=[], type=backbone_option, metavar="KEY=VALUE",
+        help="an option of the backbone, such as act=mish; repeatable")  # fmt: skip
     add("--seed", type=int_at_least(0), default=0, help="random seed (default: 0)")
     add("--workers", type=int_at_least(0), default=default_workers(), help="processes that decode "
         "images; 0 decodes in threads (default: %(default)s)")  # fmt: skip
@@ -88,7 +90,8 @@ def train(args: argparse.Namespace) -> None:
     device = distributed.pick_device(args.device)
     data = open_data(args.data_dir, chosen, args.seed)
     torch.manual_seed(args.seed)
-    model = create_classifier(args.backbone, len(data.classes), **chosen.backbone_options)
+    options = {**chosen.backbone_options, **dict(args.option)}
+    model = create_classifier(args.backbone, len(data.classes), **options)
     keep_freed_memory()  # every step allocates the same
     settings = {
         "seed": args.seed,
@@ -111,7 +114,7 @@ def train(args: argparse.Namespace) -> None:
             args.output_dir,
             config={
                 "backbone": args.backbone,
-                "options": chosen.backbone_options,
+                "options": options,
                 "command": command_line(),
                 "data_dir": args.data_dir,
             },

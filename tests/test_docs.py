@@ -204,7 +204,7 @@ def weights(place):
     checkpoint = place / "runs" / "cspdarknet53" / "last.pt"
     checkpoint.parent.mkdir(parents=True)
     torch.save(backbones.create_classifier("cspdarknet53", 10).state_dict(), checkpoint)
-    options = ["--options", '{"width": 0.125}', "--output", "cspdarknet53.onnx"]
+    options = ["--option", "width=0.125", "--output", "cspdarknet53.onnx"]
     assert run("export.py", "--backbone", "cspdarknet53", *options) == 0
 
 

@@ -107,7 +107,7 @@ def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys)
 def test_export_takes_the_ema_weights(trained, tmp_path, capsys, classifier):
     path, images = tmp_path / "net.pt2", torch.randn(2, 3, 64, 96)
     args = ["--checkpoint", trained / "last.pt", "--output", path]
-    args += ["--classifier"] if classifier else ["--options", '{"out_indices": [2, -1]}']
+    args += ["--classifier"] if classifier else ["--option", "out_indices=2,-1"]
     path.write_text("an older one")
     assert run("export.py", *args) == 2
     assert "exists already" in capsys.readouterr().err
@@ -128,8 +128,8 @@ def test_export_takes_the_ema_weights(trained, tmp_path, capsys, classifier):
 
 def test_export_of_a_backbone_by_name_and_weights(trained, tmp_path):
     """To ONNX; a run's checkpoint is also a file of weights."""
-    path, options = tmp_path / "net.onnx", '{"width": 0.125, "out_indices": [1]}'
-    args = ["--backbone", "cspdarknet19", "--options", options, "--output", path]
+    path, options = tmp_path / "net.onnx", ["--option", "width=0.125", "--option", "out_indices=1,"]
+    args = ["--backbone", "cspdarknet19", *options, "--output", path]
     assert run("export.py", *args, "--weights", trained / "last.pt") == 0
     assert [each.name for each in tmp_path.iterdir()] == ["net.onnx"]
 
@@ -214,7 +214,10 @@ MISTAKES = {
     "two sources": (
         None, "export.py", [*BY_NAME, "--checkpoint", "done/last.pt"], 2, "not allowed with"
     ),
-    "options": (None, "export.py", [*BY_NAME, "--options", "[2]"], 2, "must be a JSON object"),
+    "backbone option": (
+        None, "train.py", [*TRAIN, "--option", "act=tanh"], 2, "act='tanh' must be one of"
+    ),
+    "option": (None, "export.py", [*BY_NAME, "--option", "[2]"], 2, "must be KEY=VALUE, such as"),
     "head": (None, "export.py", [*BY_NAME, "--classifier"], 2, "--classifier is for --checkpoint"),
     "shards": (
         None, "make_shards.py", ["--data-dir", "x", "--output-dir", "new"], 2, "x is not a folder"

@@ -1,6 +1,8 @@
 """Command lines: options, exit codes, progress bars, and one clear line for every error."""
 
 import argparse
+import ast
+import contextlib
 import importlib
 import io
 import os
@@ -56,6 +58,17 @@ def int_at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def backbone_option(text: str) -> tuple[str, Any]:
+    """An argument type: KEY=VALUE, a keyword argument of `backbones.create`, as a pair."""
+    key, _, value = text.partition("=")
+    if not value or not key.isidentifier() or key in ("name", "weights"):
+        example = "act=mish or out_indices=2,3,4"
+        raise argparse.ArgumentTypeError(f"{text!r} must be KEY=VALUE, such as {example}")
+    with contextlib.suppress(ValueError, SyntaxError):  # a string needs no quotes
+        return key, ast.literal_eval(value)
+    return key, value
 
 
 def import_optional(package: str, purpose: str) -> ModuleType:
