@@ -72,6 +72,10 @@ def test_another_run_is_refused_with_what_differs(tmp_path, found, wanted, words
     with pytest.raises(RunError, match=f"{tmp_path}: holds a run with {words}; repeat"):
         validate_same_run(tmp_path, found, wanted)
     validate_same_run(tmp_path, {**found, "command": "x", "workers": 1}, {**found, "workers": 4})
+    older = {**found, "recipe": {"epochs": 3}}  # of a version with fewer fields
+    validate_same_run(tmp_path, older, {**found, "recipe": {"epochs": 3, "optimizer": "sgd"}})
+    with pytest.raises(RunError, match="optimizer='sgd', not 'adamw'"):
+        validate_same_run(tmp_path, older, {**found, "recipe": {"epochs": 3, "optimizer": "adamw"}})
 
 
 def test_a_folder_with_another_run_is_left_untouched(folders, finished):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -17,6 +18,7 @@ def test_imagenet_preset_is_the_designs():
         "eval_resize_px": 232, "eval_crop_px": 224, "trivial_augment": True,
         "random_erasing": 0.1, "cutmix_alpha": 1.0, "mixup_alpha": 0.2, "ema_decay": 0.9998,
         "width": 1.0, "precision": "bf16", "channels_last": True,
+        "optimizer": "sgd", "nesterov": False, "flat_share": 0.0,
     }  # fmt: skip
     assert dataclasses.asdict(RECIPES["imagenet"]) == expected
 
@@ -80,9 +82,11 @@ def test_every_field_is_a_flag_that_overrides_the_preset():
     for field in dataclasses.fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
-            argv, value = [flag.replace("--", "--no-")], False
-        elif field.name == "precision":
-            argv, value = [flag, "float32"], "float32"
+            value = not getattr(RECIPES["imagenet"], field.name)
+            argv = [flag if value else flag.replace("--", "--no-")]
+        elif get_origin(field.type) is Literal:
+            value = get_args(field.type)[-1]
+            argv = [flag, value]
         else:
             value = field.type(getattr(RECIPES["imagenet"], field.name) * 1.5 + 1)
             value = 0.5 if field.type is float and field.name not in ("warmup_epochs",) else value

@@ -29,6 +29,7 @@ from utils.training.loop import (
     ema_decay_at,
     fit,
     lr_factor,
+    make_optimizer,
     param_groups,
 )
 
@@ -71,6 +72,8 @@ def test_schedule_as_written_out():
     down += [0.5, 0.345492, 0.206107, 0.095492, 0.024472]
     found = [lr_factor(step, 5, 15) for step in range(15)]
     np.testing.assert_allclose(found, up + down, atol=1e-6)
+    flat = [lr_factor(step, 5, 25, flat_share=0.5) for step in range(25)]
+    np.testing.assert_allclose(flat, up + [1.0] * 10 + down, atol=1e-6)
     assert lr_factor(0, 0, 10) == 1.0
     assert lr_factor(15, 5, 15) == pytest.approx(0)
 
@@ -85,6 +88,32 @@ def test_optimizer_follows_the_schedule():
     peak = 0.5 * 8 / 1024
     expected = peak * np.array([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447])
     np.testing.assert_allclose(rates, np.stack([expected] * 2, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reference"),
+    [
+        ({"nesterov": True}, lambda p: torch.optim.SGD(p, 0.125, 0.9, nesterov=True)),
+        (
+            {"optimizer": "adamw", "momentum": 0.8},
+            lambda p: torch.optim.AdamW(p, 0.125, (0.8, 0.999)),
+        ),
+    ],
+    ids=["Nesterov", "AdamW"],
+)
+def test_optimizers_are_pytorchs(fields, reference):
+    weights = [without_batchnorm() for _ in range(2)]
+    recipe = dataclasses.replace(TINY, lr_per_1024=16.0, weight_decay=0.1, **fields)
+    groups = param_groups(weights[1], 0.1)
+    for model, optimizer in zip(
+        weights, (make_optimizer(weights[0], recipe), reference(groups)), strict=True
+    ):
+        for step in range(3):
+            torch.manual_seed(step)
+            model(torch.randn(8, 3, 16, 16)).square().mean().backward()
+            optimizer.step()
+    for ours, theirs in zip(weights[0].parameters(), weights[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_weight_decay_spares_norms_and_biases_by_type():

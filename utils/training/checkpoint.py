@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -75,6 +76,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
     """RunError that names the first entry in which a run's config differs from `config`."""
+    defaults = dataclasses.asdict(Recipe())  # of fields that a run of an older version lacks
+    found, config = (
+        {**each, "recipe": {**defaults, **each.get("recipe", {})}} for each in (found, config)
+    )
     for key in ["recipe", *sorted(found.keys() | config.keys())]:  # others follow from the recipe
         old, new = found.get(key), config.get(key)
         if key in PROVENANCE or old == new:

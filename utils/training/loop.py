@@ -84,15 +84,31 @@ def param_groups(
     ]
 
 
-def lr_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+def lr_factor(step: int, warmup_steps: int, total_steps: int, flat_share: float = 0.0) -> float:
     """Learning rate of step 0, 1, ... as a share of the peak: linear warm-up, then cosine to 0.
 
     The last step of the warm-up has the peak; the cosine would reach 0 at `total_steps`.
+
+    Args:
+        flat_share: share of the steps after the warm-up that stay at the peak, before the cosine.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    falling = max(0.0, progress - flat_share) / (1 - flat_share)
+    return 0.5 * (1 + math.cos(math.pi * falling))
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer for the parameters that are not frozen."""
+    options = {
+        "params": param_groups(model, recipe.weight_decay, recipe.norm_weight_decay),
+        "lr": recipe.peak_lr,
+        "fused": next(model.parameters()).device.type in ("cpu", "cuda"),  # one pass over them
+    }
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(betas=(recipe.momentum, 0.999), **options)
+    return torch.optim.SGD(momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
 
 
 def ema_decay_at(updates: int, decay: float) -> float:
@@ -148,16 +164,12 @@ class Trainer:
         self.net = distributed.data_parallel(self.model, self.device, sync_batchnorm)
         if compile:  # self.model, and so the checkpoints, stay as they are
             self.net = torch.compile(self.net)
-        self.optimizer = torch.optim.SGD(
-            param_groups(self.model, recipe.weight_decay, recipe.norm_weight_decay),
-            lr=recipe.peak_lr,
-            momentum=recipe.momentum,
-            fused=self.device.type in ("cpu", "cuda"),  # one pass over the weights
-        )
+        self.optimizer = make_optimizer(self.model, recipe)
         self.lr_factor = functools.partial(
             lr_factor,
             warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
             total_steps=recipe.epochs * steps_per_epoch,
+            flat_share=recipe.flat_share,
         )
         self.schedule = LambdaLR(self.optimizer, self.lr_factor)
         self.dtype = autocast_dtype(self.device, recipe.precision)
