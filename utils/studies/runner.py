@@ -331,8 +331,9 @@ def _run(
         reason = str(error) if expected and str(error) else repr(error)
         return _failed(study, variant, seed, reason)
     curve = pd.DataFrame(trainer.metrics).round(4).drop(columns=["step", "first_lr"])
+    curve["time_s"] = pd.DataFrame(trainer.speed).train_time_s.cumsum().round(1)  # no evaluation
     if not study.tuning:  # evaluated after the last epoch alone
-        curve = curve[["epoch", "train_loss"]]
+        curve = curve[["epoch", "train_loss", "time_s"]]
     curve.columns = curve.columns.str.replace("val_", "held_out_")
     return (variant.value, seed), rows, [{**facts, **row} for row in curve.to_dict("records")]
 
