@@ -1,8 +1,9 @@
 """The contract that every backbone keeps: images in, one feature map per stride out."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +143,12 @@ def validate_count(name: str, value: object) -> None:
     """Raises ValueError unless `value` is an integer of at least 1."""
     if not is_integer(value) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+
+def validate_number(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is a finite number."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")
 
 
 def validate_choice(name: str, value: object, choices: Sequence[object]) -> None:

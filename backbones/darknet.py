@@ -29,8 +29,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from backbones.base import Backbone, validate_choice
-from backbones.layers import ConvNormAct, LastNorm, last_norm_weight, scale_channels
+from backbones.base import Backbone, validate_choice, validate_number
+from backbones.layers import LAST_NORM, ConvNormAct, scale_channels
 
 Split = Literal["separate", "slice", "partial"]
 Layout = Literal["half", "darknet"]
@@ -100,7 +100,7 @@ class CSPStage(nn.Module):
         channels: int,
         depth: int,
         act: str,
-        last_norm: float = 1.0,
+        last_norm: float = LAST_NORM,
         *,
         split: Split,
         wide: bool = False,
@@ -145,7 +145,7 @@ class Darknet(Backbone):
         config: the variant.
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
-        last_norm: see `backbones.layers.last_norm_weight`.
+        last_norm: initial weight of each block's last BatchNorm, see `backbones.layers.LAST_NORM`.
         options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
     """
 
@@ -155,11 +155,12 @@ class Darknet(Backbone):
         *,
         act: str = "relu",
         width: float = 1.0,
-        last_norm: LastNorm = 1.0,
+        last_norm: float = LAST_NORM,
         **options: Any,
     ) -> None:
         channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
         super().__init__(channels[1:], STRIDES, **options)
+        validate_number("last_norm", last_norm)
         self.config, self.act, self.last_norm = config, act, last_norm
         self.stem = ConvNormAct(self.in_channels, channels[0], 3, act=act)
         self.stages = nn.ModuleList(
@@ -168,8 +169,7 @@ class Darknet(Backbone):
 
     def make_stage(self, index: int, in_channels: int, channels: int) -> nn.Module:
         depth = self.config.depths[index]
-        last_norm = last_norm_weight(self.last_norm, depth)
-        return DarknetStage(in_channels, channels, depth, self.act, last_norm)
+        return DarknetStage(in_channels, channels, depth, self.act, self.last_norm)
 
 
 class CSPDarknet(Darknet):
@@ -204,8 +204,7 @@ class CSPDarknet(Darknet):
             return ConvNormAct(in_channels, channels, 3, stride=2, act=self.act)
         authors = self.layout == "darknet"
         options = {"split": self._split, "wide": authors and index == 0, "transition": authors}
-        last_norm = last_norm_weight(self.last_norm, depth)
-        return CSPStage(in_channels, channels, depth, self.act, last_norm, **options)
+        return CSPStage(in_channels, channels, depth, self.act, self.last_norm, **options)
 
 
 def convert_split(net: nn.Module, split: Literal["separate", "slice"]) -> nn.Module:

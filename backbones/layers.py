@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -22,7 +21,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
 }
 
-LastNorm = float | Literal["depth"]
+# Initial weight of the last BatchNorm in each residual block of Darknet, CSPDarknet and VoVNet.
+# With 1, PyTorch's default, Darknet-53 stays near chance in short runs
+# (results/study_initialization.csv). With 0, which timm has behind leaky ReLU (after
+# arXiv:1706.02677), a branch that ends in ReLU would never get a gradient.
+LAST_NORM = 0.2
 
 
 class ConvNormAct(nn.Sequential):
@@ -79,21 +82,3 @@ def scale_channels(channels: int, width: float) -> int:
     if not isinstance(width, Real) or isinstance(width, bool) or not 0 < width <= 16:
         raise ValueError(f"width={width!r} must be a number above 0, at most 16")
     return channels if width == 1 else max(8, round(channels * width / 8) * 8)
-
-
-def last_norm_weight(last_norm: LastNorm, blocks: int) -> float:
-    """Initial weight of the last BatchNorm in each of a stage's residual blocks.
-
-    Args:
-        last_norm: the weight, or "depth" for 1 / sqrt(blocks), with which all branches of a stage
-            together add as much variance as the stage's input has.
-        blocks: residual blocks of the stage.
-
-    Raises:
-        ValueError: `last_norm` is neither.
-    """
-    if last_norm == "depth":
-        return max(1, blocks) ** -0.5
-    if not isinstance(last_norm, Real) or isinstance(last_norm, bool):
-        raise ValueError(f'last_norm={last_norm!r} must be a number or "depth"')
-    return float(last_norm)

@@ -30,12 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
-from backbones.base import Backbone, validate_choice
+from backbones.base import Backbone, validate_choice, validate_number
 from backbones.layers import (
+    LAST_NORM,
     ConvNormAct,
     EffectiveSqueezeExcite,
-    LastNorm,
-    last_norm_weight,
     scale_channels,
 )
 
@@ -85,7 +84,7 @@ class OSABlock(nn.Module):
         *,
         residual: bool,
         ese: bool,
-        last_norm: float = 1.0,
+        last_norm: float = LAST_NORM,
     ) -> None:
         super().__init__()
         self.residual = residual
@@ -134,7 +133,8 @@ class VoVNet(Backbone):
         stem_stride: 2 or 4, see the module's docstring.
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
-        last_norm: see `backbones.layers.last_norm_weight`.
+        last_norm: initial weight of the last BatchNorm in blocks that add their input, see
+            `backbones.layers.LAST_NORM`.
         options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
     """
 
@@ -149,12 +149,13 @@ class VoVNet(Backbone):
         stem_stride: StemStride = 2,
         act: str = "relu",
         width: float = 1.0,
-        last_norm: LastNorm = 1.0,
+        last_norm: float = LAST_NORM,
         **options: Any,
     ) -> None:
         validate_choice("residual", residual, (True, False))
         validate_choice("ese", ese, get_args(ESE))
         validate_choice("stem_stride", stem_stride, get_args(StemStride))
+        validate_number("last_norm", last_norm)
         stem = [scale_channels(c, width) for c in STEM_CHANNELS]
         channels = [scale_channels(c, width) for c in config.channels]
         strided_stage = stem_stride == 4
@@ -185,7 +186,7 @@ class VoVNet(Backbone):
                     act,
                     residual=residual and k > 0,
                     ese=k == depth - 1 if ese == "last" else ese,
-                    last_norm=last_norm_weight(last_norm, depth - 1),
+                    last_norm=last_norm,
                 )
                 for k in range(depth)
             ]

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +48,32 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
-    """A few photographs of each class of Imagenette; skips where the archive is not there."""
+def unpack(tmp_path_factory):
+    """A function that unpacks photographs of Imagenette; skips where the archive is not there.
+
+    Its arguments: how many of each class for each split, and the classes (default: all).
+    """
     path = Path(os.environ.get("IMAGENETTE_TAR", REAL_TAR))
     if not path.exists():
         pytest.skip(f"{path.name} is not there; set IMAGENETTE_TAR to its path")
-    root = tmp_path_factory.mktemp("photographs")
-    taken = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            folder = Path(member.name).parent
-            if member.isfile() and taken.setdefault(folder, 0) < 8:
-                taken[folder] += 1
-                tar.extract(member, root, filter="data")
-    return root / "imagenette2-224sq"
+
+    def extract(counts, classes=()):
+        root, taken = tmp_path_factory.mktemp("photographs"), Counter()
+        with tarfile.open(path) as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                _, split, name, _ = Path(member.name).parts
+                if taken[split, name] < counts[split] and (not classes or name in classes):
+                    taken[split, name] += 1
+                    tar.extract(member, root, filter="data")
+        return root / "imagenette2-224sq"
+
+    return extract
+
+
+@pytest.fixture(scope="session")
+def photographs(unpack):
+    """A few photographs of each class of Imagenette."""
+    return unpack({"train": 8, "val": 8})
 
 
 @pytest.fixture(scope="session")

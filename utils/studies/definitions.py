@@ -56,6 +56,11 @@ def _learning_rate() -> Study:
 def _initialization() -> Study:
     """The initial weight of each block's last norm, with its own learning rate."""
     recipe = replace(SHORT, epochs=4, trivial_augment=False, min_crop_area=0.35)
+    rates = {
+        1.0: (2.0, 0.8, 0.3, 0.1, 0.03),
+        0.2: (4.0, 2.0, 0.8, 0.3, 0.1),
+        0.05: (4.0, 2.0, 0.8, 0.3),
+    }
     variants = tuple(
         Variant(
             f"{backbone}, last norm {start}, {rate:g}",
@@ -63,9 +68,9 @@ def _initialization() -> Study:
             {"last_norm": start},
             {"lr_per_1024": rate},
         )
-        for rate in (2.0, 0.8, 0.3, 0.1)
         for backbone in ("darknet53", "cspdarknet53", "vovnet57")
-        for start in (1.0, 0.2, "depth")
+        for start in rates
+        for rate in rates[start]
     )
     name, baseline = "initialization", variants[0].value
     return Study(name, "initialization", baseline, recipe, variants, THREE, tuning=True)
