@@ -13,6 +13,7 @@ Differences from the papers:
   width and a bottleneck, and every stage a 1x1 transition before the concatenation, as
   csdarknet53.cfg of AlexeyAB/darknet has.
 - A CSP stage without blocks (CSPDarknet-19's first) is the strided convolution alone.
+- Residual branches start small, see `backbones.layers.LAST_NORM`.
 
 How a CSP stage splits its strided convolution's output (`split`):
 

@@ -22,9 +22,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 # Initial weight of the last BatchNorm in each residual block of Darknet, CSPDarknet and VoVNet.
-# With 1, PyTorch's default, Darknet-53 stays near chance in short runs
-# (results/study_initialization.csv). With 0, which timm has behind leaky ReLU (after
-# arXiv:1706.02677), a branch that ends in ReLU would never get a gradient.
+# Their branches end in an activation and add hardly any negative values: the means add up over the
+# blocks, the pooled features of all images point in one direction, and the classifier diverges at
+# ordinary learning rates. With 1, PyTorch's default, Darknet-53 hardly trains in short runs
+# (docs/results.md). With 0, as timm starts its Darknets (after arXiv:1706.02677), a branch that
+# ends in ReLU would never get a gradient.
 LAST_NORM = 0.2
 
 

@@ -14,6 +14,8 @@ Versions and where they come from:
 - `ese="last"`: eSE only in the last block of each stage (timm).
 - `residual=False, ese=False`: version 1.
 
+Residual branches start small, see `backbones.layers.LAST_NORM`.
+
 Two stems, which are two functions with the same number of parameters:
 
 - `stem_stride=2`: the paper's. Three convolutions with strides 2, 1, 1; every stage begins with a

@@ -47,6 +47,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     speed = speed_table(read_benchmark(statistics.RESULTS / "benchmark.csv"))
     compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
     results = {
+        "initialization": statistics.initialization_table(),
         "recipe": statistics.recipe_table(),
         "fixres": statistics.fixres_table(),
         "length": statistics.length_table(),

@@ -140,8 +140,8 @@ STUDIES = {
 
 
 def networks() -> dict[str, Variant]:
-    """A variant for each network that the studies train, by the network's name."""
-    found = {}
-    for variant in (variant for study in STUDIES.values() for variant in study.variants):
+    """A variant for each network that the studies compare, by the network's name."""
+    found, compared = {}, [study for study in STUDIES.values() if not study.tuning]
+    for variant in (variant for study in compared for variant in study.variants):
         found.setdefault(variant.network, variant)
     return found

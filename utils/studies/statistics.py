@@ -241,6 +241,17 @@ def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     return pairs_table(table, "test crop (px)", STUDIES["fixres"].top1_column)
 
 
+def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Top-1 on the held-out slice by network and last norm, a column per learning rate."""
+    table = read_study("initialization", results)
+    names = ["network", "last norm", "rate"]
+    parts = table.value.str.extract(r"(.*), last norm (.*), (.*)").set_axis(names, axis=1)
+    table = table.drop(columns="network").join(parts.astype({"last norm": float, "rate": float}))
+    means = table.groupby(names).top1_raw_pct.mean().unstack().sort_index(axis=1)
+    shown = means.map("{:.1f}".format).replace("nan", "").add_prefix("rate ")
+    return shown.assign(n=table.groupby(names[:2]).seed.nunique()).reset_index()
+
+
 def read_detection(results: Path = RESULTS) -> pd.DataFrame:
     """The record of scripts/detect.py on the embedded sample's scenes."""
     return pd.read_csv(results / "detection_sample.csv")
