@@ -1,9 +1,13 @@
-"""Our trainer against plain loops of PyTorch's, torchvision's and timm's parts."""
+"""Our trainer against plain loops of other projects' parts; training time to an accuracy."""
 
 import copy
 import dataclasses
+import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import timm.loss
@@ -11,6 +15,8 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
+from helpers import run
+from scipy import stats
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
@@ -20,6 +26,8 @@ from torchvision.transforms import v2
 
 import backbones
 from backbones.weights import load_weights
+from conftest import write_image
+from utils import baselines, benchmark
 from utils.data.folders import STEP_STREAM, Batch, stream_seed
 from utils.recipe import RECIPES
 from utils.training.loop import Trainer
@@ -195,3 +203,118 @@ def test_a_mistake_in_the_recipe_would_be_seen(loop, mistake):
         for a, b in zip(found, loop(model), strict=True)
     )
     assert worst < 1e-5 if mistake == "none" else worst > 2 * TOLERANCE, worst
+
+
+# ---- training time to an accuracy --------------------------------------------------------------
+
+OPENED = []  # paths, while it holds a first entry; an audit hook cannot be removed
+
+
+def _record(event, args):
+    if event == "open" and OPENED and isinstance(args[0], (str, bytes, os.PathLike)):
+        OPENED.append(os.path.realpath(os.fsdecode(args[0])))
+
+
+sys.addaudithook(_record)
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Files that are opened outside of the evaluation are in OPENED, for the time of a test."""
+    evaluate = benchmark.evaluate
+
+    def unrecorded(*args):
+        kept = OPENED.copy()
+        try:
+            return evaluate(*args)
+        finally:
+            OPENED[:] = kept
+
+    monkeypatch.setattr(benchmark, "evaluate", unrecorded)
+    OPENED.append("")
+    yield
+    OPENED.clear()
+
+
+def test_the_script_trains_by_all_and_no_training_opens_other_images(
+    folders, tmp_path, capsys, evaluated
+):
+    path = tmp_path / "new" / "accuracy.csv"
+    sizes = ("--image-px", 32, "--batch-size", 8, "--epochs", 1, "--threads", 1, "--workers", 0)
+    args = ("--task", "accuracy", "--data-dir", folders, "--backbones", "resnet18", *sizes)
+    assert run("benchmark.py", *args, "--seeds", 2, "--lr", 0.1, "--output", path) == 0
+    held_out = {folders / "train" / f"n0000000{k}" / "3.JPEG" for k in range(3)}  # 10th by name
+    trained = {os.path.realpath(p) for p in set(folders.glob("train/*/*")) - held_out}
+    opened = {name for name in OPENED if name.endswith(".JPEG")}
+    assert opened == trained
+    table = pd.read_csv(path)
+    assert not table.isna().any(axis=None)
+    assert table.implementation.tolist() == ["ours", "torchvision", "timm"] * 2
+    assert table.weights.tolist() == ["EMA", "raw", "raw"] * 2
+    assert table.recipe.tolist() == ["imagenet", "reference", "reference"] * 2
+    assert table.lr_per_1024.tolist() == [0.05, 0.05, 0.04] * 2
+    out = capsys.readouterr().out
+    assert out.count("0.1 x its learning rate, seed 1: 75 %") == 3
+    assert "2 and 2" in out  # seeds of an interval
+
+
+def test_a_curve_replaces_its_own_rows_alone(tmp_path):
+    facts = dict.fromkeys(benchmark.CURVE, 1)
+    for epochs, top1 in ((2, 10.0), (1, 20.0), (2, 30.0)):
+        rows = [{**facts, "epochs": epochs, "top1_pct": top1}] * epochs
+        benchmark.save(tmp_path / "accuracy.csv", rows, benchmark.CURVE)
+    table = benchmark.read_benchmark(tmp_path / "accuracy.csv", benchmark.CURVE)
+    assert table.top1_pct.tolist() == [20, 30, 30]
+    assert run("benchmark.py", "--output", tmp_path / "accuracy.csv") == 2
+
+
+def test_minutes_and_differences_as_calculated_by_hand():
+    """Differences of 10 and 0, variances 2 and 8 of two seeds: 1.47 degrees of freedom."""
+    curves = {("ours", 0): (60, 80, 79), ("ours", 1): (60, 70, 81)}
+    curves |= {("timm", 0): (50, 60, 68), ("timm", 1): (50, 75, 72), ("torchvision", 0): (9, 9, 9)}
+    facts = dict.fromkeys(benchmark.CURVE, 1)
+    rows = [
+        facts | {"implementation": name, "seed": seed, "top1_pct": top1, "top1_raw_pct": 0.5 * top1}
+        | {"train_time_s": 60.0 * (1 + k)}
+        for (name, seed), values in curves.items()
+        for k, top1 in enumerate(values)
+    ]  # fmt: skip
+    finals = benchmark.time_to_accuracy(pd.DataFrame(rows), 75)
+    assert finals.minutes.fillna(0).tolist() == [2, 3, 0, 2, 0]
+    assert finals.top1_pct.tolist() == [79, 81, 68, 72, 9]
+    found = benchmark.accuracy_differences(finals)
+    assert found["ours minus"].tolist() == ["timm", "timm"]
+    assert found.difference.tolist() == [10, 5]
+    half = stats.t.ppf(0.95, (1 + 4) ** 2 / (1**2 + 4**2)) * (1 + 4) ** 0.5
+    assert (found.low[0], found.high[0]) == pytest.approx((10 - half, 10 + half))
+
+
+def test_recipes_at_the_sizes_of_a_run():
+    """At the preset's own size its own test crop; else its ratio, in steps of 32 pixels."""
+    sizes = {176: (224, 232), 128: (160, 166), 224: (288, 298), 32: (32, 33)}
+    for px, expected in sizes.items():
+        case = ("accuracy", "resnet18", 64, px, 1.0, "cpu")
+        found = benchmark.TrainingRun(*case, "ours", epochs=20).eval_recipe
+        assert (found.eval_crop_px, found.eval_resize_px) == expected
+    recipes = [
+        benchmark.TrainingRun(*case, who, 20, lr_factor=2.0).recipe for who in benchmark.TRAINERS
+    ]
+    assert [recipe.lr_per_1024 for recipe in recipes] == [1.0, 1.0, 0.8]
+    assert [recipe.warmup_epochs for recipe in recipes] == pytest.approx([1, 1 / 6, 1 / 3])
+
+
+def test_timm_gets_our_numbers_of_classes(tmp_path, monkeypatch):
+    """It would sort c10 after c2. Colours show the labels that its loader gives."""
+    classes, seen = ["c1", "c10", "c2"], []
+    for name, colour in zip(classes, ((250, 60, 60), (60, 250, 60), (60, 60, 250)), strict=True):
+        for k in range(4):
+            write_image(tmp_path / name / f"{k}.JPEG", np.random.default_rng(k), colour)
+    recipe = dataclasses.replace(RECIPES["imagenet"], epochs=1, warmup_epochs=0.0, batch_size=4)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    step = lambda *batch: seen.append(batch) or 0.0  # noqa: E731
+    monkeypatch.setattr(baselines, "timm_step", lambda *args: (step, optimizer))
+    images = SimpleNamespace(classes=classes)
+    next(baselines.train_timm(nn.Linear(1, 1), recipe, images, tmp_path, 0))
+    assert len(seen) == 3
+    for inputs, labels in seen:
+        assert inputs.mean((2, 3)).argmax(1).tolist() == labels.tolist()

@@ -19,7 +19,7 @@ from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import backbones
-from utils import benchmark
+from utils import baselines, benchmark
 from utils.benchmark import SHARED, Case
 from utils.data.folders import Batch, Preprocess
 from utils.measure import count_macs, count_parameters, forward, peak_memory, time_interleaved
@@ -92,8 +92,9 @@ def losses_of_ours_and(monkeypatch, baseline, **options):
     monkeypatch.setattr(Case, "recipe", recipe)
     monkeypatch.setattr(Case, "batch", lambda case: Preprocess(torch.device("cpu"), 10)(batch))
     torch.manual_seed(0)
-    head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), head)
+    head = nn.Linear(16, 10, bias=False)  # torchvision would decay the bias
+    layers = nn.GroupNorm(4, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), *layers)
     case = Case("step", "", 8, 32, implementation=baseline)
     step = benchmark.baseline_step(case, copy.deepcopy(model))
     trainer = Trainer(model, recipe, steps_per_epoch=10**6, num_classes=10)
@@ -103,8 +104,8 @@ def losses_of_ours_and(monkeypatch, baseline, **options):
 def test_torchvisions_step_is_ours_in_float32(monkeypatch):
     """Its EMA has an update in the first step and then every 32nd, here every second."""
     update = mock.Mock()
-    monkeypatch.setattr(benchmark, "EMA_STEPS", 2)
-    monkeypatch.setattr(benchmark.AveragedModel, "update_parameters", update)
+    monkeypatch.setattr(baselines, "EMA_STEPS", 2)
+    monkeypatch.setattr(baselines.AveragedModel, "update_parameters", update)
     options = {"precision": "float32", "channels_last": False}
     ours, baseline = losses_of_ours_and(monkeypatch, "torchvision float32", **options)
     assert baseline == pytest.approx(ours, rel=1e-5)
@@ -122,7 +123,7 @@ def test_torchvisions_preset_augments_and_normalises(tmp_path):
     assert np.mean(sizes) == pytest.approx(110e3, rel=0.1)
     assert Image.open(tmp_path / "images" / "0.JPEG").size == (500, 375)
     recipe = dataclasses.replace(RECIPES["imagenet"], batch_size=4, train_crop_px=32)
-    loader = benchmark.torchvision_loader(tmp_path, recipe)
+    loader = baselines.torchvision_loader(tmp_path, recipe)
     assert [images.shape for images, _ in loader] == [(4, 3, 32, 32)] * 2
     steps = loader.dataset.transform.transforms
     assert {"TrivialAugmentWide", "RandomErasing"} < {type(step).__name__ for step in steps}

@@ -37,7 +37,7 @@ LAYERS = (
     ("utils.data", "utils.measure", "utils.plotting"),
     ("backbones",),  # which import nothing from above: its dependencies are torch and torchvision
     ("utils.training",),
-    ("utils.studies", "utils.benchmark", "utils.exporting", "utils.notebook"),
+    ("utils.studies", "utils.baselines", "utils.benchmark", "utils.exporting", "utils.notebook"),
     ("scripts", "notebooks"),
 )
 DECLARED = {each.name for each in DEPENDENCIES}

@@ -1,11 +1,13 @@
-"""Interleaved timing against timm, torchvision and ONNX Runtime; costs of the studies' networks.
+"""Interleaved timing against timm, torchvision and ONNX Runtime; training time to an accuracy.
 
-The trainers of the baselines are written here after the projects' training scripts, which their
-packages lack. What a benchmark does not need (accuracy, printing) is left out, in their favour.
+The trainers of the baselines are in `utils.baselines`, written after the projects' training
+scripts, which their packages lack.
 """
 
 import itertools
+import random
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,31 +18,40 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy import stats
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
-from torchvision import datasets, models, transforms
+from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from backbones import create, create_classifier
 from backbones.deploy import optimize
 from utils import measure
-from utils.cli import import_optional
+from utils.baselines import (
+    REFERENCES,
+    TRAINERS,
+    import_timm,
+    timm_step,
+    torchvision_loader,
+    torchvision_step,
+)
 from utils.data import sample
-from utils.data.folders import Batch, ImageFiles, Preprocess
+from utils.data.folders import Batch, ImageFiles, Preprocess, hold_out, open_folders
 from utils.data.transforms import train_transform
 from utils.recipe import RECIPES, Recipe
 from utils.records import write_table
 from utils.studies.definitions import networks
-from utils.training.evaluation import autocast, autocast_dtype, dtype_name
-from utils.training.loop import Trainer, param_groups
+from utils.studies.runner import HOLD_OUT_EVERY
+from utils.training.evaluation import MAX_BATCH_SIZE, autocast_dtype, dtype_name, evaluate
+from utils.training.loop import Trainer
 
 Rows = list[dict[str, Any]]
 # Rows that agree in these columns are measured, and replaced, together.
 RUN = ["task", "network", "quantity", "batch_size", "image_px", "width", "threads", "hardware"]
+# Settings that training runs are compared at, and what identifies a learning curve.
+SETTING = ["network", "batch_size", "train_px", "epochs", "lr_factor", "threads"]
+CURVE = ["implementation", "recipe", *SETTING, "seed", "hardware"]
 NUM_CLASSES = 10
 PEAK_ROUNDS = 3
-EMA_STEPS = 32  # the default of torchvision's --model-ema-steps
 
 _VOVNET = {"ese": "last", "stem_stride": 4}
 # Our names to timm's, with the options that make ours the same function.
@@ -184,8 +195,7 @@ def inference_call(case: Case) -> measure.Call:
 
 def timm_network(case: Case, **options: Any) -> nn.Module:
     """timm's network, with random weights."""
-    timm = import_optional("timm", "to compare with it")
-    return timm.create_model(SHARED[case.network][0], **options).to(case.device)
+    return import_timm().create_model(SHARED[case.network][0], **options).to(case.device)
 
 
 def step_call(case: Case) -> measure.Call:
@@ -196,8 +206,7 @@ def step_call(case: Case) -> measure.Call:
     """
     torch.manual_seed(0)
     if case.implementation.startswith("timm"):
-        model = timm_network(case, num_classes=NUM_CLASSES)
-        return baseline_step(case, model.to(memory_format=torch.channels_last))
+        return baseline_step(case, timm_network(case, num_classes=NUM_CLASSES))
     if case.implementation.startswith("torchvision"):
         return baseline_step(case, classifier(case))
     trainer = Trainer(classifier(case).train(), case.recipe, 10**6, NUM_CLASSES)
@@ -209,53 +218,23 @@ def step_call(case: Case) -> measure.Call:
 
 
 def baseline_step(case: Case, model: nn.Module) -> measure.Call:
-    """The loop body of another project's training script, with PyTorch's default SGD.
-
-    - torchvision: references/classification/train.py of github.com/pytorch/vision with --model-ema:
-      float32, NCHW, gradients cleared before the backward pass, an EMA of weights and buffers every
-      32 steps, `loss.item()`.
-    - timm: train.py of github.com/huggingface/pytorch-image-models with --amp --amp-dtype bfloat16
-      --channels-last: autocast where bfloat16 is not emulated, gradients cleared after the update,
-      no EMA (its default), `loss.item()`.
-    """
-    recipe = case.recipe
-    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    groups = param_groups(model.train(), recipe.weight_decay, recipe.norm_weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum)
-    decay = recipe.ema_decay**EMA_STEPS  # the recipe's is per step
-    ema = AveragedModel(model, avg_fn=lambda a, b, _: decay * a + (1 - decay) * b, use_buffers=True)
-    steps, (images, labels) = itertools.count(), case.batch()
-    dtype = autocast_dtype(images.device, "bf16")
-
-    def timm_step() -> float:
-        batch = images.contiguous(memory_format=torch.channels_last)
-        with autocast(images.device, dtype):
-            loss = criterion(model(batch), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    def torchvision_step() -> float:
-        loss = criterion(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if next(steps) % EMA_STEPS == 0:
-            ema.update_parameters(model)
-        return loss.item()
-
-    return timm_step if case.implementation.startswith("timm") else torchvision_step
+    """The loop body of another project's script, with --model-ema of torchvision's; plain SGD."""
+    model.train()
+    if case.implementation.startswith("timm"):
+        step, _ = timm_step(model, case.recipe, "momentum")
+    else:
+        step, _ = torchvision_step(model, case.recipe, ema=True)
+    return partial(step, *case.batch())
 
 
-def classifier(case: Case) -> nn.Module:
+def classifier(case: Case, num_classes: int = NUM_CLASSES) -> nn.Module:
     """Our classifier for a network of `SHARED` or of a study."""
     if case.task == "costs":
         variant = networks()[case.network]
         name, options = variant.backbone, {**variant.options, **case.recipe.backbone_options}
     else:
         name, options = case.network, SHARED[case.network][1]
-    return create_classifier(name, NUM_CLASSES, **options).to(case.device)
+    return create_classifier(name, num_classes, **options).to(case.device)
 
 
 def input_call(case: Case) -> measure.Call:
@@ -263,7 +242,7 @@ def input_call(case: Case) -> measure.Call:
     folder = tempfile.TemporaryDirectory()
     draw_jpegs(Path(folder.name) / "images")
     if case.implementation.startswith("torchvision"):
-        loader, preprocess = torchvision_loader(folder.name, case.recipe), list
+        loader, preprocess = torchvision_loader(folder.name, case.recipe, drop_last=True), list
     else:
         images = ImageFiles(Path(folder.name), ["images"], train_transform(case.recipe))
         loader = images.train_loader(case.batch_size, 0)
@@ -288,26 +267,6 @@ def draw_jpegs(folder: Path, count: int = 128) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.JPEG", quality=97)
 
 
-def torchvision_loader(folder: str | Path, recipe: Recipe) -> DataLoader:
-    """ClassificationPresetTrain and the loader of references/classification/ of pytorch/vision.
-
-    With --auto-augment ta_wide --random-erase --workers 0: Pillow's decoder, transforms v1 on PIL
-    images, then on float32 tensors.
-    """
-    crop_px, bilinear = recipe.train_crop_px, transforms.InterpolationMode.BILINEAR
-    steps = [
-        transforms.RandomResizedCrop(crop_px, (recipe.min_crop_area, 1.0), interpolation=bilinear),
-        transforms.RandomHorizontalFlip(0.5),
-        transforms.TrivialAugmentWide(interpolation=bilinear),
-        transforms.PILToTensor(),
-        transforms.ConvertImageDtype(torch.float),
-        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        transforms.RandomErasing(recipe.random_erasing),
-    ]
-    dataset = datasets.ImageFolder(folder, transforms.Compose(steps))
-    return DataLoader(dataset, recipe.batch_size, shuffle=True, drop_last=True)
-
-
 def costs(case: Case, rounds: int, peaks: bool) -> Rows:
     """Parameters, GMACs, times and peak memory of the studies' networks; `case` gives the sizes."""
     dtype = dtype_name(autocast_dtype(torch.device(case.device), case.recipe.precision))
@@ -324,23 +283,161 @@ def costs(case: Case, rounds: int, peaks: bool) -> Rows:
     return rows + measure_cases(step_call, cases, rounds, "training", int(peaks))
 
 
-def read_benchmark(path: Path) -> pd.DataFrame:
-    """Reads a table that `save` wrote. Raises ValueError for any other file."""
+# ---- training time to an accuracy ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingRun(Case):
+    """A training run by an implementation of `utils.baselines.TRAINERS`, on its own recipe.
+
+    Args:
+        lr_factor: multiplies the peak learning rate of the recipe.
+        preset: our recipe, a key of `RECIPES`.
+        workers: decoding processes of torchvision and timm.
+    """
+
+    epochs: int = 1
+    lr_factor: float = 1.0
+    preset: str = "imagenet"
+    seed: int = 0
+    workers: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """At the sizes of the run; the warm-up keeps its share of the epochs."""
+        recipe = REFERENCES.get(self.implementation, RECIPES[self.preset])
+        return replace(
+            recipe,
+            epochs=self.epochs,
+            warmup_epochs=recipe.warmup_epochs * self.epochs / recipe.epochs,
+            batch_size=self.batch_size,
+            train_crop_px=self.image_px,
+            lr_per_1024=float(f"{self.lr_factor * recipe.lr_per_1024:.6g}"),
+            width=1.0,
+        )
+
+    @property
+    def eval_recipe(self) -> Recipe:
+        """The test crop keeps the preset's ratio to the training crop, in steps of 32 pixels."""
+        recipe = RECIPES[self.preset]
+        if self.image_px == recipe.train_crop_px:
+            return recipe
+        ratio = recipe.eval_crop_px / recipe.train_crop_px
+        return recipe.tested_at(32 * max(1, round(self.image_px * ratio / 32)))
+
+    def model(self, num_classes: int) -> nn.Module:
+        """The project's own network, or ours where torchvision has none."""
+        if self.implementation == "timm":
+            return timm_network(self, num_classes=num_classes)
+        if self.implementation == "torchvision" and self.network in models.list_models():
+            return models.get_model(self.network, num_classes=num_classes).to(self.device)
+        return classifier(self, num_classes)
+
+    def facts(self) -> dict[str, Any]:
+        """Columns of a record. torchvision's script has autocast on GPUs only, to float16."""
+        precision = "float32" if self.implementation == "torchvision" else self.recipe.precision
+        dtype = autocast_dtype(torch.device(self.device), precision)
+        return {
+            **{name: getattr(self, name) for name in ("task", "implementation", "network")},
+            "recipe": "reference" if self.implementation in REFERENCES else self.preset,
+            "lr_factor": self.lr_factor,
+            "lr_per_1024": self.recipe.lr_per_1024,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "train_px": self.image_px,
+            "test_px": self.eval_recipe.eval_crop_px,
+            "workers": 0 if self.implementation == "ours" else self.workers,
+            "dtype": dtype_name(dtype),
+            "seed": self.seed,
+        }
+
+
+def learning_curve(run: TrainingRun, data_dir: Path) -> Rows:
+    """Trains, and returns a row per epoch: the accuracy, and the training time so far.
+
+    Every `HOLD_OUT_EVERY`-th training image of a class is left out of training; the accuracy is
+    that on these, in float32, of `weights`. The time holds everything but making the network and
+    the evaluation.
+    """
+    data = hold_out(open_folders(data_dir, run.recipe, run.seed), run.eval_recipe, HOLD_OUT_EVERY)
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    torch.manual_seed(run.seed)
+    model, rows, train_time_s = run.model(len(data.classes)), [], 0.0
+    preprocess = Preprocess(torch.device(run.device), len(data.classes))
+    loader = data.val.eval_loader(min(run.batch_size, MAX_BATCH_SIZE), 0)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in map(data.train.path, range(len(data.train))):
+            link = Path(folder, path.parent.name, path.name)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path.resolve())
+        trainer = TRAINERS[run.implementation]
+        epochs = trainer(model, run.recipe, data.train, Path(folder), run.workers)
+        for epoch in range(1, run.epochs + 1):
+            start_s = time.perf_counter()
+            trained = next(epochs)
+            train_time_s += time.perf_counter() - start_s
+            found = evaluate(trained, loader, preprocess)
+            top1_pct = {name: round(each["top1_pct"], 3) for name, each in found.items()}
+            weights = list(trained)[-1]
+            row = {"epoch": epoch, "weights": weights, "top1_pct": top1_pct[weights]}
+            row |= {"top1_raw_pct": top1_pct["raw"], "train_time_s": round(train_time_s, 3)}
+            rows.append({**run.facts(), **row})
+    return rows
+
+
+def time_to_accuracy(table: pd.DataFrame, target_pct: float) -> pd.DataFrame:
+    """A row per run: the final accuracy, and the minutes of training until the target.
+
+    Minutes are NaN where no epoch reaches it.
+    """
+    keys = [name for name in CURVE if name != "hardware"]
+    reached = table[table.top1_pct >= target_pct].groupby(keys, sort=False)
+    minutes = (reached.train_time_s.first() / 60).rename("minutes")
+    finals = table.groupby(keys, sort=False)[["top1_pct", "top1_raw_pct"]].last()
+    return finals.join(minutes).reset_index()
+
+
+def accuracy_differences(finals: pd.DataFrame) -> pd.DataFrame:
+    """Final accuracy of ours minus each baseline's, with Welch's 90 % interval over seeds.
+
+    Args:
+        finals: of `time_to_accuracy`. Settings with one seed of either are left out.
+    """
+    rows = []
+    for setting, group in finals.groupby(SETTING, sort=False):
+        for name, column in itertools.product(REFERENCES, ("top1_pct", "top1_raw_pct")):
+            ours, other = (group[group.implementation == who][column] for who in ("ours", name))
+            if min(len(ours), len(other)) < 2:
+                continue
+            low, high = stats.ttest_ind(ours, other, equal_var=False).confidence_interval(0.9)
+            difference = ours.mean() - other.mean()
+            found = {"ours minus": name, "of": column, "difference": difference, "low": low}
+            found |= {"high": high, "seeds": f"{len(ours)} and {len(other)}"}
+            rows.append({**dict(zip(SETTING, setting, strict=True)), **found})
+    return pd.DataFrame(rows)
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+
+def read_benchmark(path: Path, key: Sequence[str] = RUN) -> pd.DataFrame:
+    """Reads a table that `save` wrote with this key. Raises ValueError for any other file."""
     try:
         table = pd.read_csv(path, dtype={"commit": str})  # some are all digits
     except ValueError:
         table = pd.DataFrame()
-    if not set(RUN) <= set(table):
+    if not set(key) <= set(table):
         raise ValueError(f"{path} is not a table of scripts/benchmark.py; choose another --output")
     return table
 
 
-def save(path: Path, rows: Rows) -> None:
-    """Adds rows to a table, in place of those of the same `RUN`."""
+def save(path: Path, rows: Rows, key: list[str] = RUN) -> None:
+    """Adds rows to a table, in place of those that agree with them in `key`."""
     table = pd.DataFrame(rows)
     if path.exists():
-        old = read_benchmark(path)
-        replaced = old.set_index(RUN).index.isin(table.set_index(RUN).index)
+        old = read_benchmark(path, key)
+        replaced = old.set_index(key).index.isin(table.set_index(key).index)
         table = pd.concat([old[~replaced], table])
     write_table(path, table.to_dict("records"))
 
