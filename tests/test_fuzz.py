@@ -152,11 +152,13 @@ def drawn(format, mode="RGB", size_px=(24, 17), **options):
     return buffer.getvalue()
 
 
+# Turned by a quarter.
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\3\0\0\0\1\0\x06\0\0\0\0\0\0"
 IMAGES = [drawn(format) for format in FORMATS] + [
     *(drawn("JPEG", mode) for mode in ("L", "CMYK")),
     drawn("JPEG", progressive=True),
-    drawn("JPEG", size_px=(90, 70), quality=30, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
-    drawn("PNG", "P", transparency=3),
+    drawn("JPEG", size_px=(90, 70), quality=30, exif=EXIF),
+    drawn("PNG", "P", transparency=3, exif=EXIF),
     *(drawn("PNG", mode) for mode in ("RGBA", "1", "I;16")),
     *(drawn("TIFF", compression=f"tiff_{how}") for how in ("lzw", "deflate")),
     drawn("TIFF", compression="jpeg"),

@@ -22,8 +22,17 @@ from utils.data.transforms import CorruptImageError, erase, open_image, pixels, 
 from utils.recipe import Recipe
 
 BROKEN = b"Exif\0\0MM\0*\xff\xff\xff\xff\0\1"  # EXIF data, of which Pillow warns
-ROTATED = Image.Exif()
-ROTATED[0x0112] = 6  # by 90 degrees
+ORIENTATION = 0x0112
+# How each EXIF orientation stores an upright image (JEITA CP-3451, 4.6.4).
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def picture(mode="RGB", size_px=(37, 29)):
@@ -38,7 +47,6 @@ def picture(mode="RGB", size_px=(37, 29)):
         ("L", {"format": "JPEG", "progressive": True}),
         ("CMYK", {"format": "JPEG"}),
         ("RGB", {"format": "JPEG", "exif": BROKEN}),
-        ("RGB", {"format": "JPEG", "exif": ROTATED}),
         ("P", {"format": "PNG"}),
         ("RGBA", {"format": "PNG"}),
         ("1", {"format": "PNG"}),
@@ -46,12 +54,53 @@ def picture(mode="RGB", size_px=(37, 29)):
     ],
 )
 def test_what_imagenet_contains_is_decoded_as_pillow_does(tmp_path, mode, options):
-    """Also broken EXIF data, an orientation, which is not applied, and any format named .JPEG."""
+    """Also broken EXIF data, and any format named .JPEG."""
     path = tmp_path / "image.JPEG"
     picture(mode).save(path, **options)
     opened = open_image(path)
     assert (opened.size, opened.width, opened.height) == ((37, 29), 37, 29)
     assert np.array_equal(pixels(opened), np.asarray(Image.open(path).convert("RGB")))
+
+
+def turned(orientation, format, mode="RGB", size_px=(40, 30), **options):
+    """An image file that a viewer shows as `picture(mode, size_px)`."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[ORIENTATION] = orientation
+    image = picture("L" if mode == "I;16" else mode, size_px).transpose(STORED[orientation])
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) << 8)
+    image.save(buffer, format, exif=exif, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [
+        *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("PNG", mode) for mode in ("RGB", "P", "LA", "RGBA", "I;16")),
+        *(("TIFF", mode) for mode in ("RGB", "I;16")),
+        ("WEBP", "RGB"),
+    ],
+)
+def test_an_image_is_upright_as_its_exif_orientation_says(orientation, format, mode):
+    """As a viewer shows it, in any format and mode; Pillow turns TIFF files alone."""
+    options = {"quality": 100} | ({"subsampling": 0} if format == "JPEG" and mode == "RGB" else {})
+    opened = open_image("x", turned(orientation, format, mode, **options))
+    assert opened.size == (40, 30)
+    expected = picture("L" if mode == "I;16" else mode, (40, 30)).convert("RGB")
+    difference = abs(pixels(opened).astype(int) - np.asarray(expected, int))
+    assert difference.mean() < (4 if format == "WEBP" else 2)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_crops_are_of_the_upright_image(orientation):
+    """Also of a JPEG file that is decoded at a quarter of its size."""
+    box, size_px = (100, 300, 500, 600), (1200, 700)
+    image = open_image("x", turned(orientation, "JPEG", size_px=size_px, quality=95))
+    assert pixels(image, (300, 175)).shape == (175, 300, 3)
+    expected = resized_crop(picture(size_px=size_px), box, 60)
+    assert abs(resized_crop(image, box, 60).astype(int) - expected).mean() < 2
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
