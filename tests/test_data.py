@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.cli import DataError
 from utils.data import folders, open_val_data
@@ -26,32 +28,54 @@ from utils.data.folders import (
     open_folders,
     readable,
 )
+from utils.data.imagenet import IMAGE_SUFFIXES
 from utils.recipe import RECIPES, Recipe
 
 TINY = Recipe(batch_size=8, train_crop_px=24, eval_resize_px=28, eval_crop_px=24)
 images_dir = pytest.fixture(lambda folders: folders)  # the module has the fixture's name
 
 
-def test_every_image_is_found_with_its_label(images_dir, tmp_path):
-    """Links and any names too; other files are ignored, a pipe above all, which would block."""
+def test_every_image_is_found_with_its_label(images_dir, tmp_path, capsys):
+    """Those of torchvision's ImageFolder, in its order: nested ones, links and any names too."""
     root = tmp_path / "copy"
     shutil.copytree(images_dir, root)
     folder = root / "train" / "n00000000"
-    for name in (".DS_Store", "._0.JPEG", "notes.txt"):
-        (folder / name).write_bytes(b"x")
-    (folder / "folder.JPEG").mkdir()
-    os.mkfifo(folder / "pipe.JPEG")
+    for name in ("sub/b.JPEG", "sub/deep/a.PGM", "sub-2/c.tif", "folder.JPEG/d.JPEG"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "3.JPEG", folder / name)
+    (folder / "linked").symlink_to("../../val/n00000000")
     for name in ("a b.jpg", "caf\udce9\udcff.JPEG", "15.jpeg"):
         (folder / name).symlink_to("3.JPEG")
     opened = open_folders(root, TINY)
     assert opened.classes == ["n00000000", "n00000001", "n00000002"]
-    assert (len(opened.train), len(opened.val)) == (51, 18)
-    paths = [opened.train.path(i) for i in range(51)]
-    assert paths == sorted(paths)
-    for i, path in enumerate(paths):
+    assert (len(opened.train), len(opened.val)) == (61, 18)
+    paths = [opened.train.path(i) for i in range(61)]
+    reference = ImageFolder(root / "train")
+    assert list(zip(map(str, paths), opened.train.labels, strict=True)) == reference.samples
+    assert {*IMAGE_SUFFIXES} == {*IMG_EXTENSIONS}
+    for i in range(61):
         image, label = opened.train[Key(0, i)]
-        assert label == int(path.parent.name[-1])
+        assert label == reference.targets[i]
         assert (image.shape, image.dtype) == ((3, 24, 24), torch.uint8)
+    assert capsys.readouterr().err == ""
+
+
+def test_files_that_are_left_out_are_counted(images_dir, tmp_path, capsys):
+    """A pipe above all, which would block; ImageFolder takes some of them."""
+    root = tmp_path / "copy"
+    shutil.copytree(images_dir, root)
+    names = ("a.JPEG", "n00000000/._0.JPEG", "n00000000/sub/b.gif", ".checkpoints/x.JPEG")
+    for name in (*names, "n00000000/.DS_Store"):  # which nobody takes for an image
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_bytes(b"x")
+    os.mkfifo(root / "train" / "n00000001" / "pipe.JPEG")
+    assert len(open_folders(root, TINY).train) == 48
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {root}/train: left out, ")
+    assert line.endswith(": 5 (.checkpoints, a.JPEG, n00000000/._0.JPEG, ...)")
+    (root / "val" / "n00000002" / "loop").symlink_to("..")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        open_folders(root, TINY)
 
 
 def test_broken_folders_are_named(images_dir, tmp_path):

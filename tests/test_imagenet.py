@@ -315,6 +315,7 @@ def test_a_good_layout(tmp_path):
         ("train/n1/ val/a.JPEG val/b.jpg", ["val is not sorted", "2 (a.JPEG, b.jpg)", "{run}"]),
         ("train/n1/ val/n1/a.JPEG val/b.JPEG", ["val is half sorted", "1 (b.JPEG)", "{run}"]),
         ("train/n1/ train/n2/ val/n1/", ["in only one of train/ and val/: 1 (train/n2)"]),
+        ("train/caf\xe9/ val/cafe\u0301/", ["caf\xe9", "two Unicode forms (NFC, NFD)"]),
         ("train/n1/ val/n1/ val/n5/ val/n4/ val/n3/ val/n2/", ["4 (val/n2, val/n3, val/n4, ...)"]),
     ],
 )

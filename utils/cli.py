@@ -3,12 +3,14 @@
 import argparse
 import ast
 import contextlib
+import functools
 import importlib
 import io
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -94,9 +96,19 @@ def summarize(items: Sequence[str]) -> str:
     return f"{len(items)} ({', '.join(shown + ['...'] * (len(items) > 3))})"
 
 
+@functools.cache
 def warn(line: str) -> None:
-    """Prints a one-line warning to stderr."""
-    print(f"warning: {printable(line)}", file=sys.stderr)
+    """Prints a one-line warning to stderr, once, and in the first of torchrun's processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {printable(line)}", file=sys.stderr)
+
+
+def unicode_hint(names: Iterable[str]) -> str:
+    """The end of an error message about names of which some only look the same."""
+    names = {*names}
+    if len({unicodedata.normalize("NFC", name) for name in names}) == len(names):
+        return ""
+    return "; some are the same name in two Unicode forms (NFC, NFD): rename one"
 
 
 def exit_code(work: Callable[[], int | None]) -> int:

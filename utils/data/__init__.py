@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from utils.cli import summarize
+from utils.cli import summarize, unicode_hint
 from utils.data.folders import ImageFiles, Splits, open_folders
 from utils.data.imagenet import LayoutError, check_layout
 from utils.data.shards import Shards, open_shards
@@ -28,10 +28,10 @@ def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> I
         found = check_layout(data_dir)
         val = ImageFiles(Path(data_dir) / "val", found, eval_transform(recipe))
     if val.classes != classes:
-        differing = summarize(sorted(set(val.classes) ^ set(classes)))
+        differing = sorted(set(val.classes) ^ set(classes))
         raise LayoutError(
             f"{data_dir}: {len(val.classes)} classes, the checkpoint has {len(classes)}; only one "
-            f"of the two has {differing}"
+            f"of the two has {summarize(differing)}{unicode_hint(differing)}"
         )
     return val
 

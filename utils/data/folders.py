@@ -5,7 +5,9 @@ number of workers and after any interruption. Images stay uint8 until `Preproces
 mixes them on the device.
 """
 
+import contextlib
 import copy
+import hashlib
 import multiprocessing
 import multiprocessing.util
 import os
@@ -13,7 +15,6 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from utils.cli import DataError
+from utils.cli import DataError, summarize, warn
 from utils.data.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.data.transforms import (
     MEAN_RGB,
@@ -53,7 +54,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random(stream_seed(SAMPLE_STREAM, seed, epoch, index))
 
 
-@contextmanager
+@contextlib.contextmanager
 def seeded(*words: int) -> Iterator[None]:
     """Runs the block with PyTorch's CPU generator seeded by `words`, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
@@ -81,7 +82,9 @@ class Batch(NamedTuple):
 
 
 class ImageFiles(Dataset):
-    """The images under `folder/<class>/`, in the order of their paths.
+    """The images in and below `folder/<class>/`, in the order of torchvision's ImageFolder.
+
+    What is left out is printed in one line; see `_find_images`.
 
     Args:
         classes: names of the class folders; their order numbers the labels.
@@ -101,13 +104,38 @@ class ImageFiles(Dataset):
         self, folder: Path, classes: list[str], transform: Transform, seed: int = 0
     ) -> None:
         self.folder, self.classes, self.transform, self.seed = folder, classes, transform, seed
-        # Arrays, not a million str: a worker that reads a str gets a copy of its memory page.
-        names = [np.array(_image_names(folder, name)) for name in classes]
-        self.names = np.concatenate(names)
-        self.labels = np.repeat(np.arange(len(classes)), [len(each) for each in names])
+        found, left_out = _find_images(folder)
+        if left_out:
+            warn(
+                f"{folder}: left out, as not named like images, hidden, or in no class folder: "
+                + summarize(left_out)
+            )
+        parts = {name: [] for name in classes}
+        for path in sorted(found):
+            parts.setdefault(path.split("/")[0], []).append(found[path])
+        counts = [sum(map(len, parts[name])) for name in classes]
+        if 0 in counts:
+            empty, suffixes = folder / classes[counts.index(0)], " ".join(IMAGE_SUFFIXES)
+            raise LayoutError(f"{empty}: no image in this class folder; names end in {suffixes}")
+        self.names = np.concatenate([part for name in classes for part in parts[name]])
+        self.labels = np.repeat(np.arange(len(classes)), counts)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def digest(self) -> str:
+        """Identifies the images when a run is resumed: a hash of their paths and sizes.
+
+        Asks for the status of every file, six seconds for a million on a local disk.
+        """
+        prefix, sizes = os.fsencode(self.folder / "_")[:-1], np.full(len(self), -1)
+        for index, name in enumerate(self.names.tolist()):
+            try:
+                sizes[index] = os.stat(prefix + name).st_size
+            except OSError:  # a broken link
+                continue
+        content = hashlib.sha256(self.names.tobytes() + sizes.tobytes())
+        return f"paths and sizes {content.hexdigest()[:32]}"
 
     def path(self, index: int) -> Path:
         """Path of an image."""
@@ -135,14 +163,33 @@ class ImageFiles(Dataset):
         return make_loader(self, eval_batches(len(self), batch_size), *options)
 
 
-def _image_names(folder: Path, class_name: str) -> list[bytes]:
-    """The image files of a class, sorted, as "class/name"; broken links are reported when read."""
-    with os.scandir(folder / class_name) as entries:
-        files = [e.name for e in entries if e.is_symlink() or e.is_file()]
-    names = [n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
-    if not names:
-        raise LayoutError(f"{folder / class_name}: no image in this class folder")
-    return [os.fsencode(os.path.join(class_name, name)) for name in sorted(names)]
+def _find_images(root: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Walks through class folders, nested ones and links, as torchvision's ImageFolder does.
+
+    Unlike it, hidden files and folders are left out. Broken links are reported when read.
+
+    Returns:
+        The images of each folder, as "class/name" or "class/.../name" in bytes, sorted. Arrays, not
+        a million str: a worker that reads a str gets a copy of its memory page. And what is left
+        out, but for hidden files that are not named like images, such as .DS_Store.
+    """
+    found, left_out, folders = {}, [], [""]
+    for folder in folders:  # which grows
+        prefix, names = folder and f"{folder}/", []
+        with os.scandir(root / folder) as entries:
+            for entry in entries:  # a million: nothing here asks the disk again
+                is_hidden = entry.name.startswith(".")
+                is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
+                is_taken = is_image and folder and not is_hidden
+                if is_taken and (entry.is_symlink() or entry.is_file()):
+                    names.append(entry.name)
+                elif entry.is_dir() and not is_hidden:
+                    folders.append(prefix + entry.name)
+                elif is_image or not is_hidden or entry.is_dir():
+                    left_out.append(prefix + entry.name)
+        if names:
+            found[folder] = np.array([os.fsencode(prefix + name) for name in sorted(names)])
+    return found, sorted(left_out)
 
 
 def load_batch(

@@ -23,10 +23,10 @@ from typing import Any
 
 import pandas as pd
 
-from utils.cli import DataError, progress_bar, summarize
+from utils.cli import DataError, progress_bar, summarize, unicode_hint
 from utils.records import lock
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 # Lines of the synset file for Imagenette, which comes without it.
 IMAGENETTE = {
@@ -240,7 +240,9 @@ def check_layout(data_dir: str | Path) -> list[str]:
         )
     common = classes["train"] & classes["val"]
     if only := sorted(f"{split}/{name}" for split in classes for name in classes[split] - common):
-        raise LayoutError(f"{data_dir}: classes in only one of train/ and val/: {summarize(only)}")
+        hint = unicode_hint(name.partition("/")[2] for name in only)
+        found = summarize(only) + hint
+        raise LayoutError(f"{data_dir}: classes in only one of train/ and val/: {found}")
     if not classes["train"]:
         raise LayoutError(f"{data_dir}: train/ and val/ are empty: expected a folder per class")
     return sorted(classes["train"])
