@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,32 @@ def test_a_folder_with_another_run_is_left_untouched(folders, finished):
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_run_resumes_on_the_same_images_alone(folders, finished, tmp_path, split):
+    """In another place, too; not if two images have changed their classes."""
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folders, data)
+    shutil.copytree(finished, run_dir)
+    fit(make_model(), open_folders(data, RECIPE), RECIPE, run_dir, config=MODEL)
+    one, two = (data / split / f"n0000000{label}" / "0.JPEG" for label in (0, 1))
+    one.rename(tmp_path / "0.JPEG")
+    two.rename(one)
+    (tmp_path / "0.JPEG").rename(two)
+    changed = open_folders(data, RECIPE)
+    with pytest.raises(RunError, match=f"holds a run with {split}_files='paths and sizes [0-9a-f]"):
+        fit(make_model(), changed, RECIPE, run_dir, config=MODEL)
+    config = json.loads((run_dir / "config.json").read_text())
+    older = {key: value for key, value in config.items() if not key.endswith("_files")}
+    validate_same_run(run_dir, older, config)
+
+
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (lambda run: (run / "photo.jpg").touch(), "run: holds other files and no run"),
+        (
+            lambda run: [(run / name).touch() for name in ("photo.jpg", ".DS_Store")],
+            r"run: holds 1 \(photo\.jpg\) and no run",
+        ),
         (lambda run: (run / "last.pt").touch(), r"run/config\.json: missing or not readable"),
         (
             lambda run: [(run / "last.pt").touch(), (run / "config.json").write_text("[1]")],

@@ -107,6 +107,10 @@ class Shards:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def digest(self) -> str:
+        """As of `ImageFiles`, of the names of both splits' files."""
+        return self.index["files"]
+
     def path(self, index: int) -> str:
         """Shard and key of an image."""
         shard = np.searchsorted(self.starts, index, side="right") - 1

@@ -27,9 +27,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from backbones import create_classifier
 from utils import distributed
-from utils.cli import DataError
+from utils.cli import DataError, summarize, unicode_hint
 from utils.recipe import Recipe
-from utils.records import LOCK_NAME, PARTIAL, lock, write_atomic, write_json, write_table
+from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
 
 # Entries of a config that may differ between two starts of one run: they do not change its result.
 PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
@@ -60,9 +60,12 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] |
             yield checkpoint
             return
         # Without a checkpoint there is nothing to keep of an earlier start.
-        ours = (path.name, last.name, DIVERGED, LOCK_NAME)
-        if any(entry.name.removesuffix(PARTIAL) not in ours for entry in run_dir.iterdir()):
-            raise RunError(f"{run_dir}: holds other files and no run; choose another --output-dir")
+        ours = (path.name, last.name, DIVERGED)
+        names = sorted(entry.name for entry in run_dir.iterdir() if entry.name[0] != ".")
+        if others := [name for name in names if name.removesuffix(PARTIAL) not in ours]:
+            raise RunError(
+                f"{run_dir}: holds {summarize(others)} and no run; choose another --output-dir"
+            )
         write_json(path, config)
         yield None
 
@@ -76,7 +79,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
     """RunError that names the first entry in which a run's config differs from `config`."""
-    defaults = dataclasses.asdict(Recipe())  # of fields that a run of an older version lacks
+    # A run of an older version lacks some fields of the recipe, and the digests.
+    defaults = dataclasses.asdict(Recipe())
+    found = {key: config.get(key) for key in ("train_files", "val_files")} | found
     found, config = (
         {**each, "recipe": {**defaults, **each.get("recipe", {})}} for each in (found, config)
     )
@@ -95,8 +100,8 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
             index, (old, new) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
             key = f"{key}[{index}]"
         raise RunError(
-            f"{run_dir}: holds a run with {key}={repr(old)[:200]}, not {repr(new)[:200]}; repeat "
-            "its command, or choose another folder"
+            f"{run_dir}: holds a run with {key}={repr(old)[:200]}, not {repr(new)[:200]}"
+            f"{unicode_hint(map(str, (old, new)))}; repeat its command, or choose another folder"
         )
 
 

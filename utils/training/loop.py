@@ -508,7 +508,8 @@ def fit(
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
     sizes = len(loaders[0]), len(data.classes)
     trainer = Trainer(model.to(device), recipe, *sizes, seed, skip_corrupt, **options)
-    config = {**(config or {}), **_describe(trainer, data, workers), **options}
+    described = distributed.of_rank_0(lambda: _describe(trainer, data, workers))
+    config = {**(config or {}), **described, **options}
     with contextlib.ExitStack() as stack:
         opened = open_run(run_dir, config)
         # On several machines, only that of rank 0 needs the run's folder.
@@ -623,6 +624,8 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
         "shards": data.train.packed,
         "train_images": len(data.train),
         "val_images": len(data.val),
+        "train_files": data.train.digest(),
+        "val_files": data.val.digest(),
         "autocast": dtype_name(trainer.dtype),
         "processes": distributed.world_size(),
         "workers": workers,
