@@ -6,6 +6,7 @@ import pytest
 import torch
 from faster_coco_eval import COCO
 from helpers import write_coco
+from PIL import Image
 
 from utils.cli import DataError
 from utils.data import sample
@@ -48,8 +49,10 @@ def test_mirrored_images_have_mirrored_boxes(scenes):
     assert mirrored[:24] != mirrored[24:48]
 
 
-def test_boxes_are_clipped_and_those_without_area_and_crowds_left_out(tmp_path):
+def test_boxes_are_clipped_and_those_without_area_and_crowds_left_out(tmp_path, capsys):
+    """The last has an area in float32, and none once it is mirrored."""
     boxes = [[5, 6, 10, 12.5], [30, -5, 20, 10], [5, 5, 0, 9], [50, 5, 9, 9], [1, 1, 5, 5]]
+    boxes += [[30, 20, 10.5, 10], [1e300, 1, 1, 1], [1e-9, 5, 1e-9, 5]]
     entries = [
         {"id": k, "image_id": 7, "category_id": (3, 9)[k % 2], "bbox": box, "iscrowd": int(k == 4)}
         for k, box in enumerate(boxes)
@@ -57,8 +60,25 @@ def test_boxes_are_clipped_and_those_without_area_and_crowds_left_out(tmp_path):
     data = open_boxes(write_coco(tmp_path, annotations=entries))
     assert data.classes == ["ant", "cat"]  # in the order of ids
     (target,) = data.train.targets
-    assert target["boxes"].tolist() == [[5, 6, 15, 18.5], [30, 0, 40, 5]]
-    assert target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[5, 6, 15, 18.5], [30, 0, 40, 5], [30, 20, 40, 30]]
+    assert target["labels"].tolist() == [1, 2, 2]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "instances_train.json: 5 of 7 boxes reach beyond their image or have no area" in line
+
+
+def test_boxes_are_of_the_upright_image_of_the_size_in_the_annotations(tmp_path):
+    """Otherwise they would train at other places, such as x = -420 in a mirrored image."""
+    root = write_coco(tmp_path, images=[IMAGE | {"width": 30, "height": 40}])
+    with pytest.raises(DataError, match=r"a\.jpg: 40 x 30 pixels upright, .* boxes for 30 x 40"):
+        open_boxes(root).train[Key(0, 0)]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (40, 30)).save(root / "train" / "a.jpg", exif=exif)
+    train = open_boxes(root).train
+    train.flip = False
+    image, target = train[Key(0, 0)]
+    assert image.shape == (3, 40, 30)
+    assert target["boxes"].tolist() == [[5, 6, 15, 18.5]]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +87,8 @@ def test_boxes_are_clipped_and_those_without_area_and_crowds_left_out(tmp_path):
         ({"annotations": [BOX | {"bbox": [1, 2, 3]}]}, r"not enough values .* 'bbox': \[1, 2, 3\]"),
         ({"annotations": [BOX | {"bbox": [1, 2, 3, None]}]}, r"'bbox': \[1, 2, 3, None\]"),
         ({"annotations": [BOX | {"bbox": [1, 2, 3, float("nan")]}]}, "bbox must be finite in"),
+        ({"annotations": []}, "no image has a box"),
+        ({"annotations": [BOX | {"bbox": [1, 2, 3, 10**400]}]}, "too large .* in "),
         ({"annotations": [BOX | {"image_id": 8}]}, "unknown or missing 8 in .*'image_id': 8"),
         ({"annotations": [{"id": 1}]}, "unknown or missing 'bbox' in {'id': 1}"),
         ({"images": [1]}, "in 1$"),

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils.cli import DataError
+from utils.cli import DataError, printable, warn
 from utils.data.folders import SAMPLE_STREAM, Key, Splits, seeded
-from utils.data.transforms import as_tensor, open_image, pixels
+from utils.data.transforms import CorruptImageError, as_tensor, open_image, pixels
 
+# Mirrored and resized in float32, a thinner box may lose its area, which torchvision refuses.
+MIN_SIDE_PX = 0.01
+# What reading a JSON file of other content may raise.
+INVALID = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
 Target = dict[str, Tensor]  # boxes [n, 4] as x1, y1, x2, y2 in pixels; labels [n]
 
 
@@ -29,7 +33,8 @@ class BoxedBatch(NamedTuple):
 class BoxedImages(Dataset):
     """Images with the boxes of one annotation file in COCO's format.
 
-    Boxes are clipped to the image; those without area, and crowds, are left out.
+    Boxes are of the upright image; see `utils.data.transforms.pixels`. They are clipped to it, and
+    those without area, and crowds, are left out; the number is printed.
 
     Args:
         folder: folder of the images.
@@ -49,7 +54,7 @@ class BoxedImages(Dataset):
         self, folder: Path, annotations: Path, *, flip: bool = False, seed: int = 0
     ) -> None:
         self.folder, self.flip, self.seed = folder, flip, seed
-        self.names, self.targets, self.classes = _read(annotations)
+        self.names, self.sizes, self.targets, self.classes = _read(annotations)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,7 +69,14 @@ class BoxedImages(Dataset):
         return BoxedBatch(list(images), list(targets))
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
-        image = as_tensor(pixels(open_image(self.path(key.index))))
+        opened, size = open_image(self.path(key.index)), self.sizes[key.index]
+        if opened.size != size:
+            found, wanted = ("{} x {}".format(*each) for each in (opened.size, size))
+            path = printable(str(self.path(key.index)))
+            raise CorruptImageError(
+                f"{path}: {found} pixels upright, but the annotations have boxes for {wanted}"
+            )
+        image = as_tensor(pixels(opened))
         target = self.targets[key.index]
         with seeded(SAMPLE_STREAM, self.seed, *key):
             is_mirrored = self.flip and torch.rand(()) < 0.5
@@ -75,8 +87,8 @@ class BoxedImages(Dataset):
         return image, target
 
 
-def _read(path: Path) -> tuple[list[str], list[Target], list[str]]:
-    """File names, targets and class names of an annotation file."""
+def _read(path: Path) -> tuple[list[str], list[tuple[int, int]], list[Target], list[str]]:
+    """File names, widths and heights, targets and class names of an annotation file."""
     entry = None  # the one that an error is about
     try:
         content = json.loads(path.read_bytes())
@@ -97,19 +109,30 @@ def _read(path: Path) -> tuple[list[str], list[Target], list[str]]:
         counts = [len(images), len(labels), len({*classes})]
         if not all(counts) or counts != [len(content["images"]), len(categories), len(categories)]:
             raise ValueError("needs images and categories with different ids and names")
-        targets = [_target(objects[key], size) for key, (_, size) in images.items()]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        names, sizes = zip(*images.values(), strict=True)
+        targets, changed = zip(*map(_target, objects.values(), sizes), strict=True)
+        if not any(len(target["boxes"]) for target in targets):
+            raise ValueError("no image has a box")
+    except INVALID as error:
         reason = f"unknown or missing {error}" if isinstance(error, KeyError) else error
         where = "" if entry is None else f" in {entry!r:.200}"
         raise DataError(f"{path}: not valid in COCO's format: {reason}{where}") from error
-    return [str(name) for name, _ in images.values()], targets, classes
+    if sum(changed):
+        warn(
+            f"{path}: {sum(changed)} of {sum(map(len, objects.values()))} boxes reach beyond their "
+            "image or have no area; they are clipped, or left out where nothing remains"
+        )
+    return list(map(str, names)), list(sizes), list(targets), classes
 
 
-def _target(objects: list[list[float]], size: tuple[int, int]) -> Target:
+def _target(objects: list[list[float]], size: tuple[int, int]) -> tuple[Target, int]:
+    """The target of an image, and how many of its boxes are clipped by over a pixel or left out."""
     labelled = torch.tensor(objects, dtype=torch.float32).reshape(-1, 5)
     boxes = labelled[:, :4].clamp(min=0).minimum(torch.tensor([*size, *size]))
-    has_area = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
-    return {"boxes": boxes[has_area], "labels": labelled[has_area, 4].long()}
+    is_clipped = ((labelled[:, :4] - boxes).abs() > 1).any(1)
+    has_area = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE_PX).all(1)
+    target = {"boxes": boxes[has_area], "labels": labelled[has_area, 4].long()}
+    return target, int((is_clipped | ~has_area).sum())
 
 
 def open_boxes(data_dir: str | Path, seed: int = 0) -> Splits:
