@@ -21,7 +21,7 @@ from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.weights import load_weights
 
-__all__ = ["create", "create_classifier", "list_models"]
+__all__ = ["create", "create_classifier", "list_models", "list_options"]
 __version__ = "0.2.0"
 
 # name -> (network class, its configuration)
@@ -59,11 +59,8 @@ def create(
         ValueError: an unknown name, override or value; the message lists what is accepted. Or
             weights that cannot be found, verified or matched (`WeightsError`).
     """
-    if not isinstance(name, str) or name not in _MODELS:
-        nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.5) or list_models()
-        raise ValueError(f"no backbone is called {name!r}; nearest: {', '.join(nearest)}")
+    accepted = list_options(name)
     network, config = _MODELS[name]
-    accepted = _keywords(network)
     for key in overrides:
         if key not in accepted:
             raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(accepted)}")
@@ -83,8 +80,15 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in _MODELS if fnmatchcase(name, pattern))
 
 
-def _keywords(network: type[Backbone]) -> list[str]:
-    """Keyword-only arguments of a network class and its parents."""
-    classes = [each for each in network.__mro__ if issubclass(each, Backbone)]
+def list_options(name: str) -> list[str]:
+    """Keyword arguments that `create` takes for a backbone: those of its class and its parents.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(name, str) or name not in _MODELS:
+        nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.5) or list_models()
+        raise ValueError(f"no backbone is called {name!r}; nearest: {', '.join(nearest)}")
+    classes = [each for each in _MODELS[name][0].__mro__ if issubclass(each, Backbone)]
     parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
     return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))

@@ -32,7 +32,7 @@ from utils.cli import Parser, backbone_option, exit_code, int_at_least
 # isort: split
 import torch
 
-from backbones import create_classifier
+from backbones import create_classifier, list_options
 from backbones.deploy import keep_freed_memory
 from utils import distributed, recipe
 from utils.data import open_data
@@ -86,6 +86,8 @@ def default_workers() -> int:
 
 
 def train(args: argparse.Namespace) -> None:
+    if args.width is None and "width" not in list_options(args.backbone):
+        args.width = 1.0  # the preset's width is for the families that take one
     chosen = recipe.from_arguments(args, args.recipe)
     device = distributed.pick_device(args.device)
     data = open_data(args.data_dir, chosen, args.seed)

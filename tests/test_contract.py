@@ -44,7 +44,7 @@ def _seed():
 
 def small(name, **options):
     """The network with few channels, if its family takes a width."""
-    if "width" in backbones._keywords(backbones._MODELS[name][0]):
+    if "width" in backbones.list_options(name):
         options["width"] = 0.125
     return backbones.create(name, **options)
 

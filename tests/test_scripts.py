@@ -15,7 +15,7 @@ from helpers import ROOT, SMALL, mounted, run, small_disk
 
 from backbones import create_classifier
 from backbones.weights import load_weights
-from utils.cli import EXIT_CODES
+from utils.cli import EXIT_CODES, exit_code
 
 TRAIN = ["--data-dir", "data", "--output-dir", "new", *SMALL, "--device", "cpu"]
 EVALUATE = ["--checkpoint", "done/last.pt", "--data-dir", "data", "--workers", 0]
@@ -249,6 +249,23 @@ def test_a_mistake_is_one_clear_line(here, capsys, name):
         str(path.relative_to(here)) for path in before
     }
     assert left <= {"new", "new/config.json", "new/.lock", "done/.lock"}
+
+
+def test_a_presets_width_is_for_families_that_take_one(here, capsys):
+    args = ["--data-dir", "data", "--recipe", "quick", "--workers", 0, "--batch-size", 8]
+    args += ["--backbone", "resnet18", "--train-crop-px", 32, "--dry-run"]
+    assert run("train.py", *args) == 0
+    assert "model: resnet18, 11.18 M parameters" in capsys.readouterr().out
+
+
+def test_compiling_without_a_compiler_is_one_line(capsys):
+    from torch._inductor import config  # slow to import
+
+    with config.patch("cpp.cxx", (None, "no-compiler")):
+        assert exit_code(lambda: torch.compile(torch.sin)(torch.ones(77))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: torch.compile failed (InvalidCxxCompiler: No working C++ ")
+    assert line.endswith("; install a C++ compiler, or omit --compile")
 
 
 def test_full_and_read_only_disks_are_one_line(here, capsys):

@@ -135,9 +135,12 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except ValueError as error:
         return _report("error", error, BAD_USAGE)
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):  # a worker process died, or hangs
+        if str(error).startswith("DataLoader"):  # a worker process died, or hangs
+            return _report("error", f"{error}; try fewer --workers, or --workers 0", BAD_DATA)
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        return _report("error", f"{error}; try fewer --workers, or --workers 0", BAD_DATA)
+        reason = f"torch.compile failed ({str(error).splitlines()[0]})"
+        return _report("error", f"{reason}; install a C++ compiler, or omit --compile", BAD_USAGE)
 
 
 def _describe_os_error(error: OSError) -> str:
