@@ -69,7 +69,9 @@ def test_boxes_are_clipped_and_those_without_area_and_crowds_left_out(tmp_path, 
 def test_boxes_are_of_the_upright_image_of_the_size_in_the_annotations(tmp_path):
     """Otherwise they would train at other places, such as x = -420 in a mirrored image."""
     root = write_coco(tmp_path, images=[IMAGE | {"width": 30, "height": 40}])
-    with pytest.raises(DataError, match=r"a\.jpg: 40 x 30 pixels upright, .* boxes for 30 x 40"):
+    with pytest.raises(
+        DataError, match=r"a\.jpg: 40 x 30 pixels upright, but its boxes are for 30 x 40"
+    ):
         open_boxes(root).train[Key(0, 0)]
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -88,7 +90,6 @@ def test_boxes_are_of_the_upright_image_of_the_size_in_the_annotations(tmp_path)
         ({"annotations": [BOX | {"bbox": [1, 2, 3, None]}]}, r"'bbox': \[1, 2, 3, None\]"),
         ({"annotations": [BOX | {"bbox": [1, 2, 3, float("nan")]}]}, "bbox must be finite in"),
         ({"annotations": []}, "no image has a box"),
-        ({"annotations": [BOX | {"bbox": [1, 2, 3, 10**400]}]}, "too large .* in "),
         ({"annotations": [BOX | {"image_id": 8}]}, "unknown or missing 8 in .*'image_id': 8"),
         ({"annotations": [{"id": 1}]}, "unknown or missing 'bbox' in {'id': 1}"),
         ({"images": [1]}, "in 1$"),

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils.cli import DataError, printable, warn
+from utils.cli import DataError, warn
 from utils.data.folders import SAMPLE_STREAM, Key, Splits, seeded
-from utils.data.transforms import CorruptImageError, as_tensor, open_image, pixels
+from utils.data.transforms import as_tensor, open_image, pixels
 
 # Mirrored and resized in float32, a thinner box may lose its area, which torchvision refuses.
 MIN_SIDE_PX = 0.01
-# What reading a JSON file of other content may raise.
-INVALID = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
 Target = dict[str, Tensor]  # boxes [n, 4] as x1, y1, x2, y2 in pixels; labels [n]
 
 
@@ -69,13 +67,11 @@ class BoxedImages(Dataset):
         return BoxedBatch(list(images), list(targets))
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
-        opened, size = open_image(self.path(key.index)), self.sizes[key.index]
+        path, size = self.path(key.index), self.sizes[key.index]
+        opened = open_image(path)
         if opened.size != size:
             found, wanted = ("{} x {}".format(*each) for each in (opened.size, size))
-            path = printable(str(self.path(key.index)))
-            raise CorruptImageError(
-                f"{path}: {found} pixels upright, but the annotations have boxes for {wanted}"
-            )
+            raise DataError(f"{path}: {found} pixels upright, but its boxes are for {wanted}")
         image = as_tensor(pixels(opened))
         target = self.targets[key.index]
         with seeded(SAMPLE_STREAM, self.seed, *key):
@@ -113,7 +109,7 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, int]], list[Target], l
         targets, changed = zip(*map(_target, objects.values(), sizes), strict=True)
         if not any(len(target["boxes"]) for target in targets):
             raise ValueError("no image has a box")
-    except INVALID as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = f"unknown or missing {error}" if isinstance(error, KeyError) else error
         where = "" if entry is None else f" in {entry!r:.200}"
         raise DataError(f"{path}: not valid in COCO's format: {reason}{where}") from error

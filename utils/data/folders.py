@@ -5,7 +5,6 @@ number of workers and after any interruption. Images stay uint8 until `Preproces
 mixes them on the device.
 """
 
-import contextlib
 import copy
 import hashlib
 import multiprocessing
@@ -15,6 +14,7 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random(stream_seed(SAMPLE_STREAM, seed, epoch, index))
 
 
-@contextlib.contextmanager
+@contextmanager
 def seeded(*words: int) -> Iterator[None]:
     """Runs the block with PyTorch's CPU generator seeded by `words`, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
