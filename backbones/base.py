@@ -1,9 +1,11 @@
 """The contract that every backbone keeps: images in, one feature map per stride out."""
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,10 @@ class Backbone(nn.Module):
         channels: channels of each returned map.
         strides: stride of each returned map.
         left_out: prefixes of the complete network's keys that this network does not have.
+        architecture: the name that `backbones.create` made it by.
         weights_report: the `backbones.weights.Report` of the weights loaded last, None before.
+        preprocessing: what published weights expect of images, a
+            `backbones.pretrained.Preprocessing`; None for other weights.
     """
 
     stem_gives_map = False
@@ -57,7 +62,27 @@ class Backbone(nn.Module):
         self.in_channels = in_channels
         self.gradient_checkpointing = gradient_checkpointing
         self._frozen_stages: int | None = None
+        self.architecture: str | None = None
         self.weights_report: object | None = None
+        self.preprocessing: Any = None
+        self.register_state_dict_post_hook(_record_options)
+
+    @classmethod
+    def keywords(cls) -> dict[str, Any]:
+        """Keyword-only arguments of this class and its parents, with their defaults."""
+        classes = [each for each in cls.__mro__ if issubclass(each, Backbone)]
+        parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that decide what it computes, those not given included.
+
+        They are saved with every state dict, in its `_metadata`.
+        """
+        others = ("gradient_checkpointing", "last_norm")
+        names = [name for name in self.keywords() if name not in others and hasattr(self, name)]
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of `images`, fine to coarse.
@@ -132,6 +157,10 @@ class Backbone(nn.Module):
             given = f"{images.dtype} {list(images.shape)}"
         expected = f"a floating-point tensor [N, {self.in_channels}, H, W]"
         raise ValueError(f"images are {given}; expected {expected}")
+
+
+def _record_options(net: Backbone, state: object, prefix: str, metadata: dict[str, Any]) -> None:
+    metadata["options"] = net.options
 
 
 def is_integer(value: object) -> bool:

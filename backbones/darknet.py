@@ -162,7 +162,7 @@ class Darknet(Backbone):
         channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
         super().__init__(channels[1:], STRIDES, **options)
         validate_number("last_norm", last_norm)
-        self.config, self.act, self.last_norm = config, act, last_norm
+        self.config, self.act, self.width, self.last_norm = config, act, width, last_norm
         self.stem = ConvNormAct(self.in_channels, channels[0], 3, act=act)
         self.stages = nn.ModuleList(
             self.make_stage(i, channels[i], channels[i + 1]) for i in range(self.num_stages)
@@ -196,7 +196,7 @@ class CSPDarknet(Darknet):
         validate_choice("layout", layout, get_args(Layout))
         if layout == "darknet" and split == "partial":
             raise ValueError('layout="darknet" takes split="separate" or "slice", not "partial"')
-        self._split, self.layout = split, layout  # `make_stage` needs them
+        self.split, self.layout = split, layout  # `make_stage` needs them
         super().__init__(config, **options)
 
     def make_stage(self, index: int, in_channels: int, channels: int) -> nn.Module:
@@ -204,7 +204,7 @@ class CSPDarknet(Darknet):
         if depth == 0:
             return ConvNormAct(in_channels, channels, 3, stride=2, act=self.act)
         authors = self.layout == "darknet"
-        options = {"split": self._split, "wide": authors and index == 0, "transition": authors}
+        options = {"split": self.split, "wide": authors and index == 0, "transition": authors}
         return CSPStage(in_channels, channels, depth, self.act, self.last_norm, **options)
 
 
@@ -222,9 +222,11 @@ def convert_split(net: nn.Module, split: Literal["separate", "slice"]) -> nn.Mod
     """
     validate_choice("split", split, ("separate", "slice"))
     net = copy.deepcopy(net)
-    for stage in net.modules():
-        if isinstance(stage, CSPStage) and stage.split != split:
-            convert_stage(stage, split)
+    for module in net.modules():
+        if isinstance(module, CSPStage) and module.split != split:
+            convert_stage(module, split)
+        elif isinstance(module, CSPDarknet):
+            module.split = split
     return net
 
 

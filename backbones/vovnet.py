@@ -13,6 +13,8 @@ Versions and where they come from:
 - Default: version 2, eSE in every block (the authors' code).
 - `ese="last"`: eSE only in the last block of each stage (timm).
 - `residual=False, ese=False`: version 1.
+- `slim_channels=128`: vision-toolbox's VoVNet-19-slim. Its first stage has 128 channels for the
+  authors' 112, which are the stem's, so that this stage's block has a residual.
 
 Residual branches start small, see `backbones.layers.LAST_NORM`.
 
@@ -42,6 +44,7 @@ from backbones.layers import (
 
 ESE = Literal[True, False, "last"]
 StemStride = Literal[2, 4]
+SlimChannels = Literal[112, 128]
 
 STEM_CHANNELS = (64, 64, 128)
 STRIDES = (2, 4, 8, 16, 32)
@@ -133,6 +136,7 @@ class VoVNet(Backbone):
         residual: whether a block adds its input where the channels agree.
         ese: which blocks gate their channels: all, none, or the last of each stage.
         stem_stride: 2 or 4, see the module's docstring.
+        slim_channels: channels of the first stage of `vovnet19_slim`, 112 or 128.
         act: a key of `backbones.layers.ACTIVATIONS`.
         width: factor on every channel count, rounded to multiples of 8.
         last_norm: initial weight of the last BatchNorm in blocks that add their input, see
@@ -149,6 +153,7 @@ class VoVNet(Backbone):
         residual: bool = True,
         ese: ESE = True,
         stem_stride: StemStride = 2,
+        slim_channels: SlimChannels = 112,
         act: str = "relu",
         width: float = 1.0,
         last_norm: float = LAST_NORM,
@@ -158,11 +163,15 @@ class VoVNet(Backbone):
         validate_choice("ese", ese, get_args(ESE))
         validate_choice("stem_stride", stem_stride, get_args(StemStride))
         validate_number("last_norm", last_norm)
+        is_slim = config == VARIANTS["vovnet19_slim"]
+        validate_choice("slim_channels", slim_channels, get_args(SlimChannels)[: 1 + is_slim])
+        first = slim_channels if is_slim else config.channels[0]
         stem = [scale_channels(c, width) for c in STEM_CHANNELS]
-        channels = [scale_channels(c, width) for c in config.channels]
+        channels = [scale_channels(c, width) for c in (first, *config.channels[1:])]
         strided_stage = stem_stride == 4
         super().__init__([stem[1] if strided_stage else stem[2], *channels], STRIDES, **options)
         self.residual, self.ese, self.stem_stride, self.act = residual, ese, stem_stride, act
+        self.slim_channels, self.width = slim_channels, width
         self.stem = nn.Sequential(
             ConvNormAct(self.in_channels, stem[0], 3, stride=2, act=act),
             ConvNormAct(stem[0], stem[1], 3, act=act),
@@ -186,7 +195,7 @@ class VoVNet(Backbone):
                     widths[i + 1],
                     config.convs_per_block,
                     act,
-                    residual=residual and k > 0,
+                    residual=residual and (k > 0 or (i == 0 and first == STEM_CHANNELS[2])),
                     ese=k == depth - 1 if ese == "last" else ese,
                     last_norm=last_norm,
                 )

@@ -93,3 +93,15 @@ def test_stems():
     assert authors.channels == (64, 256, 512, 768, 1024)
     count = sum(p.numel() for p in paper.parameters())
     assert count == sum(p.numel() for p in authors.parameters())
+
+
+@torch.no_grad()
+def test_vision_toolboxs_slim_stage_has_a_residual():
+    """Its 128 channels are the stem's; the authors' first block has none, also if they agree."""
+    net = backbones.create("vovnet19_slim", slim_channels=128)
+    assert net.channels == (128, 128, 256, 384, 512)
+    assert [stage.blocks[0].residual for stage in net.stages] == [True, False, False, False]
+    net = backbones.create("vovnet19_slim", width=0.125)  # 16 and 16 channels
+    assert not net.stages[0].blocks[0].residual
+    with pytest.raises(ValueError, match=r"slim_channels=128 must be one of \(112,\)"):
+        backbones.create("vovnet39", slim_channels=128)
