@@ -7,10 +7,10 @@
 """
 
 import difflib
-import inspect
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,9 +19,10 @@ from torchvision.models import WeightsEnum
 from backbones import darknet, torchvision_ports, vovnet
 from backbones.base import Backbone
 from backbones.classifier import Classifier
+from backbones.pretrained import Table, published
 from backbones.weights import load_weights
 
-__all__ = ["create", "create_classifier", "list_models", "list_options"]
+__all__ = ["create", "create_classifier", "list_models", "list_options", "list_weights"]
 __version__ = "0.2.0"
 
 # name -> (network class, its configuration)
@@ -49,22 +50,28 @@ def create(
 
     Args:
         name: one of `list_models()`.
-        weights: a path, the name of torchvision's weights ("IMAGENET1K_V2", "DEFAULT") or a state
-            dict; see `backbones.weights.load_weights`. The backbone's `weights_report` says what
-            was loaded, with the file's SHA-256.
+        weights: a name of `list_weights()`, which brings the options that its file needs and may
+            download it, a path or a state dict; see `backbones.weights.load_weights`. The
+            backbone's `weights_report` says what was loaded, with the file's SHA-256, and
+            `preprocessing` what published weights expect of images.
         overrides: keyword arguments of the family's network class, such as `out_indices`,
             `in_channels`, `width`, `act` or `split`.
 
     Raises:
         ValueError: an unknown name, override or value; the message lists what is accepted. Or
-            weights that cannot be found, verified or matched (`WeightsError`).
+            weights that cannot be found, verified or matched (`WeightsError`). Or an override
+            that contradicts published weights.
     """
     accepted = list_options(name)
     network, config = _MODELS[name]
     for key in overrides:
         if key not in accepted:
             raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(accepted)}")
+    row = published(name).get(weights) if isinstance(weights, str) else None
+    if row and not Path(weights).is_file():
+        overrides = row.merge(overrides)
     backbone = network(config, **overrides)
+    backbone.architecture = name
     if weights is not None:
         load_weights(backbone, weights)
     return backbone
@@ -81,7 +88,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def list_options(name: str) -> list[str]:
-    """Keyword arguments that `create` takes for a backbone: those of its class and its parents.
+    """Keyword arguments that `create` takes for a backbone.
 
     Raises:
         ValueError: an unknown name.
@@ -89,6 +96,14 @@ def list_options(name: str) -> list[str]:
     if not isinstance(name, str) or name not in _MODELS:
         nearest = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.5) or list_models()
         raise ValueError(f"no backbone is called {name!r}; nearest: {', '.join(nearest)}")
-    classes = [each for each in _MODELS[name][0].__mro__ if issubclass(each, Backbone)]
-    parameters = [p for c in classes for p in inspect.signature(c.__init__).parameters.values()]
-    return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
+    return list(_MODELS[name][0].keywords())
+
+
+def list_weights(pattern: str = "*") -> Table:
+    """Published weights of the backbones that match a shell wildcard; prints as a table.
+
+    Each row has the options, the preprocessing, the URL and the sources; `backbones.pretrained`
+    says where weights differ from their project's.
+    """
+    found = [published(name).items() for name in list_models(pattern)]
+    return Table(row for rows in found for key, row in rows if key == row.name)  # not "DEFAULT"

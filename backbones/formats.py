@@ -13,8 +13,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,89 +27,57 @@ class WeightsError(ValueError):
     """Weights that cannot be found, verified or matched; the message says what would be right."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """Another project's keys.
+class Format(NamedTuple):
+    """Another project's keys: `marker` matches a key that only this format has.
 
-    Attributes:
-        marker: regular expression that matches a key only this format has.
-        renames: regular expressions and replacements, applied in order to every key.
-        options: options of the networks in this format, as of `backbones.create`.
+    `renames` are regular expressions and replacements, applied in order to every key; `options`
+    those of the networks in this format, as of `backbones.create`.
     """
 
     name: str
     marker: str
     renames: tuple[tuple[str, str], ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = {}
 
 
+# fmt: off
 _BN = (r"\.bn\.", ".norm.")
+_HEAD = (r"^head\.fc\.", "head.")
+_TIMM_DARKNET = (
+    (r"^stem\.conv1\.", "stem."), (r"\.conv_down\.", ".conv."), (r"\.conv_exp\.", ".split_conv."),
+    (r"\.conv_transition_b\.", ".transition_conv."), (r"\.conv_transition\.", ".out_conv."),
+    _HEAD, _BN,
+)
 _TIMM_VOVNET = (
-    (r"^stem\.2\.", "stages.0.halve."),
-    (r"\.conv_mid\.", ".convs."),
-    (r"\.conv_concat\.", ".out_conv."),
-    (r"\.attn\.", ".ese."),
-    (r"^head\.fc\.", "head."),
-    _BN,
+    (r"^stem\.2\.", "stages.0.halve."), (r"\.conv_mid\.", ".convs."),
+    (r"\.conv_concat\.", ".out_conv."), (r"\.attn\.", ".ese."), _HEAD, _BN,
 )
 _TOOLBOX_VOVNET = ((r"\.module_", ".blocks."), (r"\.ese\.linear\.", ".ese.fc."), _BN)
-FORMATS = (
-    Format(
-        "timm Darknet",
-        r"stem\.conv1\.conv\.weight",
-        (
-            (r"^stem\.conv1\.", "stem."),
-            (r"\.conv_down\.", ".conv."),
-            (r"\.conv_exp\.", ".split_conv."),
-            (r"\.conv_transition_b\.", ".transition_conv."),
-            (r"\.conv_transition\.", ".out_conv."),
-            (r"^head\.fc\.", "head."),
-            _BN,
-        ),
-        {"act": "leaky_relu_0.01", "layout": "darknet"},
-    ),
-    Format(
-        "timm VoVNet V2",
-        r"stages\.\d+\.blocks\.\d+\.attn\.fc\.weight",
-        _TIMM_VOVNET,
-        {"stem_stride": 4, "residual": True, "ese": "last", "act": "relu"},
-    ),
-    Format(
-        "timm VoVNet V1",
-        r"stages\.\d+\.blocks\.\d+\.conv_mid\.0\.conv\.weight",
-        _TIMM_VOVNET,
-        {"stem_stride": 4, "residual": False, "ese": False, "act": "relu"},
-    ),
-    # vision-toolbox adds residuals wherever the channels agree, without eSE too.
-    Format(
-        "vision-toolbox VoVNet with eSE",
-        r"stages\.\d+\.module_\d+\.ese\.linear\.weight",
-        _TOOLBOX_VOVNET,
-        {"stem_stride": 2, "residual": True, "ese": True, "act": "relu"},
-    ),
-    Format(
-        "vision-toolbox VoVNet",
-        r"stages\.\d+\.module_\d+\.convs\.0\.conv\.weight",
-        _TOOLBOX_VOVNET,
-        {"stem_stride": 2, "residual": True, "ese": False, "act": "relu"},
-    ),
-    Format(
-        "vision-toolbox CSPDarknet",
-        r"stages\.\d+\.conv1\.conv\.weight",
-        (
-            (r"^(stages\.\d+)\.conv1\.", r"\1.shortcut_conv."),
-            (r"^(stages\.\d+)\.conv2\.", r"\1.blocks_conv."),
-            _BN,
-        ),
-        {"act": "relu", "layout": "half"},
-    ),
-    Format("vision-toolbox Darknet", r"stem\.bn\.weight", (_BN,), {"act": "relu"}),
-    Format(
-        "torchvision",
-        r"conv1\.weight|features\.0\.0\.weight",
-        ((r"^(fc|classifier)\.", "head."),),
-    ),
+_TOOLBOX_CSP = (
+    (r"^(stages\.\d+)\.conv1\.", r"\1.shortcut_conv."),
+    (r"^(stages\.\d+)\.conv2\.", r"\1.blocks_conv."), _BN,
 )
+_V1, _V2 = {"residual": False, "ese": False}, {"residual": True, "ese": "last"}
+_STAGE = r"stages\.\d+\."
+FORMATS = (
+    Format("timm Darknet", r"stem\.conv1\.conv\.weight", _TIMM_DARKNET,
+           {"act": "leaky_relu_0.01", "layout": "darknet"}),
+    Format("timm VoVNet V2", _STAGE + r"blocks\.\d+\.attn\.fc\.weight", _TIMM_VOVNET,
+           {"stem_stride": 4, "act": "relu", **_V2}),
+    Format("timm VoVNet V1", _STAGE + r"blocks\.\d+\.conv_mid\.0\.conv\.weight", _TIMM_VOVNET,
+           {"stem_stride": 4, "act": "relu", **_V1}),
+    # vision-toolbox adds residuals wherever the channels agree, without eSE too.
+    Format("vision-toolbox VoVNet with eSE", _STAGE + r"module_\d+\.ese\.linear\.weight",
+           _TOOLBOX_VOVNET, {"stem_stride": 2, "residual": True, "ese": True, "act": "relu"}),
+    Format("vision-toolbox VoVNet", _STAGE + r"module_\d+\.convs\.0\.conv\.weight",
+           _TOOLBOX_VOVNET, {"stem_stride": 2, "residual": True, "ese": False, "act": "relu"}),
+    Format("vision-toolbox CSPDarknet", _STAGE + r"conv1\.conv\.weight", _TOOLBOX_CSP,
+           {"act": "relu", "layout": "half"}),
+    Format("vision-toolbox Darknet", r"stem\.bn\.weight", (_BN,), {"act": "relu"}),
+    Format("torchvision", r"conv1\.weight|features\.0\.0\.weight",
+           ((r"^(fc|classifier)\.", "head."),)),
+)
+# fmt: on
 
 
 def convert(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], Mapping[str, Any]]:

@@ -1,15 +1,17 @@
 """Loads weights from files, by name or from state dicts into a backbone or a classifier.
 
-`backbones.formats` converts other projects' keys. Some options change what a network computes but
-not its keys, such as the activation; where a format or checkpoint records them, they are compared
-with the network's.
+Some options change what a network computes but not its keys, such as the activation. A backbone's
+state dict records them in its `_metadata`, which `torch.save` keeps; these, or those of a format
+or a published file, are compared with the network's.
 """
 
+import argparse
 import hashlib
 import io
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torchvision.models import WeightsEnum, get_model_weights
+from torchvision.models import WeightsEnum
 
+from backbones import formats
 from backbones.base import Backbone
 from backbones.classifier import Classifier
-from backbones.formats import (
-    WeightsError,
-    adapt_first_conv,
-    convert,
-    match_structure,
-    read_darknet,
-)
-from backbones.torchvision_ports import TorchvisionPort
+from backbones.formats import WeightsError
+from backbones.pretrained import Published, download, published
 
 _logger = logging.getLogger(__name__)
 # The first key of each format with a prefix before it.
@@ -38,6 +35,7 @@ _WRAPPED = r"(.+\.)(stem\.(0\.|conv1\.)?conv\.weight|conv1\.weight|features\.0\.
 _RUN_KEYS = {"config", "model", "ema", "optimizer"}
 # Options that change the outputs but no key or shape.
 _SILENT_OPTIONS = {"act", "residual", "stem_stride"}
+_ADAPTED = ("in_channels", "out_indices")  # weights load into networks with others
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,12 @@ def load_weights(
 
     Args:
         module: the network to load into.
-        source: a path (.pt, .pth, .safetensors, Darknet's .weights or .conv.N), the name of
-            torchvision's weights for this network ("IMAGENET1K_V2", "DEFAULT") or the member of
-            its enumeration, or a state dict. Only a name can cause a download, if the file is not
-            in torch.hub's cache.
+        source: a path (.pt, .pth, .safetensors, Darknet's .weights or .conv.N), a name of
+            `backbones.list_weights()` for this network, a member of torchvision's enumeration, or
+            a state dict. Only a name can cause a download, if the file is not in torch.hub's
+            cache. It also sets the backbone's `preprocessing`.
         entry: which state dict of a checkpoint that holds several, such as "model". Defaults to
-            the EMA weights, "ema", of a run's checkpoint.
+            the EMA weights, "ema", of a run's checkpoint, and to the only one of another.
         prefix: use only the keys that begin with it, such as "module.".
         sha256: the file's, in hexadecimal, 8 digits or more; verified before anything is parsed.
         strict: whether anything that does not match is an error. Otherwise what matches is loaded
@@ -116,61 +114,54 @@ def load_weights(
 
     Raises:
         WeightsError: a file that is missing, broken, of another hash, or would run code when
-            loaded; weights that do not match; a name that cannot be downloaded.
+            loaded; weights that do not match or are NaN; a name that cannot be downloaded.
     """
     backbone = module.backbone if isinstance(module, Classifier) else module
-    name, digest, content = "state dict", None, source
+    name, digest, content, row = "state dict", None, source, None
     try:
         if not isinstance(source, Mapping):
             name = str(source)
-            path, published = _find(source, backbone)
+            path, row = _find(source, backbone)
             data = path.read_bytes()
-            digest = _verify(data, sha256, published)
+            digest = _verify(data, sha256, (row and row.sha256) or None)
             darknet = re.search(r"\.(weights|conv\.\d+)$", path.name, re.IGNORECASE)
             content = data if darknet else _parse(data, path.suffix)
         elif sha256:
             raise WeightsError("sha256 is that of a file; a state dict has none")
         if isinstance(content, bytes):
-            form, (state, options) = "Darknet", read_darknet(content, backbone, strict)
+            form, (state, options) = "Darknet", formats.read_darknet(content, backbone, strict)
         else:
-            picked = _pick(content, entry, prefix)
-            form, state, options = convert(picked)
-            options = {**options, **_recorded_options(content)}
+            picked, recorded = _pick(content, entry, prefix)
+            form, state, options = formats.convert(picked)
+            options = {**options, **(recorded or _run_options(content, backbone))}
         report, tensors = _match(module, backbone, state, options, (name, form, digest))
         if not report.loaded or (strict and not report.complete):
             raise WeightsError("; ".join([f"do not match: {report}", *_hints(report, state)]))
     except (WeightsError, OSError) as error:
         raise WeightsError(f"{name}: {error}") from error
     module.load_state_dict(tensors, strict=False)
-    backbone.weights_report = report
+    backbone.weights_report, backbone.preprocessing = report, row.preprocessing if row else None
     _logger.info("%s: %s", name, report)
+    if row and not row.sha256:
+        print(f"{row.file_name}: SHA-256 {digest}; none is published", file=sys.stderr)
     return report
 
 
-def _find(source: str | os.PathLike | WeightsEnum, backbone: Backbone) -> tuple[Path, str | None]:
-    """The file, and the first digits of its SHA-256 if its publisher names them."""
-    members: Mapping[str, WeightsEnum] = {}
-    if isinstance(backbone, TorchvisionPort):
-        members = get_model_weights(backbone.architecture).__members__
-    if not isinstance(source, WeightsEnum):
-        path = Path(source)
-        if path.is_file():
-            return path, None
-        source = members.get(str(source))
-    if source not in members.values():
-        names = ", ".join(members) or "none"
+def _find(
+    source: str | os.PathLike | WeightsEnum, backbone: Backbone
+) -> tuple[Path, Published | None]:
+    """The file, and its row in the table if it is published weights."""
+    rows = published(backbone.architecture)
+    if isinstance(source, WeightsEnum):
+        row = next((row for row in rows.values() if row.url == source.url), None)
+    elif Path(source).is_file():
+        return Path(source), None
+    else:
+        row = rows.get(str(source))
+    if row is None:
+        names = ", ".join(rows) or "none"
         raise WeightsError(f"not a file; names of weights for this network: {names}")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
-    digits = next(iter(re.findall(r"-([0-9a-f]{8,})\.\w+$", path.name)), None)
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(source.url, str(path), digits)
-        except (OSError, RuntimeError) as error:  # no network; another hash
-            raise WeightsError(
-                f"not in the cache, and the download failed ({error}); put {source.url} at {path}"
-            ) from error
-    return path, digits
+    return download(row), row
 
 
 def _verify(data: bytes, *expected: str | None) -> str:
@@ -192,7 +183,9 @@ def _parse(data: bytes, suffix: str) -> Any:
             from safetensors.torch import load
 
             return load(data)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        # torchvision's and timm's training scripts save their arguments, which are values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except ImportError as error:
         raise WeightsError("needs `pip install safetensors`") from error
     except Exception as error:  # the parsers raise all kinds for a broken file
@@ -201,16 +194,21 @@ def _parse(data: bytes, suffix: str) -> Any:
         raise WeightsError(f"not a file of weights, {reason}; save a state dict") from error
 
 
-def _pick(content: Any, entry: str | None, prefix: str | None) -> dict[str, Tensor]:
-    """The state dict in what was read, with the keys below `prefix`."""
+def _pick(
+    content: Any, entry: str | None, prefix: str | None
+) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
+    """The state dict in what was read, with the keys below `prefix`, and the options it records."""
     content = content if isinstance(content, Mapping) else {}
+    entries = [str(key) for key, value in content.items() if _is_state_dict(value)]
     if entry is None and content.keys() >= _RUN_KEYS:
         entry = "ema"
+    elif entry is None and len(entries) == 1:
+        (entry,) = entries
     state = content if entry is None else content.get(entry)
     if not _is_state_dict(state):
-        entries = ", ".join(str(k) for k, value in content.items() if _is_state_dict(value))
         raise WeightsError(
-            f"entry={entry!r} is not a state dict of tensors; those in it: {entries or 'none'}"
+            f"entry={entry!r} is not a state dict of tensors; those in it: "
+            f"{', '.join(entries) or 'none'}"
         )
     for key, value in state.items():
         if is_lazy(value) or value.layout != torch.strided or value.is_nested or value.is_meta:
@@ -220,7 +218,11 @@ def _pick(content: Any, entry: str | None, prefix: str | None) -> dict[str, Tens
     below = [key for key in state if key.startswith(prefix or "")]
     if not below:
         raise WeightsError(f"no key begins with {prefix!r}; the first is {next(iter(state))!r}")
-    return {key.removeprefix(prefix or ""): state[key] for key in below}
+    recorded = None
+    for key, entry in getattr(state, "_metadata", {}).items():
+        if "options" in entry and f"{key}.".startswith(prefix or ""):
+            recorded = entry["options"]
+    return {key.removeprefix(prefix or ""): state[key] for key in below}, recorded
 
 
 def _is_state_dict(content: Any) -> bool:
@@ -229,11 +231,11 @@ def _is_state_dict(content: Any) -> bool:
     return bool(tensors) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors)
 
 
-def _recorded_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Options of the backbone that a checkpoint records beside its weights."""
+def _run_options(content: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Any]:
+    """Options of a run's backbone by its config, which lacks those that were not given."""
     config = content.get("config")
     options = config.get("options") if isinstance(config, Mapping) else None
-    return options if isinstance(options, Mapping) else {}
+    return {**backbone.keywords(), **options} if isinstance(options, Mapping) else {}
 
 
 def _match(
@@ -243,19 +245,19 @@ def _match(
     options: Mapping[str, Any],
     origin: tuple[str, str, str | None],
 ) -> tuple[Report, dict[str, Tensor]]:
-    """The report, and the tensors to load under the module's keys.
-
-    `origin` is the report's source, format and SHA-256.
-    """
+    """The report, which begins with `origin`, and the tensors to load under the module's keys."""
     state = dict(state)
-    match_structure(state, backbone)
-    adapted = adapt_first_conv(state, backbone)
+    for key, value in state.items():  # counts get fractions where weights are averaged or halved
+        if key.endswith("num_batches_tracked") and value.is_floating_point():
+            state[key] = value.nan_to_num(posinf=0).long()
+    formats.match_structure(state, backbone)
+    adapted = formats.adapt_first_conv(state, backbone)
     absent = backbone.left_out if module is not backbone else (*backbone.left_out, "head.")
     left_out = tuple(key for key in state if key.startswith(absent))
     state = {key: value for key, value in state.items() if key not in left_out}
     if module is not backbone:
         state = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in state.items()}
-    target = module.state_dict()
+    target, own = module.state_dict(), backbone.options
     known = {
         key: (_kind(value), _kind(target[key])) for key, value in state.items() if key in target
     }
@@ -269,8 +271,11 @@ def _match(
         missing=tuple(k for k in target if k not in state and "num_batches_tracked" not in k),
         unexpected=tuple(key for key in state if key not in target),
         misshaped=tuple(f"{k} {a}, here {b}" for k, (a, b) in known.items() if a != b),
-        differing={k: v for k, v in options.items() if getattr(backbone, k, v) != v},
+        differing={k: v for k, v in options.items() if own.get(k, v) != v and k not in _ADAPTED},
     )
+    for key, value in tensors.items():
+        if not value.float().isfinite().all() or ("running_var" in key and value.min() < 0):
+            raise WeightsError(f"NaN, infinity or a negative variance in {key}")
     return report, tensors
 
 

@@ -1,5 +1,7 @@
 """Weights of every format against the networks they come from, and files that must be refused."""
 
+import argparse
+import dataclasses
 import hashlib
 import pickle
 import re
@@ -15,7 +17,7 @@ import torch
 from helpers import randomise_norms
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
-from torchvision.models import ResNet50_Weights, Weights, WeightsEnum, get_model_builder
+from torchvision.models import ResNet50_Weights, WeightsEnum, get_model_builder
 
 import backbones
 from backbones.classifier import Classifier
@@ -140,6 +142,7 @@ def toolbox_key(key, csp):
         ("cspdarknet53", {"split": "slice"}, "bn", "stages.0.conv2.conv.weight"),
         ("vovnet39", {}, "bn", "stages.2.module_1.ese.linear.bias"),
         ("vovnet57", {"ese": False}, "norm", "stages.3.module_2.convs.4.conv.weight"),
+        ("vovnet19_slim", {"slim_channels": 128}, "norm", "stages.0.module_0.ese.linear.bias"),
     ],
 )
 def test_vision_toolbox(name, options, norm, key):
@@ -344,10 +347,45 @@ def test_our_own_backbone_classifier_run_and_ema(tmp_path):
         if name != "backbone":
             load_weights(other, path, **options)
             assert_same(other, expected.state_dict())
-    torch.save({**run, "config": {"options": {"width": 0.125, "act": "mish"}}}, path)
-    with pytest.raises(WeightsError, match="made with act='mish'"):
-        load_weights(tiny(), path)
-    assert load_weights(tiny(act="mish"), path).complete
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("cspdarknet19", {"act": "mish"}, "act='relu'"),
+        ("vovnet39", {"residual": False}, "residual=True"),
+        ("vovnet39", {"stem_stride": 4}, "stem_stride=2"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["backbone", "classifier", "run", "old run"])
+def test_checkpoints_know_the_options_that_were_not_given(tmp_path, name, options, words, kind):
+    """The defaults too: such a file loads without a word otherwise and gives other maps."""
+    model, path = backbones.create_classifier(name, 3, width=0.125), tmp_path / "file.pt"
+    run = {"config": {}, "model": model.state_dict(), "optimizer": {}}
+    content = {
+        "backbone": model.backbone.state_dict(),
+        "classifier": model.state_dict(),
+        "run": {**run, "ema": AveragedModel(model).state_dict()},
+        "old run": {  # 0.2.0 recorded what was given, beside state dicts that know nothing
+            **run,
+            "ema": dict(AveragedModel(model).state_dict()),
+            "config": {"backbone": name, "options": {"width": 0.125}},
+        },
+    }[kind]
+    torch.save(content, path)
+    same, other = (backbones.create(name, width=0.125, **each) for each in ({}, options))
+    assert not load_weights(same, path).differing
+    with pytest.raises(WeightsError, match=f"these weights were made with {words}"):
+        load_weights(other, path)
+
+
+def test_options_that_decide_the_function_are_complete():
+    for name in ("darknet19", "cspdarknet19", "vovnet19_slim", "resnet18", "mobilenet_v3_small"):
+        with torch.device("meta"):
+            net = backbones.create(name)
+        others = {"last_norm", "gradient_checkpointing"}
+        assert net.options.keys() == set(net.keywords()) - others, name
+    assert convert_split(tiny(), "slice").options["split"] == "slice"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
@@ -452,13 +490,51 @@ def test_prefixes_are_suggested_and_taken(prefix):
 
 def test_entries_are_suggested_and_taken(tmp_path):
     net, other, path = tiny(), tiny(), tmp_path / "checkpoint.pth"
-    torch.save({"epoch": 3, "model_ema": net.state_dict()}, path)
-    with pytest.raises(WeightsError, match="not a state dict of tensors; those in it: model_ema"):
+    torch.save({"model": tiny().state_dict(), "model_ema": net.state_dict(), "epoch": 3}, path)
+    with pytest.raises(WeightsError, match=r"dict of tensors; those in it: model, model_ema"):
         load_weights(other, path)
     load_weights(other, path, entry="model_ema")
     assert_same(other, net.state_dict())
     with pytest.raises(WeightsError, match="entry='best' is not a state dict of tensors"):
         load_weights(other, path, entry="best")
+
+
+@pytest.mark.parametrize("entry", ["model", "state_dict"])
+def test_checkpoints_of_torchvisions_and_timms_training(tmp_path, entry):
+    """Their `args` are a Namespace, which holds values and no code."""
+    net, path = tiny(), tmp_path / "checkpoint.pth"
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    args = argparse.Namespace(lr=0.1, device="cuda", mean=[0.5], model_kwargs={})
+    content = {"epoch": 3, entry: net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**content, "args": args}, path)
+    assert_same(tiny(weights=path), net.state_dict())
+    torch.save({**content, "args": argparse.Namespace(hook=Bomb())}, path)
+    with pytest.raises(WeightsError, match="print could run code"):
+        tiny(weights=path)
+
+
+@pytest.mark.parametrize("key", ["conv.weight", "norm.running_var", "norm.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e300])
+def test_impossible_values_are_refused(key, value):
+    net, state = tiny(), {k: v.double() for k, v in tiny().state_dict().items()}
+    before = state_of(net)
+    state[f"stem.{key}"].view(-1)[3] = value
+    if value == -1 and "var" not in key:
+        load_weights(net, state)
+        return
+    for strict in (True, False):
+        with pytest.raises(WeightsError, match=f"infinity or a negative variance in stem.{key}"):
+            load_weights(net, state, strict=strict)
+    assert_same(net, before)
+
+
+def test_float_counts_of_batches_are_converted():
+    """timm averages checkpoints with all their buffers, and halves cannot hold a large count."""
+    for count, expected in ((7.5, 7), (7.0, 7), (float("inf"), 0)):
+        state = {k: v if v.ndim else torch.tensor(count) for k, v in state_of(tiny()).items()}
+        assert tiny(weights=state).stem.norm.num_batches_tracked == expected
+        half = {k: v.half() for k, v in state.items()}
+        assert tiny(weights=half).stem.norm.num_batches_tracked.dtype is torch.int64
 
 
 def test_other_heads():
@@ -587,7 +663,7 @@ def test_names_say_what_to_download_and_where_to_put_it(hub):
     with pytest.raises(WeightsError, match=r"at .*resnet50-11ad3fa6\.pth"):
         backbones.create("resnet50", weights=ResNet50_Weights.IMAGENET1K_V2)
     for name in ("resnet18", "vovnet39"):
-        with pytest.raises(WeightsError, match=r"for this network: (none|IMAGE)"):
+        with pytest.raises(WeightsError, match=r"for this network: (timm|IMAGE)"):
             backbones.create(name, weights=ResNet50_Weights.DEFAULT)
     with pytest.raises(WeightsError, match="this network: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"):
         backbones.create("resnet50", weights="IMAGENET1K_V9")
@@ -603,9 +679,9 @@ def test_cached_files_are_verified_too(hub, monkeypatch):
     content = (hub / "resnet18-f37072fd.pth").read_bytes()
     name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     (hub / name).write_bytes(content)
-    published = Weights(url=f"https://host/{name}", transforms=None, meta={})
+    published = dataclasses.replace(ResNet50_Weights.DEFAULT.value, url=f"https://host/{name}")
     known = WeightsEnum("Published", {"DEFAULT": published})
-    monkeypatch.setattr("backbones.weights.get_model_weights", lambda name: known)
+    monkeypatch.setattr("backbones.pretrained.get_model_weights", lambda name: known)
     net = backbones.create("resnet18", weights="DEFAULT")
     assert torch.equal(net.conv1.weight, theirs.conv1.weight)
 
