@@ -7,6 +7,8 @@ so a detector on finer maps finds smaller objects. Class 0 is the background in 
 object classes start at 1.
 """
 
+import difflib
+import inspect
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
@@ -91,7 +94,7 @@ def retinanet(
     per_location = anchors.num_anchors_per_location()[0]
     norm = partial(nn.GroupNorm, 32)
     head = RetinaNetHead(out_channels, per_location, num_classes + 1, norm_layer=norm)
-    options = {"anchor_generator": anchors, "head": head} | _normalisation(net, options)
+    options = {"anchor_generator": anchors, "head": head} | _complete(RetinaNet, net, options)
     return RetinaNet(pyramid, num_classes + 1, **options)
 
 
@@ -117,13 +120,27 @@ def faster_rcnn(
     first, last = (stride.bit_length() - 1 for stride in (net.strides[0], net.strides[-1]))
     pool.map_levels = LevelMapper(first, last)
     anchors = AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(levels))
-    options = {"rpn_anchor_generator": anchors, "box_roi_pool": pool} | _normalisation(net, options)
+    fixed = {"rpn_anchor_generator": anchors, "box_roi_pool": pool}
+    options = fixed | _complete(FasterRCNN, net, options)
     return FasterRCNN(pyramid, num_classes + 1, **options)
 
 
-def _normalisation(net: Backbone, options: dict[str, Any]) -> dict[str, Any]:
-    """`options` with ImageNet's mean and deviation per channel by default, which must fit `net`."""
-    for name, rgb in (("image_mean", MEAN_RGB), ("image_std", STD_RGB)):
+def _complete(detector: type, net: Backbone, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, which the detector must know, with the mean and deviation of `net`'s weights.
+
+    Without published weights those of ImageNet are the default; they must fit `net`'s channels.
+    """
+    classes = (detector, GeneralizedRCNNTransform)
+    accepted = [name for each in classes for name in inspect.signature(each).parameters]
+    accepted = sorted({*accepted} - {"backbone", "num_classes", "kwargs"})
+    for name in options.keys() - accepted:
+        nearest = difflib.get_close_matches(name, accepted)
+        words = f"nearest: {', '.join(nearest)}" if nearest else f"it takes {', '.join(accepted)}"
+        raise ValueError(f"{detector.__name__} takes no {name!r}; {words}")
+    mean_rgb, std_rgb = MEAN_RGB, STD_RGB
+    if net.preprocessing:
+        mean_rgb, std_rgb = net.preprocessing.mean, net.preprocessing.std
+    for name, rgb in (("image_mean", mean_rgb), ("image_std", std_rgb)):
         default = rgb if net.in_channels == 3 else (sum(rgb) / 3,) * net.in_channels
         options = options | {name: options.get(name) or default}
         if len(options[name]) != net.in_channels:

@@ -33,6 +33,27 @@ def detector(make=retinanet, image_px=64):
     return make(net, 10, min_size=image_px, max_size=image_px, out_channels=32)
 
 
+@pytest.mark.parametrize(
+    ("make", "option", "words"),
+    [
+        (retinanet, "score_treshold", "RetinaNet takes no 'score_treshold'; nearest: score_thresh"),
+        (faster_rcnn, "trainable_backbone_layers", "no 'trainable_backbone_layers'; it takes"),
+        (
+            faster_rcnn,
+            "rpn_nms_tresh",
+            "FasterRCNN takes no 'rpn_nms_tresh'; nearest: rpn_nms_thresh",
+        ),
+        (retinanet, "backbone", "RetinaNet takes no 'backbone'"),
+    ],
+)
+def test_unknown_options_are_refused(make, option, words):
+    """torchvision's detectors take any keyword and ignore it."""
+    net = backbones.create("cspdarknet19", width=0.125, out_indices=(2, 3, 4))
+    with pytest.raises(ValueError, match=words):
+        make(net, 2, **{option: 3})
+    assert make(net, 2, out_channels=32, size_divisible=64).transform.size_divisible == 64
+
+
 def first_images(data, count):
     data.names, data.targets = data.names[:count], data.targets[:count]
     return data
