@@ -59,7 +59,7 @@ class Backbone(nn.Module):
         self.num_stages = self.out_indices[-1] + 1 - self.stem_gives_map
         stages = range(len(channels) - self.stem_gives_map)
         self.left_out = tuple(f"stages.{i}." for i in stages[self.num_stages :])
-        self.in_channels = in_channels
+        self.in_channels = int(in_channels)  # not one of NumPy's, which no checkpoint may hold
         self.gradient_checkpointing = gradient_checkpointing
         self._frozen_stages: int | None = None
         self.architecture: str | None = None

@@ -162,7 +162,7 @@ class Darknet(Backbone):
         channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
         super().__init__(channels[1:], STRIDES, **options)
         validate_number("last_norm", last_norm)
-        self.config, self.act, self.width, self.last_norm = config, act, width, last_norm
+        self.config, self.act, self.width, self.last_norm = config, act, float(width), last_norm
         self.stem = ConvNormAct(self.in_channels, channels[0], 3, act=act)
         self.stages = nn.ModuleList(
             self.make_stage(i, channels[i], channels[i + 1]) for i in range(self.num_stages)

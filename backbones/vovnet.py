@@ -171,7 +171,7 @@ class VoVNet(Backbone):
         strided_stage = stem_stride == 4
         super().__init__([stem[1] if strided_stage else stem[2], *channels], STRIDES, **options)
         self.residual, self.ese, self.stem_stride, self.act = residual, ese, stem_stride, act
-        self.slim_channels, self.width = slim_channels, width
+        self.slim_channels, self.width = slim_channels, float(width)
         self.stem = nn.Sequential(
             ConvNormAct(self.in_channels, stem[0], 3, stride=2, act=act),
             ConvNormAct(stem[0], stem[1], 3, act=act),

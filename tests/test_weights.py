@@ -386,6 +386,8 @@ def test_options_that_decide_the_function_are_complete():
         others = {"last_norm", "gradient_checkpointing"}
         assert net.options.keys() == set(net.keywords()) - others, name
     assert convert_split(tiny(), "slice").options["split"] == "slice"
+    net = backbones.create("darknet19", width=np.float64(0.125), in_channels=np.int64(1))
+    assert {type(value) for value in net.options.values()} == {str, float, tuple, int}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
