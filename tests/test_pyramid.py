@@ -44,10 +44,12 @@ def test_detectors_train(make, name, channels):
     assert next(model.backbone.backbone.parameters()).grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("make", [retinanet, faster_rcnn])
-def test_detections_lie_within_their_images(make):
+@pytest.mark.parametrize(
+    ("make", "threshold"), [(retinanet, "score_thresh"), (faster_rcnn, "box_score_thresh")]
+)
+def test_detections_lie_within_their_images(make, threshold):
     images, _ = scene()
-    found = make(narrow("resnet18"), 3, score_thresh=0.0, **SMALL).eval()(images)
+    found = make(narrow("resnet18"), 3, **{threshold: 0.0}, **SMALL).eval()(images)
     for image, each in zip(images, found, strict=True):
         assert len(each["boxes"])
         assert set(each["labels"].tolist()) <= {0, 1, 2, 3}

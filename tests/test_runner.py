@@ -177,7 +177,7 @@ def test_another_run_in_a_folder_is_a_failed_run(finished, folders, tmp_path):
     next((data / "train").rglob("*.JPEG")).unlink()
     for study, images, words in (
         (longer, folders, "holds a run with epochs=2, not 9"),
-        (TINY, data, "holds a run with train_images="),
+        (TINY, data, "holds a run with train_files="),
     ):
         table = run_study(study, images, root / "runs", tmp_path / "new.csv")
         assert table.status.str.startswith("failed: ").all()
