@@ -1,6 +1,6 @@
 """Every network learns a small real task: photographs of three classes of Imagenette.
 
-With the last BatchNorm of each block at weight 1, PyTorch's default, Darknet-53 is at 37 % here.
+With the last BatchNorm of each block at weight 1, PyTorch's default, Darknet-53 is at 42 % here.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from utils.data.folders import Batch, open_folders
 from utils.recipe import RECIPES
 from utils.training.loop import Trainer
 
-STEPS, BATCH_SIZE, PX = 200, 16, 48
+STEPS, BATCH_SIZE, PX = 100, 16, 48
 RECIPE = dataclasses.replace(
     RECIPES["quick"],
     epochs=1,
@@ -47,7 +47,7 @@ def task(unpack):
         ("mobilenet_v2", {}),
     ],
 )
-def test_a_few_hundred_steps_are_far_above_chance(task, name, options):
+def test_a_hundred_steps_are_far_above_chance(task, name, options):
     (images, labels), (val_images, val_labels) = task
     torch.manual_seed(0)
     trainer = Trainer(create_classifier(name, 3, **options), RECIPE, STEPS, num_classes=3)
