@@ -35,12 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
 from backbones.base import Backbone, validate_choice, validate_number
-from backbones.layers import (
-    LAST_NORM,
-    ConvNormAct,
-    EffectiveSqueezeExcite,
-    scale_channels,
-)
+from backbones.layers import LAST_NORM, ConvNormAct, EffectiveSqueezeExcite, scale_channels
 
 ESE = Literal[True, False, "last"]
 StemStride = Literal[2, 4]

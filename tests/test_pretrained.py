@@ -134,7 +134,7 @@ def test_a_damaged_file_in_the_cache_is_refused(cache):
 def test_a_name_brings_timms_function_and_preprocessing(
     cache, monkeypatch, capsys, theirs, ours, name
 ):
-    """Random weights in the place of the file give timm's maps and logits; numbers are timm's."""
+    """With random weights, maps and logits equal timm's; the table's numbers are timm's."""
     monkeypatch.setattr(Published, "sha256", "")
     theirs = randomise_norms(timm.create_model(theirs)).eval()
     (row,) = (row for row in backbones.list_weights(ours) if row.name == name)
