@@ -288,6 +288,18 @@ def eval_batches(count: int, batch_size: int) -> BatchSampler:
     return BatchSampler(keys, max(1, batch_size // world_size()), drop_last=False)
 
 
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator[Any]:
+        """Starts workers with signals blocked: none may reach one before `_ignore_signals`."""
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def make_loader(
     dataset: Dataset,
     batches: Sampler | None,
@@ -305,7 +317,7 @@ def make_loader(
     sampling = {"batch_size": None} if batches is None else {"batch_sampler": batches}
     if workers:  # in processes of multiprocessing atexit runs nothing
         multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
-    return DataLoader(
+    return _Loader(
         dataset,
         **sampling,
         num_workers=workers,
