@@ -77,9 +77,26 @@ def create(
     return backbone
 
 
-def create_classifier(name: str, num_classes: int, **options: Any) -> Classifier:
-    """A `Classifier` on `create(name, **options)`."""
-    return Classifier(create(name, **options), num_classes)
+def create_classifier(
+    name: str, num_classes: int | None = None, *, weights: Any = None, **options: Any
+) -> Classifier:
+    """A `Classifier` on `create(name, weights=weights, **options)`.
+
+    Args:
+        num_classes: a new head for so many classes; None takes the head of `weights`.
+
+    Raises:
+        ValueError: as `create`; or neither `num_classes` nor a head in `weights`.
+    """
+    backbone = create(name, weights=weights, **options)
+    if num_classes is not None:
+        return Classifier(backbone, num_classes)
+    report = backbone.weights_report
+    if report is None or report.classes is None:
+        raise ValueError(f"num_classes is needed: there is no head in weights={weights!r}")
+    classifier = Classifier(backbone, report.classes)
+    load_weights(classifier, weights)
+    return classifier
 
 
 def list_models(pattern: str = "*") -> list[str]:

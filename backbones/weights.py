@@ -6,6 +6,7 @@ or a published file, are compared with the network's.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import logging
@@ -26,7 +27,7 @@ from backbones import formats
 from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.formats import WeightsError
-from backbones.pretrained import Published, download, published
+from backbones.pretrained import Preprocessing, Published, download, published
 
 _logger = logging.getLogger(__name__)
 # The first key of each format with a prefix before it.
@@ -51,6 +52,7 @@ class Report:
         left_out: the source's keys for parts that the module does not have: a head, later stages.
         missing, unexpected, misshaped: keys that do not match, misshaped ones with both shapes.
         differing: recorded options, by name, that are not the module's.
+        classes: number of classes of the source's head, None without one.
     """
 
     source: str
@@ -63,6 +65,7 @@ class Report:
     unexpected: tuple[str, ...]
     misshaped: tuple[str, ...]
     differing: Mapping[str, Any]
+    classes: int | None
 
     @property
     def complete(self) -> bool:
@@ -140,11 +143,17 @@ def load_weights(
     except (WeightsError, OSError) as error:
         raise WeightsError(f"{name}: {error}") from error
     module.load_state_dict(tensors, strict=False)
-    backbone.weights_report, backbone.preprocessing = report, row.preprocessing if row else None
+    backbone.weights_report = report
+    backbone.preprocessing = row.preprocessing if row else _run_preprocessing(content)
     _logger.info("%s: %s", name, report)
     if row and not row.sha256:
-        print(f"{row.file_name}: SHA-256 {digest}; none is published", file=sys.stderr)
+        _print_once(f"{row.file_name}: SHA-256 {digest}; none is published")
     return report
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _find(
@@ -238,6 +247,23 @@ def _run_options(content: Mapping[str, Any], backbone: Backbone) -> Mapping[str,
     return {**backbone.keywords(), **options} if isinstance(options, Mapping) else {}
 
 
+def _run_preprocessing(content: Any) -> Preprocessing | None:
+    """That of a run's checkpoint; None for other files and for runs that did not record it."""
+    config = content.get("config") if isinstance(content, Mapping) else None
+    recipe = config.get("recipe") if isinstance(config, Mapping) else None
+    if not isinstance(recipe, Mapping) or "mean" not in recipe:
+        return None
+    size_px = recipe["eval_crop_px"]
+    return Preprocessing(
+        tuple(recipe["mean"]),
+        tuple(recipe["std"]),
+        recipe["train_crop_px"],
+        size_px,
+        size_px / recipe["eval_resize_px"],
+        recipe["eval_interpolation"],
+    )
+
+
 def _match(
     module: Backbone | Classifier,
     backbone: Backbone,
@@ -247,6 +273,7 @@ def _match(
 ) -> tuple[Report, dict[str, Tensor]]:
     """The report, which begins with `origin`, and the tensors to load under the module's keys."""
     state = dict(state)
+    heads = [len(value) for key, value in state.items() if re.match(r"head\..*weight$", key)]
     for key, value in state.items():  # counts get fractions where weights are averaged or halved
         if key.endswith("num_batches_tracked") and value.is_floating_point():
             state[key] = value.nan_to_num(posinf=0).long()
@@ -272,6 +299,7 @@ def _match(
         unexpected=tuple(key for key in state if key not in target),
         misshaped=tuple(f"{k} {a}, here {b}" for k, (a, b) in known.items() if a != b),
         differing={k: v for k, v in options.items() if own.get(k, v) != v and k not in _ADAPTED},
+        classes=heads[-1] if heads else None,
     )
     for key, value in tensors.items():
         if not value.float().isfinite().all() or ("running_var" in key and value.min() < 0):

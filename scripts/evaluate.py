@@ -1,7 +1,13 @@
-"""Top-1 and top-5 accuracy of a checkpoint's raw and EMA weights, at any test resolution.
+"""Top-1 and top-5 accuracy of a run's raw and EMA weights, or of any weights, at any test size.
 
-python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir data/sample/ILSVRC/Data/CLS-LOC
-python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir DIR --size 288
+    python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir data/imagenette2
+    python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir DIR --size 288
+    python scripts/evaluate.py --backbone resnet50 --weights IMAGENET1K_V2 --data-dir DIR
+
+DIR/val holds a folder per class, for ImageNet's weights one named by its wnid. If these are some
+of the network's classes, it chooses among them alone. A run is evaluated as its recipe says,
+published weights as theirs say, and other weights in float32 on images resized to 256 pixels and
+cropped to 224. --output writes the accuracy of each class.
 """
 
 import argparse
@@ -13,26 +19,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone befor
 from utils.cli import Parser, exit_code, int_at_least
 
 # isort: split
+from utils.data.imagenet import class_names
 from utils.distributed import pick_device
-from utils.training.checkpoint import load_trained
+from utils.records import write_json, write_table
+from utils.training.checkpoint import add_network_arguments, open_network
 from utils.training.evaluation import evaluate_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    add_network_arguments(parser)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
-    add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
-    add("--size", type=int_at_least(1), help="side of the center crop (default: the recipe's)")
+    add("--data-dir", required=True, help="folder with val/, or shards: a brace pattern")
+    add("--size", type=int_at_least(1), help="side of the center crop (default: as trained)")
     add("--workers", type=int_at_least(0), default=1, help="decoding processes (default: 1)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="skip and list unreadable images")
-    return parser.parse_args(argv)
+    add("--output", type=Path, metavar="PATH", help="also write a .csv file with a row per class, "
+        "or a .json file with the totals and the classes")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.output and args.output.suffix not in (".csv", ".json"):
+        parser.error(f"--output {args.output}: must end in .csv or .json")
+    return args
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    results, skipped = evaluate_trained(
-        load_trained(args.checkpoint, pick_device(args.device)),
+    trained = open_network(args, pick_device(args.device))
+    results, classes, skipped = evaluate_trained(
+        trained,
         args.data_dir,
         size_px=args.size,
         workers=args.workers,
@@ -40,11 +54,26 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     for message in skipped:
         print(f"skipped: {message}")
+    if len(classes) < len(trained.classes):
+        print(f"chosen among {len(classes)} of the network's {len(trained.classes)} classes")
     for name, result in results.items():
         print(
             f"{name:>3}: top-1 {result['top1_pct']:.2f} %  top-5 {result['top5_pct']:.2f} %  "
             f"loss {result['loss']:.4f}  ({result['images']} images)"
         )
+    if args.output is None:
+        return
+    names = class_names(classes, args.class_names)
+    rows = [
+        {"weights": weights, "class": folder, "name": name, **row}
+        for weights, result in results.items()
+        for folder, name, row in zip(classes, names, result.pop("classes"), strict=True)
+    ]
+    if args.output.suffix == ".csv":
+        write_table(args.output, rows)
+    else:
+        totals = {"sha256": trained.sha256, "totals": results, "skipped": skipped}
+        write_json(args.output, {**totals, "classes": rows})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,11 @@
-"""Predicts the five most likely classes of images by the EMA weights of a run.
+"""Predicts the five most likely classes of images, by the EMA weights of a run or by any weights.
 
     python scripts/predict.py photo.jpg --checkpoint runs/NAME/last.pt
-    python scripts/predict.py *.jpg --checkpoint runs/NAME/last.pt --json \\
-        --synset-mapping imagenet/LOC_synset_mapping.txt
+    python scripts/predict.py photos/ --backbone resnet50 --weights IMAGENET1K_V2 --json
 
-Images are read, resized and cropped as in scripts/evaluate.py. The name of a class is that of its
-folder, such as n01440764 for ImageNet, and with --synset-mapping also its words. Those of
-Imagenette's ten classes are known.
+Images are read, resized and cropped as in scripts/evaluate.py. Folders are searched for images, in
+folders below as well. The name of a class is that of its folder, for ImageNet's wnids followed by
+their words. --class-names gives other words, and weights with other classes their names.
 
 --json prints a list of {"image": path, "predictions": [{"class", "name", "probability"}, ...]},
 the most likely class first; "name" is the words, or the class again.
@@ -19,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import Parser, exit_code, int_at_least, printable
+from utils.cli import DataError, Parser, exit_code, int_at_least, printable, summarize, warn
 
 # isort: split
-from utils.data.imagenet import class_names
+from utils.data.imagenet import IMAGE_SUFFIXES, class_names
 from utils.distributed import pick_device
-from utils.training.checkpoint import load_trained
+from utils.training.checkpoint import add_network_arguments, open_network
 from utils.training.evaluation import predict_files
 
 TOP_CLASSES = 5
@@ -32,30 +31,52 @@ TOP_CLASSES = 5
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    add_network_arguments(parser)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file")
-    add("--checkpoint", type=Path, required=True, help="last.pt of a run of scripts/train.py")
-    add("--synset-mapping", metavar="PATH", help="LOC_synset_mapping.txt, the words of the classes")
-    add("--size", type=int_at_least(1), help="side of the center crop (default: the recipe's)")
+    add("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file, "
+        "or a folder of them")  # fmt: skip
+    add("--size", type=int_at_least(1), help="side of the center crop (default: as trained)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add("--skip-corrupt", action="store_true", help="skip and list unreadable images")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args(argv)  # images before and after options
 
 
+def find_images(paths: list[str]) -> list[str]:
+    """The files as given, and in place of each folder the images in and below it."""
+    found = []
+    for path in paths:
+        if not Path(path).is_dir():
+            found.append(path)
+            continue
+        files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+        images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+        if not images:
+            raise DataError(f"{path}: no image in this folder; names end in {IMAGE_SUFFIXES}")
+        if others := sorted({*files} - {*images}):
+            warn(f"{path}: left out, as not named like images: {summarize(others)}")
+        found += images
+    return found
+
+
 def predict(args: argparse.Namespace) -> None:
-    trained = load_trained(args.checkpoint, pick_device(args.device))
-    names = class_names(trained.classes, args.synset_mapping)
-    top = predict_files(trained, args.images, args.size).topk(min(TOP_CLASSES, len(names)))
+    trained = open_network(args, pick_device(args.device))
+    names = class_names(trained.classes, args.class_names)
+    images = find_images(args.images)
+    indices, shares, skipped = predict_files(trained, images, args.size, args.skip_corrupt)
+    top = shares.topk(min(TOP_CLASSES, len(names)))
+    for message in skipped:
+        print(printable(f"skipped: {message}"), file=sys.stderr)
     found = [
         {
-            "image": image,
+            "image": images[index],
             "predictions": [
                 {"class": trained.classes[label], "name": names[label], "probability": share}
                 for label, share in zip(labels, shares, strict=True)
             ],
         }
-        for image, labels, shares in zip(
-            args.images, top.indices.tolist(), top.values.tolist(), strict=True
+        for index, labels, shares in zip(
+            indices, top.indices.tolist(), top.values.tolist(), strict=True
         )
     ]
     if args.json:

@@ -4,6 +4,11 @@
     torchrun --nproc-per-node 8 scripts/train.py --data-dir ILSVRC/Data/CLS-LOC \\
         --recipe imagenet --output-dir runs/imagenet
 
+Fine-tuning starts from published or own weights, with a new head for the classes of the folder:
+
+    python scripts/train.py --data-dir photos --val-share 0.2 --recipe finetune \\
+        --backbone mobilenet_v2 --weights IMAGENET1K_V2
+
 With --dry-run it prints what it would do, takes a few steps, estimates the time of the complete run
 and writes nothing.
 
@@ -20,24 +25,32 @@ SIGINT or SIGTERM saves and stops; the same signal again interrupts at once.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import Parser, backbone_option, exit_code, int_at_least
+from utils.cli import DataError, Parser, backbone_option, exit_code, int_at_least, summarize
 
 # isort: split
 import torch
 
-from backbones import create_classifier, list_options
+from backbones import create, list_options
+from backbones.base import Backbone
+from backbones.classifier import Classifier
 from backbones.deploy import keep_freed_memory
+from backbones.weights import load_weights
 from utils import distributed, recipe
 from utils.data import open_data
+from utils.recipe import Recipe
 from utils.records import command_line
 from utils.training import loop
+from utils.training.checkpoint import load_checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -47,8 +60,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, parents=[preset])
     add, count = parser.add_argument, int_at_least(1)
     add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
+    add("--val-share", type=share, default=0.0, metavar="SHARE", help="hold out this share of each "
+        "class for validation, where there is no val/, such as 0.2")  # fmt: skip
     add("--output-dir", type=Path, help="folder of the run (default: a new one in runs/)")
-    add("--backbone", default="cspdarknet19", help="a name of backbones.list_models()")
+    add("--backbone", help="a name of backbones.list_models() (default: cspdarknet19)")
+    add("--weights", help="start from these weights of the backbone: a file, such as a run's "
+        "last.pt, or a name of backbones.list_weights(); the head is new")  # fmt: skip
+    add("--init-from", type=Path, metavar="RUN", help="start from the EMA weights of a finished "
+        "run on the same classes, its backbone and head")  # fmt: skip
     add("--option", action="append", default=[], type=backbone_option, metavar="KEY=VALUE",
         help="an option of the backbone, such as act=mish; repeatable")  # fmt: skip
     add("--seed", type=int_at_least(0), default=0, help="random seed (default: 0)")
@@ -70,13 +89,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="a few steps and an estimate; nothing is written")
     recipe.add_arguments(parser, chosen)
     args = parser.parse_args(argv)
+    if args.init_from and (args.backbone or args.weights or args.option or args.width):
+        parser.error("--init-from takes backbone, options and weights from the run: omit them")
+    args.backbone = args.backbone or (None if args.init_from else "cspdarknet19")
     if args.output_dir is None:
         # All processes, and all restarts, must use the same folder.
         if distributed.launched() and not args.dry_run:
             parser.error("--output-dir is needed with torchrun")
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.output_dir = Path("runs") / f"{stamp}-{args.backbone}-{args.recipe}"
+        name = args.backbone or args.init_from.name
+        args.output_dir = Path("runs") / f"{stamp}-{name}-{args.recipe}"
     return args
+
+
+def share(text: str) -> float:
+    """An argument type: a number above 0 and below 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and below 1, such as 0.2")
 
 
 def default_workers() -> int:
@@ -85,15 +116,42 @@ def default_workers() -> int:
     return min(8, cores) if torch.cuda.is_available() else int(cores > 2)
 
 
+def start(args: argparse.Namespace, chosen: Recipe) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone with its first weights, and what config.json says of them."""
+    weights, options = args.weights, {**chosen.backbone_options, **dict(args.option)}
+    config = {"backbone": args.backbone, "options": options, "weights": weights}
+    if args.init_from:
+        weights = args.init_from / "last.pt"
+        source = load_checkpoint(weights)["config"]
+        config = {key: source[key] for key in ("backbone", "options", "classes")}
+        config["init_from"] = str(args.init_from)
+    torch.manual_seed(args.seed)
+    backbone = create(config["backbone"], weights=weights, **config["options"])
+    if weights:
+        config["weights_sha256"] = backbone.weights_report.sha256
+    return backbone, config
+
+
 def train(args: argparse.Namespace) -> None:
-    if args.width is None and "width" not in list_options(args.backbone):
-        args.width = 1.0  # the preset's width is for the families that take one
+    takes_width = args.backbone and "width" in list_options(args.backbone)
+    if args.width is None and (args.weights or not takes_width):
+        args.width = 1.0  # the preset's width is for families that take one, without weights
     chosen = recipe.from_arguments(args, args.recipe)
     device = distributed.pick_device(args.device)
-    data = open_data(args.data_dir, chosen, args.seed)
-    torch.manual_seed(args.seed)
-    options = {**chosen.backbone_options, **dict(args.option)}
-    model = create_classifier(args.backbone, len(data.classes), **options)
+    backbone, config = start(args, chosen)
+    for field in ("mean", "std") if backbone.preprocessing else ():
+        if getattr(args, field) is None:
+            value = getattr(backbone.preprocessing, field)
+            chosen = dataclasses.replace(chosen, **{field: value})
+    data = open_data(args.data_dir, chosen, args.seed, args.val_share)
+    model = Classifier(backbone, len(data.classes))
+    if args.init_from:
+        if differing := set(data.classes) ^ set(config["classes"]):
+            raise DataError(
+                f"{args.data_dir}: other classes than the run's: {summarize(sorted(differing))}; "
+                f"--weights {args.init_from / 'last.pt'} starts with a new head"
+            )
+        load_weights(model, args.init_from / "last.pt")
     keep_freed_memory()  # every step allocates the same
     settings = {
         "seed": args.seed,
@@ -107,7 +165,7 @@ def train(args: argparse.Namespace) -> None:
     }
     with distributed.process_group(device, args.timeout_s):
         if args.dry_run:
-            loop.dry_run(model, data, chosen, name=args.backbone, **settings)
+            loop.dry_run(model, data, chosen, name=config["backbone"], **settings)
             return
         trainer = loop.fit(
             model,
@@ -115,8 +173,8 @@ def train(args: argparse.Namespace) -> None:
             chosen,
             args.output_dir,
             config={
-                "backbone": args.backbone,
-                "options": options,
+                **config,
+                "val_share": args.val_share or None,
                 "command": command_line(),
                 "data_dir": args.data_dir,
             },

@@ -10,9 +10,11 @@ from torch.nn.functional import cross_entropy
 from backbones import create_classifier
 from utils.data.folders import Batch, Preprocess
 from utils.data.transforms import CorruptImageError
+from utils.recipe import RECIPES
 from utils.training.evaluation import autocast_dtype, confused_pairs, evaluate, over_chance, predict
 
 CPU = torch.device("cpu")
+PREPROCESS = Preprocess(CPU, RECIPES["small"])
 
 
 def test_autocast_is_on_where_the_recipe_says_and_the_device_can():
@@ -38,7 +40,7 @@ def test_evaluate_against_a_loop(num_classes):
     labels = torch.randint(0, num_classes, (40,), generator=torch.Generator().manual_seed(1))
     images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2)
     batches = [Batch(images[i : i + 16], labels[i : i + 16], []) for i in range(0, 40, 16)]
-    found = evaluate({"a": Fixed(logits)}, batches, Preprocess(CPU, num_classes))["a"]
+    found = evaluate({"a": Fixed(logits)}, batches, PREPROCESS, num_classes)["a"]
     top1 = top5 = loss = 0
     for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         ranked = sorted(range(num_classes), key=lambda c: -row[c])
@@ -49,6 +51,16 @@ def test_evaluate_against_a_loop(num_classes):
     assert found["top1_pct"] == pytest.approx(100 * top1 / 40)
     assert found["top5_pct"] == pytest.approx(100 * top5 / 40)
     assert found["loss"] == pytest.approx(loss / 40, rel=1e-5)
+    for label, each in enumerate(found["classes"]):
+        own = logits[labels == label]
+        assert each["images"] == len(own)
+        assert each["top1_pct"] == pytest.approx(100 * (own.argmax(1) == label).sum() / len(own))
+    columns = [2, 0]  # of images of two classes alone
+    pair = (labels == 2) | (labels == 0)
+    picked = Batch(images[pair], (labels[pair] == 0).long(), [])
+    found = evaluate({"a": Fixed(logits)}, [picked], PREPROCESS, 2, None, columns)["a"]
+    right = logits[pair][:, columns].argmax(1) == picked.labels
+    assert found["top1_pct"] == pytest.approx(100 * right.float().mean())
 
 
 def test_evaluate_counts_readable_images_only():
@@ -56,10 +68,10 @@ def test_evaluate_counts_readable_images_only():
     images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 2, 2)
     unreadable = Batch(torch.empty(0, 3, 0, 0), torch.empty(0).long(), [CorruptImageError("x")])
     batches = [Batch(images, torch.tensor([0, 1, 0]), []), unreadable]
-    found = evaluate({"a": Fixed(logits)}, batches, Preprocess(CPU, 3))["a"]
+    found = evaluate({"a": Fixed(logits)}, batches, PREPROCESS, 3)["a"]
     assert (found["images"], found["top1_pct"]) == (3, pytest.approx(200 / 3))
     with pytest.raises(CorruptImageError, match="no validation image is readable"):
-        evaluate({"a": Fixed(logits)}, [unreadable], Preprocess(CPU, 3))
+        evaluate({"a": Fixed(logits)}, [unreadable], PREPROCESS, 3)
 
 
 def test_predictions_and_confused_pairs():
@@ -67,7 +79,7 @@ def test_predictions_and_confused_pairs():
     first_pixels = torch.tensor([0, 0, 1, 1, 1, 2], dtype=torch.uint8)
     images = first_pixels[:, None, None, None].expand(6, 3, 2, 2)
     batches = [Batch(images, torch.tensor([0, 2, 1, 2, 2, 0]), [])]
-    labels, probabilities = predict(Fixed(logits), batches, Preprocess(CPU, 3))
+    labels, probabilities = predict(Fixed(logits), batches, PREPROCESS)
     assert labels.tolist() == [0, 2, 1, 2, 2, 0]
     assert probabilities.argmax(1).tolist() == [0, 0, 1, 1, 1, 2]
     assert probabilities.max(1).values.tolist() == pytest.approx(
@@ -96,8 +108,8 @@ def test_classifiers_are_optimized_and_score_the_same(dtype):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.randint(256, (16, 3, 64, 64), dtype=torch.uint8)
     batches = [Batch(images, torch.arange(16) % 3, [])] * 3
-    found = evaluate({"": model}, batches, Preprocess(CPU, 3), dtype)[""]
-    inputs, labels = Preprocess(CPU, 3)(batches[0])
+    found = evaluate({"": model}, batches, PREPROCESS, 3, dtype)[""]
+    inputs, labels = PREPROCESS(batches[0])
     with torch.no_grad():
         exact = cross_entropy(model(inputs), labels).item()
         with torch.autocast("cpu", torch.bfloat16):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 from torchvision.datasets import Imagenette
+from torchvision.models import MobileNet_V2_Weights
 
 from utils.data.imagenet import (
     LayoutError,
@@ -23,6 +24,7 @@ from utils.data.imagenet import (
     class_names,
     find_synsets,
     plan,
+    read_class_names,
     read_solution,
     read_synsets,
 )
@@ -281,7 +283,7 @@ def test_bad_files_are_one_line(tmp_path, read, cases):
 
 
 def test_names_of_classes(tmp_path):
-    """From the download's file where it is, else Imagenette's, else the folder's own."""
+    """From the download's file where it is, else ImageNet's, else the folder's own."""
     data, classes = tmp_path / "ILSVRC" / "Data" / "CLS-LOC", [A, "n03126707"]
     data.mkdir(parents=True)
     assert find_synsets(data) is None
@@ -292,6 +294,23 @@ def test_names_of_classes(tmp_path):
         class_names([A, "cats"], find_synsets(data))
     imagenette = {wnid: ", ".join(words) for wnid, words in Imagenette._WNID_TO_CLASS.items()}
     assert class_names([*imagenette, "cats"], None) == [*imagenette.values(), "cats"]
+
+
+def test_imagenets_classes_are_in_the_order_of_torchvisions_logits():
+    words = read_class_names()
+    assert list(words) == sorted(words)
+    firsts = [names.split(", ")[0] for names in words.values()]
+    expected = MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"]
+    different = [pair for pair in zip(firsts, expected, strict=True) if pair[0] != pair[1]]
+    assert different == [("crane", "crane bird"), ("maillot", "maillot tank suit")]
+
+
+def test_class_names_of_other_networks(tmp_path):
+    write(tmp_path / "names.txt", "golden retriever\ncat\n")
+    assert list(read_class_names(tmp_path / "names.txt")) == ["golden retriever", "cat"]
+    write(tmp_path / "names.txt", "cat\ncat\n")
+    with pytest.raises(LayoutError, match=r"bad lines: 1 \(cat\)"):
+        read_class_names(tmp_path / "names.txt")
 
 
 def touch(folder, paths):
@@ -311,7 +330,7 @@ def test_a_good_layout(tmp_path):
     [
         ("val/n1/", ["train is missing", "train/ and val/"]),
         ("train/n1/ val", ["val is missing"]),
-        ("train/.x val/.x", ["are empty"]),
+        ("train/.x val/.x", ["no class folders in train/ and val/"]),
         ("train/n1/ val/a.JPEG val/b.jpg", ["val is not sorted", "2 (a.JPEG, b.jpg)", "{run}"]),
         ("train/n1/ val/n1/a.JPEG val/b.JPEG", ["val is half sorted", "1 (b.JPEG)", "{run}"]),
         ("train/n1/ train/n2/ val/n1/", ["in only one of train/ and val/: 1 (train/n2)"]),

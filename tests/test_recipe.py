@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -19,6 +20,9 @@ def test_imagenet_preset_is_the_designs():
         "random_erasing": 0.1, "cutmix_alpha": 1.0, "mixup_alpha": 0.2, "ema_decay": 0.9998,
         "width": 1.0, "precision": "bf16", "channels_last": True,
         "optimizer": "sgd", "nesterov": False, "flat_share": 0.0,
+        "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+        "eval_interpolation": "bilinear", "freeze": -1, "freeze_norms": False,
+        "backbone_lr_factor": 1.0, "class_weights": False,
     }  # fmt: skip
     assert dataclasses.asdict(RECIPES["imagenet"]) == expected
 
@@ -64,10 +68,13 @@ def test_learning_rate_is_linear_in_the_batch_size():
         ("eval_resize_px", 200, "at least eval_crop_px"),
         ("precision", "fp8", "one of"),
         ("trivial_augment", 1, "of type bool"),
+        ("freeze", -2, "at least -1"),
+        ("mean", (0.5, 0.5), "three finite numbers"),
+        ("std", (1, 1, 0), "above 0"),
     ],
 )
 def test_bad_values_are_named(field, value, wanted):
-    with pytest.raises(ValueError, match=f"{field}={value!r} must be {wanted}"):
+    with pytest.raises(ValueError, match=f"{field}={re.escape(repr(value))} must be {wanted}"):
         Recipe(**{field: value})
 
 
@@ -87,6 +94,8 @@ def test_every_field_is_a_flag_that_overrides_the_preset():
         elif get_origin(field.type) is Literal:
             value = get_args(field.type)[-1]
             argv = [flag, value]
+        elif field.name in ("mean", "std"):
+            value, argv = (0.5, 0.25, 1.0), [flag, "0.5", "0.25", "1"]
         else:
             value = field.type(getattr(RECIPES["imagenet"], field.name) * 1.5 + 1)
             value = 0.5 if field.type is float and field.name not in ("warmup_epochs",) else value

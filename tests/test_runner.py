@@ -245,7 +245,7 @@ def test_the_script(finished, folders, tmp_path, monkeypatch, capsys):
 
 def test_the_slice_is_cut_from_training_alone(folders):
     data = open_folders(folders, RECIPE)
-    cut = hold_out(data, RECIPE, every=5)
+    cut = hold_out(data, RECIPE, 0.2)
     both = [set(map(bytes, part.names)) for part in (cut.train, cut.val)]
     assert not both[0] & both[1]
     assert both[0] | both[1] == set(map(bytes, data.train.names))
@@ -253,5 +253,5 @@ def test_the_slice_is_cut_from_training_alone(folders):
     paths = [cut.val.path(i) for i in range(len(cut.val))]
     names = [data.classes[label] for label in cut.val.labels]
     assert [path.parts[-3:-1] for path in paths] == [("train", name) for name in names]
-    with pytest.raises(ValueError, match="fewer than 17 images"):
-        hold_out(data, RECIPE, every=17)
+    with pytest.raises(ValueError, match="too few images to hold out"):
+        hold_out(data, RECIPE, 1 / 17)

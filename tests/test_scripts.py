@@ -91,7 +91,7 @@ def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys)
     mapping = tmp_path / "LOC_synset_mapping.txt"
     mapping.write_text("n00000000 red, carmine\nn00000001 green\nn00000002 blue\n")
     image = folders / "val" / "n00000000" / "0.JPEG"
-    args = [image, image, "--checkpoint", trained / "last.pt", "--synset-mapping", mapping]
+    args = [image, image, "--checkpoint", trained / "last.pt", "--class-names", mapping]
     assert run("predict.py", *args, "--size", 48) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == lines[4:]
@@ -206,7 +206,7 @@ MISTAKES = {
     "no image": (None, "predict.py", [*PREDICT, "x.jpg"], 2, "x.jpg: no such image file"),
     "half an image": (broken_image, "predict.py", PREDICT, 1, "0.JPEG: not a readable image"),
     "words of others": (
-        None, "predict.py", [*PREDICT, "--synset-mapping", "words.csv"], 1, "words.csv: bad lines"
+        None, "predict.py", [*PREDICT, "--class-names", "words.csv"], 1, "has no names for"
     ),
     "suffix": (None, "export.py", [*BY_NAME, "--output", "x.pb"], 2, "must end in .onnx or .pt2"),
     "weights missing": (None, "export.py", [*BY_NAME, "--weights", "x.pt"], 2, "x.pt"),

@@ -40,7 +40,7 @@ from utils.data.transforms import train_transform
 from utils.recipe import RECIPES, Recipe
 from utils.records import write_table
 from utils.studies.definitions import networks
-from utils.studies.runner import HOLD_OUT_EVERY
+from utils.studies.runner import HELD_OUT_SHARE
 from utils.training.evaluation import MAX_BATCH_SIZE, autocast_dtype, dtype_name, evaluate
 from utils.training.loop import Trainer
 
@@ -246,7 +246,7 @@ def input_call(case: Case) -> measure.Call:
     else:
         images = ImageFiles(Path(folder.name), ["images"], train_transform(case.recipe))
         loader = images.train_loader(case.batch_size, 0)
-        preprocess = Preprocess(torch.device(case.device), NUM_CLASSES)
+        preprocess = Preprocess(torch.device(case.device), case.recipe)
     batches = map(preprocess, itertools.chain.from_iterable(itertools.repeat(loader)))
     call = partial(next, batches)
     call.folder = folder  # is removed with the call
@@ -355,20 +355,21 @@ class TrainingRun(Case):
 def learning_curve(run: TrainingRun, data_dir: Path) -> Rows:
     """Trains, and returns a row per epoch: the accuracy, and the training time so far.
 
-    Every `HOLD_OUT_EVERY`-th training image of a class is left out of training; the accuracy is
+    `HELD_OUT_SHARE` of the training images is left out of training; the accuracy is
     that on these, in float32, of `weights`. The time holds everything but making the network and
     the evaluation.
     """
-    data = hold_out(open_folders(data_dir, run.recipe, run.seed), run.eval_recipe, HOLD_OUT_EVERY)
+    data = hold_out(open_folders(data_dir, run.recipe, run.seed), run.eval_recipe, HELD_OUT_SHARE)
     random.seed(run.seed)
     np.random.seed(run.seed)
     torch.manual_seed(run.seed)
     model, rows, train_time_s = run.model(len(data.classes)), [], 0.0
-    preprocess = Preprocess(torch.device(run.device), len(data.classes))
+    preprocess = Preprocess(torch.device(run.device), run.eval_recipe)
     loader = data.val.eval_loader(min(run.batch_size, MAX_BATCH_SIZE), 0)
     with tempfile.TemporaryDirectory() as folder:
-        for path in map(data.train.path, range(len(data.train))):
-            link = Path(folder, path.parent.name, path.name)
+        for index, label in enumerate(data.train.labels):
+            path = data.train.path(index)
+            link = Path(folder, data.classes[label], f"{index:07d}{path.suffix}")
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path.resolve())
         trainer = TRAINERS[run.implementation]
@@ -377,7 +378,7 @@ def learning_curve(run: TrainingRun, data_dir: Path) -> Rows:
             start_s = time.perf_counter()
             trained = next(epochs)
             train_time_s += time.perf_counter() - start_s
-            found = evaluate(trained, loader, preprocess)
+            found = evaluate(trained, loader, preprocess, len(data.classes))
             top1_pct = {name: round(each["top1_pct"], 3) for name, each in found.items()}
             weights = list(trained)[-1]
             row = {"epoch": epoch, "weights": weights, "top1_pct": top1_pct[weights]}

@@ -32,13 +32,22 @@ MAX_PX = 4096  # a larger image takes gigabytes
 RANGES: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "at least 0": lambda value: value >= 0,
+    "at least -1": lambda value: value >= -1,
     "above 0": lambda value: value > 0,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
     f"at least 1 and at most {MAX_PX}": lambda value: 1 <= value <= MAX_PX,
 }
-AT_LEAST_1, AT_LEAST_0, ABOVE_0, BELOW_1, SHARE, POSITIVE_SHARE, PIXELS = RANGES
+AT_LEAST_1, AT_LEAST_0, AT_LEAST_MINUS_1, ABOVE_0, BELOW_1, SHARE, POSITIVE_SHARE, PIXELS = RANGES
+
+
+RGB = tuple[float, float, float]
+
+
+def _is_finite(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _field(default: Any, text: str, wanted: str | None = None) -> Any:
@@ -55,12 +64,17 @@ class _Checked:
                 choices = get_args(field.type)
                 self._check(field.name, value in choices, f"one of {choices}")
             elif field.type is float:
-                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                self._check(field.name, is_number and math.isfinite(value), "a finite number")
+                self._check(field.name, _is_finite(value), "a finite number")
+            elif field.type == RGB:
+                numbers = value if isinstance(value, (list, tuple)) else ()
+                is_rgb = len(numbers) == 3 and all(map(_is_finite, numbers))
+                self._check(field.name, is_rgb, "three finite numbers")
+                object.__setattr__(self, field.name, tuple(value))  # a list, if read from JSON
             else:
                 is_type = type(value) is field.type
                 self._check(field.name, is_type, f"of type {field.type.__name__}")
-            self._check(field.name, wanted is None or RANGES[wanted](value), wanted)
+            values = value if field.type == RGB else [value]
+            self._check(field.name, wanted is None or all(map(RANGES[wanted], values)), wanted)
         below = f"below epochs={self.epochs}"
         self._check("warmup_epochs", self.warmup_epochs < self.epochs, below)
 
@@ -94,6 +108,17 @@ class Recipe(_Checked):
     cutmix_alpha: float = _field(1.0, "Beta parameter of CutMix (arXiv:1905.04899)", AT_LEAST_0)
     mixup_alpha: float = _field(0.2, "Beta parameter of MixUp (arXiv:1710.09412)", AT_LEAST_0)
     ema_decay: float = _field(0.9998, "decay of the EMA weights per step, warmed up", BELOW_1)
+    mean: tuple[float, float, float] = _field(
+        (0.485, 0.456, 0.406), "subtracted from RGB of 0 to 1"
+    )
+    std: tuple[float, float, float] = _field(
+        (0.229, 0.224, 0.225), "RGB is divided by it after that", ABOVE_0
+    )
+    eval_interpolation: Literal["bilinear", "bicubic"] = _field("bilinear", "of validation images")
+    freeze: int = _field(-1, "stages to freeze, with the stem; -1: nothing", AT_LEAST_MINUS_1)
+    freeze_norms: bool = _field(False, "keep the statistics of BatchNorm in all of the backbone")
+    backbone_lr_factor: float = _field(1.0, "factor on the backbone's learning rate", ABOVE_0)
+    class_weights: bool = _field(False, "weight the loss of a class by 1 / its images")
     width: float = _field(1.0, "factor on the channels of Darknet and VoVNet", ABOVE_0)
     precision: Literal["bf16", "float32"] = _field("bf16", "autocast type, where the device has it")
     channels_last: bool = _field(True, "channels_last memory format")
@@ -146,6 +171,21 @@ RECIPES = {
         eval_crop_px=64,
         width=0.25,
     ),
+    # From published weights to some hundred photographs; tuned on a slice of hymenoptera's train.
+    "finetune": dataclasses.replace(
+        _SMALL,
+        epochs=20,
+        batch_size=32,
+        optimizer="adamw",
+        lr_per_1024=0.016,
+        weight_decay=0.05,
+        warmup_epochs=2.0,
+        train_crop_px=224,
+        min_crop_area=0.35,
+        eval_resize_px=256,
+        label_smoothing=0.1,
+        freeze_norms=True,
+    ),
 }
 
 
@@ -177,6 +217,8 @@ def add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.type) is Literal:
             options["choices"] = get_args(field.type)
+        elif field.type == RGB:
+            options.update(type=float, nargs=3, metavar=("R", "G", "B"))
         else:
             options.update(type=field.type, metavar=field.type.__name__.upper())
         group.add_argument(flag, **options)

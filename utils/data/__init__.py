@@ -11,27 +11,35 @@ from utils.data.transforms import eval_transform
 from utils.recipe import Recipe
 
 
-def open_data(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
+def open_data(
+    data_dir: str | Path, recipe: Recipe, seed: int = 0, val_share: float = 0.0
+) -> Splits:
     """Opens the training and validation images of a folder, a brace pattern or a pipe of shards.
+
+    Args:
+        val_share: see `utils.data.folders.open_folders`.
 
     Raises:
         DataError: the folder or the shards are incomplete or inconsistent.
     """
-    return (open_shards if _is_shards(data_dir) else open_folders)(data_dir, recipe, seed)
+    if not _is_shards(data_dir):
+        return open_folders(data_dir, recipe, seed, val_share)
+    if val_share:
+        raise ValueError("--val-share is for class folders; shards hold a val split")
+    return open_shards(data_dir, recipe, seed)
 
 
 def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles | Shards:
-    """Opens the validation images; LayoutError if their classes are not those of a checkpoint."""
+    """Opens the validation images, of some or all of `classes`; LayoutError for other classes."""
     if _is_shards(data_dir):
         val = open_shards(data_dir, recipe).val
     else:
-        found = check_layout(data_dir)
+        found = check_layout(data_dir, ["val"])
         val = ImageFiles(Path(data_dir) / "val", found, eval_transform(recipe))
-    if val.classes != classes:
-        differing = sorted(set(val.classes) ^ set(classes))
+    if unknown := sorted(set(val.classes) - set(classes)):
         raise LayoutError(
-            f"{data_dir}: {len(val.classes)} classes, the checkpoint has {len(classes)}; only one "
-            f"of the two has {summarize(differing)}{unicode_hint(differing)}"
+            f"{data_dir}: classes that the network does not have: {summarize(unknown)}"
+            f"{unicode_hint([*unknown, *classes])}"
         )
     return val
 

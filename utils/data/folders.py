@@ -28,8 +28,6 @@ from torchvision.transforms import v2
 from utils.cli import DataError, summarize, warn
 from utils.data.imagenet import IMAGE_SUFFIXES, LayoutError, check_layout
 from utils.data.transforms import (
-    MEAN_RGB,
-    STD_RGB,
     CorruptImageError,
     Transform,
     eval_transform,
@@ -359,33 +357,53 @@ class Splits:
     classes: list[str]
 
 
-def open_folders(data_dir: str | Path, recipe: Recipe, seed: int = 0) -> Splits:
+def open_folders(
+    data_dir: str | Path, recipe: Recipe, seed: int = 0, val_share: float = 0.0
+) -> Splits:
     """Opens `data_dir/train` and `data_dir/val` with the recipe's transforms.
+
+    Args:
+        val_share: share of each class that is held out for validation where there is no `val/`;
+            `data_dir` may then hold the class folders itself.
 
     Raises:
         LayoutError: from `utils.data.imagenet.check_layout`, or a class folder holds no image.
     """
-    classes = check_layout(data_dir)
-    train = ImageFiles(Path(data_dir) / "train", classes, train_transform(recipe), seed)
-    val = ImageFiles(Path(data_dir) / "val", classes, eval_transform(recipe))
-    return Splits(train, val, classes)
+    folder = Path(data_dir)
+    if not val_share:
+        classes = check_layout(folder)
+        train = ImageFiles(folder / "train", classes, train_transform(recipe), seed)
+        val = ImageFiles(folder / "val", classes, eval_transform(recipe))
+        return Splits(train, val, classes)
+    if (folder / "val").is_dir():
+        raise LayoutError(f"{folder / 'val'} exists; omit --val-share, or give train/ alone")
+    split = "train" if (folder / "train").is_dir() else ""
+    classes = check_layout(folder, [split])
+    train = ImageFiles(folder / split, classes, train_transform(recipe), seed)
+    return hold_out(Splits(train, None, classes), recipe, val_share)
 
 
-def hold_out(data: Splits, recipe: Recipe, every: int) -> Splits:
+def hold_out(data: Splits, recipe: Recipe, share: float) -> Splits:
     """Replaces the validation images by a slice of the training images.
 
-    Every `every`-th training image of a class, in the order of names, moves to the slice, which is
-    read with the validation transform. Choices are tuned on it; `val` is kept for the end.
+    A share of 0.1 takes every tenth training image of a class, in the order of names, into the
+    slice, which is read with the validation transform. Choices are tuned on it; `val` is kept for
+    the end.
 
     Raises:
         LayoutError: a class has too few images.
     """
     labels = data.train.labels
     position = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within the class
-    held_out = position % every == every - 1
+    before, after = ((position + i) * share + 1e-9 for i in (0, 1))  # 10 x 0.1 counts as 1
+    held_out = np.floor(before) < np.floor(after)
     for label, name in enumerate(data.classes):
         if not held_out[labels == label].any():
-            raise LayoutError(f"{data.train.folder / name}: fewer than {every} images to cut from")
+            raise LayoutError(f"{data.train.folder / name}: too few images to hold out {share:g}")
+        if held_out[labels == label].all():
+            raise LayoutError(
+                f"{data.train.folder / name}: no image left after holding out {share:g}"
+            )
     train, val = copy.copy(data.train), copy.copy(data.train)
     train.names, train.labels = data.train.names[~held_out], labels[~held_out]
     val.names, val.labels = data.train.names[held_out], labels[held_out]
@@ -397,27 +415,26 @@ class Preprocess:
     """Turns uint8 images into the network's input, on the device.
 
     Args:
-        cutmix_alpha, mixup_alpha: as in Recipe; each batch gets one of those above 0.
+        recipe: for mean, deviation, memory format and mixing.
+        mix_classes: number of classes for CutMix and MixUp, of which each batch gets one if the
+            recipe has any; None never mixes.
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        num_classes: int,
-        channels_last: bool = True,
-        cutmix_alpha: float = 0.0,
-        mixup_alpha: float = 0.0,
+        self, device: torch.device, recipe: Recipe, mix_classes: int | None = None
     ) -> None:
-        mean, std = torch.tensor(MEAN_RGB), torch.tensor(STD_RGB)
-        self.scale, self.shift = (1 / std).to(device), (-mean / std).to(device)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        mean, std = 255 * torch.tensor([recipe.mean, recipe.std], dtype=torch.float64)
+        self.scale, self.shift = (1 / std).float().to(device), (-mean / std).float().to(device)
+        self.memory_format = (
+            torch.channels_last if recipe.channels_last else torch.contiguous_format
+        )
         self.device = device
-        mixes = [(v2.CutMix, cutmix_alpha), (v2.MixUp, mixup_alpha)]
-        mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in mixes if alpha > 0]
-        self.mix = v2.RandomChoice(mixes) if mixes else None
+        mixes = [(v2.CutMix, recipe.cutmix_alpha), (v2.MixUp, recipe.mixup_alpha)]
+        mixes = [mix(alpha=alpha, num_classes=mix_classes) for mix, alpha in mixes if alpha > 0]
+        self.mix = v2.RandomChoice(mixes) if mixes and mix_classes else None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Float images `[N, 3, H, W]` with zero mean and unit variance on ImageNet, and targets.
+        """Normalized images `[N, 3, H, W]`, and targets.
 
         Targets are class numbers `[N]`, or probabilities `[N, num_classes]` where images are mixed.
         Random numbers come from PyTorch's CPU generator.

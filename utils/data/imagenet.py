@@ -28,19 +28,8 @@ from utils.records import lock
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
-# Lines of the synset file for Imagenette, which comes without it.
-IMAGENETTE = {
-    "n01440764": "tench, Tinca tinca",
-    "n02102040": "English springer, English springer spaniel",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw, chainsaw",
-    "n03028079": "church, church building",
-    "n03394916": "French horn, horn",
-    "n03417042": "garbage truck, dustcart",
-    "n03425413": "gas pump, gasoline pump, petrol pump, island dispenser",
-    "n03445777": "golf ball",
-    "n03888257": "parachute, chute",
-}
+# Lines of LOC_synset_mapping.txt in the order of the classes: WordNet's lemmas, as timm has them.
+CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
 Moves = list[tuple[str, str]]  # (source, target), relative to the validation folder
 
@@ -165,8 +154,26 @@ def read_synsets(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         LayoutError: not UTF-8, no lines, bad or repeated lines.
     """
-    lines = _read_csv(path, sep="\t", names=["line"], quoting=csv.QUOTE_NONE)["line"].str.strip()
-    return _read_pairs(path, lines, "(n[0-9]{8}) +(.+)", "n01440764 tench, Tinca tinca")
+    return _read_pairs(path, _read_lines(path), "(n[0-9]{8}) +(.+)", "n01440764 tench, Tinca tinca")
+
+
+def read_class_names(path: str | Path = CLASSES) -> dict[str, str]:
+    """Class -> words of a file with one class per line: a name, or a wnid and its words.
+
+    Args:
+        path: defaults to ImageNet's 1,000 classes in their order.
+
+    Raises:
+        FileNotFoundError, LayoutError: as `read_synsets`.
+    """
+    lines = _read_lines(path)
+    if lines.str.match("n[0-9]{8} ").any():
+        return read_synsets(path)
+    return _read_pairs(path, lines, "((.+))", "golden retriever")
+
+
+def _read_lines(path: str | Path) -> pd.Series:
+    return _read_csv(path, sep="\t", names=["line"], quoting=csv.QUOTE_NONE)["line"].str.strip()
 
 
 def _read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
@@ -188,20 +195,21 @@ def _read_pairs(path: str | Path, lines: pd.Series, pattern: str, example: str) 
     return dict(zip(pairs[0], pairs[1], strict=True))
 
 
-def class_names(classes: Sequence[str], synsets: str | Path | None) -> list[str]:
-    """Names of class folders, such as "tench, Tinca tinca" for n01440764.
+def class_names(classes: Sequence[str], path: str | Path | None = None) -> list[str]:
+    """Words of class folders, such as "tench, Tinca tinca" for n01440764.
 
     Args:
-        synsets: a `LOC_synset_mapping.txt`, or None to name the classes of Imagenette only.
+        path: a file of `read_class_names`. By default ImageNet's classes get their words, and
+            others keep their names.
 
     Raises:
-        FileNotFoundError, LayoutError: from `read_synsets`, or the file lacks a class.
+        FileNotFoundError, LayoutError: from `read_class_names`, or the file lacks a class.
     """
-    if synsets is None:
-        return [IMAGENETTE.get(name, name) for name in classes]
-    words = read_synsets(synsets)
+    words = read_class_names(path or CLASSES)
+    if path is None:
+        return [words.get(name, name) for name in classes]
     if unknown := [name for name in classes if name not in words]:
-        raise LayoutError(f"{synsets}: has no names for the classes {summarize(unknown)}")
+        raise LayoutError(f"{path}: has no names for the classes {summarize(unknown)}")
     return [words[name] for name in classes]
 
 
@@ -211,26 +219,31 @@ def find_synsets(data_dir: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_layout(data_dir: str | Path) -> list[str]:
-    """Returns the sorted class names of a folder whose train/ and val/ have the same classes.
+def check_layout(data_dir: str | Path, splits: Sequence[str] = ("train", "val")) -> list[str]:
+    """Returns the sorted class names of a folder, whose splits must have the same ones.
+
+    Args:
+        splits: folders in `data_dir` to look at, or [""] for `data_dir` itself.
 
     Raises:
         NotADirectoryError: there is no such folder.
-        LayoutError: train/ or val/ is missing, val/ is flat or half sorted, the classes differ, or
-            there are none.
+        LayoutError: a split is missing, flat or half sorted, the classes differ, or there are none.
     """
+    wanted = " and ".join(f"{split}/" for split in splits if split) or "a folder per class"
     if not Path(data_dir).is_dir():
-        raise NotADirectoryError(f"{data_dir} is not a folder: give the one with train/ and val/")
+        raise NotADirectoryError(f"{data_dir} is not a folder: give the one with {wanted}")
     classes = {}
-    for split in ("train", "val"):
+    for split in splits:
         folder = Path(data_dir) / split
         if not folder.is_dir():
             hint = "; shards are given by a brace pattern" * any(Path(data_dir).glob("*.tar"))
-            raise LayoutError(f"{folder} is missing: {data_dir} must hold train/ and val/{hint}")
+            if split == "val" != splits[0]:
+                hint += "; --val-share 0.2 holds out a fifth of the training images"
+            raise LayoutError(f"{folder} is missing: {data_dir} must hold {wanted}{hint}")
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes[split] = {entry.name for entry in entries if entry.is_dir()}
-    images = sorted(e.name for e in entries if e.name not in classes["val"] and _is_image(e.name))
-    if images:
+    images = sorted(e.name for e in entries if e.name not in classes[split] and _is_image(e.name))
+    if images and split == "val":
         state = "half sorted" if classes["val"] else "not sorted into class folders"
         more = " and remove images that the CSV does not list" if classes["val"] else ""
         raise LayoutError(
@@ -238,14 +251,14 @@ def check_layout(data_dir: str | Path) -> list[str]:
             "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
             f"--val_image_dir {shlex.quote(str(folder))}{more}"
         )
-    common = classes["train"] & classes["val"]
+    common = set.intersection(*classes.values())
     if only := sorted(f"{split}/{name}" for split in classes for name in classes[split] - common):
         hint = unicode_hint(name.partition("/")[2] for name in only)
         found = summarize(only) + hint
-        raise LayoutError(f"{data_dir}: classes in only one of train/ and val/: {found}")
-    if not classes["train"]:
-        raise LayoutError(f"{data_dir}: train/ and val/ are empty: expected a folder per class")
-    return sorted(classes["train"])
+        raise LayoutError(f"{data_dir}: classes in only one of {wanted}: {found}")
+    if not common:
+        raise LayoutError(f"{data_dir}: no class folders in {wanted}")
+    return sorted(common)
 
 
 def _scan(folder: str | Path, prefix: str = "") -> dict[str, str]:

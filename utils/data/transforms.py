@@ -11,7 +11,7 @@ import io
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from utils.cli import DataError, printable
 from utils.recipe import Recipe
@@ -323,12 +323,12 @@ def trivial_augment(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
     return operation(rgb, -strength if signed and rng.random() < 0.5 else strength)
 
 
-def erase(rng: random.Random, rgb: np.ndarray) -> np.ndarray:
-    """RandomErasing (arXiv:1708.04896) with the mean colour, drawn as torchvision draws it."""
+def erase(rng: random.Random, rgb: np.ndarray, colour: Sequence[float] = MEAN_RGB) -> np.ndarray:
+    """RandomErasing (arXiv:1708.04896) with one colour, drawn as torchvision draws it."""
     if box := _random_box(rng, rgb.shape[:2], (0.02, 0.33), (1 / 3.3, 1 / 0.3), margin=1):
         top, left, height, width = box
         rgb = rgb.copy()
-        rgb[top : top + height, left : left + width] = np.round(MEAN_RGB)
+        rgb[top : top + height, left : left + width] = np.round(colour)
     return rgb
 
 
@@ -346,7 +346,7 @@ def _train(recipe: Recipe, image: OpenImage, rng: random.Random | None = None) -
     if recipe.trivial_augment:
         rgb = trivial_augment(rng, rgb)
     if rng.random() < recipe.random_erasing:
-        rgb = erase(rng, rgb)
+        rgb = erase(rng, rgb, [255 * value for value in recipe.mean])
     return as_tensor(rgb)
 
 
@@ -359,5 +359,7 @@ def _evaluate(recipe: Recipe, image: OpenImage, rng: random.Random | None = None
     rgb = as_tensor(pixels(image))
     longest_px = MAX_ASPECT * min(rgb.shape[1:])
     rgb = functional.center_crop(rgb, [min(edge_px, longest_px) for edge_px in rgb.shape[1:]])
-    rgb = functional.resize(rgb, [recipe.eval_resize_px])
+    rgb = functional.resize(
+        rgb, [recipe.eval_resize_px], InterpolationMode(recipe.eval_interpolation)
+    )
     return functional.center_crop(rgb, [recipe.eval_crop_px])

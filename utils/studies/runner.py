@@ -33,7 +33,7 @@ from utils.records import command_line, provenance, write_table
 from utils.training.evaluation import autocast_dtype, dtype_name
 from utils.training.loop import Trainer, fit
 
-HOLD_OUT_EVERY = 10  # every tenth training image of a class, in the order of names
+HELD_OUT_SHARE = 0.1  # every tenth training image of a class, in the order of names
 INTEGERS = ("epochs", "train_crop_px", "test_crop_px", "val_images", "parameters", "threads")
 TEXT = {"commit": str, "value": str}  # columns that pandas could take for numbers
 Row = dict[str, Any]
@@ -341,7 +341,7 @@ def _run(
 def _open(study: Study, recipe: Recipe, data_dir: str | Path, seed: int = 0) -> Splits:
     """The images that a study's runs train on and are evaluated on."""
     data = open_folders(data_dir, recipe, seed)
-    return hold_out(data, recipe, HOLD_OUT_EVERY) if study.tuning else data
+    return hold_out(data, recipe, HELD_OUT_SHARE) if study.tuning else data
 
 
 def _failed(study: Study, variant: Variant, seed: int, reason: str) -> Result:

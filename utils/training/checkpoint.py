@@ -8,8 +8,10 @@
 - `curves.png`: drawn by `utils.plotting` when the run ends
 """
 
+import argparse
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -27,12 +29,23 @@ from torch.optim.swa_utils import AveragedModel
 
 from backbones import create_classifier
 from utils import distributed
-from utils.cli import DataError, summarize, unicode_hint
+from utils.cli import DataError, backbone_option, summarize, unicode_hint
+from utils.data.imagenet import read_class_names
 from utils.recipe import Recipe
 from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
 
 # Entries of a config that may differ between two starts of one run: they do not change its result.
-PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
+PROVENANCE = (
+    "command",
+    "versions",
+    "commit",
+    "hardware",
+    "workers",
+    "data_dir",
+    "compile",
+    "weights",  # their path; weights_sha256 decides
+    "init_from",
+)
 DIVERGED = "diverged.json"  # the images of the step whose loss was not finite
 
 
@@ -52,7 +65,6 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] |
     run_dir.mkdir(parents=True, exist_ok=True)
     with lock(run_dir, wait=False):
         path, last = run_dir / "config.json", run_dir / "last.pt"
-        config = json.loads(json.dumps(config))
         if last.exists():
             validate_same_run(run_dir, _read_config(path), config)
             checkpoint = load_checkpoint(last)
@@ -83,8 +95,9 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
     defaults = dataclasses.asdict(Recipe())
     found = {key: config.get(key) for key in ("train_files", "val_files")} | found
     found, config = (
-        {**each, "recipe": {**defaults, **each.get("recipe", {})}} for each in (found, config)
-    )
+        json.loads(json.dumps({**each, "recipe": {**defaults, **each.get("recipe", {})}}))
+        for each in (found, config)
+    )  # in JSON tuples are lists
     for key in ["recipe", *sorted(found.keys() | config.keys())]:  # others follow from the recipe
         old, new = found.get(key), config.get(key)
         if key in PROVENANCE or old == new:
@@ -175,13 +188,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained classifier, made from its checkpoint.
+    """A classifier with trained weights, made from a checkpoint or from other weights.
 
     Attributes:
         raw, ema: the classifier with its last and with its EMA weights, on a device and in the
-            memory format of the recipe, in eval mode.
+            memory format of the recipe, in eval mode. One and the same without EMA weights.
         backbone, options: its arguments of `backbones.create`.
         classes: names of the class folders, in the order of the logits.
+        recipe: how it was trained, or at least how images are prepared for it.
+        sha256: of the file of weights.
     """
 
     raw: nn.Module
@@ -191,6 +206,7 @@ class Trained:
     classes: list[str]
     recipe: Recipe
     device: torch.device
+    sha256: str | None = None
 
 
 def load_trained(path: str | Path, device: torch.device | None = None) -> Trained:
@@ -216,7 +232,82 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
         raise RunError(f"{path}: its weights do not fit its own config ({reason})") from error
     if not all(tensor.isfinite().all() for tensor in ema.state_dict().values()):
         raise RunError(f"{path}: its weights are not all finite; use an earlier checkpoint")
-    device = device or distributed.pick_device()
+    device, sha256 = device or distributed.pick_device(), file_digest(path)
+    raw, ema = _prepare(recipe, device, model, ema.module)
+    return Trained(raw, ema, recipe=recipe, device=device, sha256=sha256, **config)
+
+
+def load_published(
+    backbone: str,
+    weights: str,
+    options: dict[str, Any],
+    class_names: str | Path | None = None,
+    device: torch.device | None = None,
+) -> Trained:
+    """The classifier of any weights with a head, and their preprocessing.
+
+    Unless the weights say otherwise, images are resized to 256 pixels and cropped to 224; all is
+    in float32.
+
+    Args:
+        backbone, weights, options: as of `backbones.create_classifier`.
+        class_names: a file of `utils.data.imagenet.read_class_names` with the classes in the order
+            of the logits. Defaults to ImageNet's for 1,000 logits.
+
+    Raises:
+        ValueError: from `backbones.create_classifier`, or a wrong number of class names.
+    """
+    model = create_classifier(backbone, weights=weights, **options)
+    count = model.num_classes
+    if class_names is None and count != len(names := list(read_class_names())):
+        raise ValueError(f"{weights}: has {count} classes, unlike ImageNet; give --class-names")
+    if class_names is not None and count != len(names := list(read_class_names(class_names))):
+        raise DataError(f"{class_names}: {len(names)} classes, the weights have {count}")
+    recipe = Recipe(precision="float32", eval_resize_px=256, eval_crop_px=224)
+    if images := model.backbone.preprocessing:
+        recipe = dataclasses.replace(
+            recipe,
+            mean=images.mean,
+            std=images.std,
+            eval_resize_px=images.resize_px,
+            eval_crop_px=images.test_px,
+            eval_interpolation=images.interpolation,
+        )
+    device, sha256 = device or distributed.pick_device(), model.backbone.weights_report.sha256
+    (model,) = _prepare(recipe, device, model)
+    return Trained(model, model, backbone, model.backbone.options, names, recipe, device, sha256)
+
+
+def _prepare(recipe: Recipe, device: torch.device, *models: nn.Module) -> list[nn.Module]:
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    raw, ema = (net.to(device, memory_format=memory_format).eval() for net in (model, ema.module))
-    return Trained(raw, ema, recipe=recipe, device=device, **config)
+    return [model.to(device, memory_format=memory_format).eval() for model in models]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of scripts that use a trained classifier: which one, and where it runs."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    add = parser.add_argument
+    source.add_argument("--checkpoint", type=Path, help="last.pt of a run of scripts/train.py")
+    source.add_argument("--backbone", help="a name of backbones.list_models(), with --weights")
+    add("--weights", help="weights of --backbone: a file, or a name of backbones.list_weights()")
+    add("--option", action="append", default=[], type=backbone_option, metavar="KEY=VALUE",
+        help="an option of --backbone, such as act=mish; repeatable")  # fmt: skip
+    add("--class-names", metavar="PATH", help="a line per class: a name, or a wnid and its words, "
+        "such as LOC_synset_mapping.txt (default: ImageNet's)")  # fmt: skip
+
+
+def open_network(args: argparse.Namespace, device: torch.device | None = None) -> Trained:
+    """The classifier of the options of `add_network_arguments`."""
+    if args.checkpoint:
+        if args.weights or args.option:
+            raise ValueError("--weights and --option are for --backbone; a checkpoint has its own")
+        return load_trained(args.checkpoint, device)
+    if not args.weights:
+        raise ValueError(f"--backbone {args.backbone} needs --weights: a file or a published name")
+    return load_published(args.backbone, args.weights, dict(args.option), args.class_names, device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -49,24 +50,31 @@ def evaluate(
     models: dict[str, nn.Module],
     batches: Iterable[Batch],
     preprocess: Preprocess,
+    num_classes: int,
     dtype: torch.dtype | None = None,
-) -> dict[str, dict[str, float]]:
+    columns: Sequence[int] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Accuracy of several models in one pass over the images of all processes.
 
     On a CPU classifiers run as `backbones.deploy.optimize` makes them: faster, equal to rounding.
 
     Args:
+        num_classes: number of classes of the labels.
         dtype: for autocast, or None for float32.
+        columns: the logit of each class, where the images are of some of the classes. Defaults to
+            all logits.
 
     Returns:
         For each model `loss` (cross-entropy without smoothing), `top1_pct` and `top5_pct` (top-k
-        with k the number of classes if there are fewer), and `images`, the number of images.
+        with k the number of classes if there are fewer), `images`, the number of images, and
+        `classes`, a list with these four of each class, NaN for a class without images.
 
     Raises:
         CorruptImageError: no image is readable.
     """
     device = preprocess.device
-    sums = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in models}
+    zeros = torch.zeros(num_classes, 4, dtype=torch.float64, device=device)
+    sums = {name: zeros.clone() for name in models}
     dtypes = dict.fromkeys(models, dtype)
     for name, model in models.items():
         if device.type == "cpu" and isinstance(model, Classifier):
@@ -79,30 +87,30 @@ def evaluate(
         images, labels = preprocess(batch)
         for name, model in models.items():
             with autocast(device, dtypes[name]):
-                logits = model(images)
-            sums[name] += _count(logits.float(), labels)
-    return {name: _summarize(distributed.sum_over_processes(s)) for name, s in sums.items()}
+                logits = model(images).float()
+            each = _count(logits if columns is None else logits[:, columns], labels)
+            sums[name].index_add_(0, labels, each.double())
+    found = {}
+    for name, counts in sums.items():
+        counts = distributed.sum_over_processes(counts)
+        if not counts[:, 3].any():
+            raise CorruptImageError("no validation image is readable")
+        found[name] = {**_summarize(counts.sum(0)), "classes": list(map(_summarize, counts))}
+    return found
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """[sum of losses, correct top-1, correct top-5, images]."""
+    """Of each image its loss, whether it is correct in top-1 and in top-5, and 1: `[N, 4]`."""
     guesses = logits.topk(min(5, logits.shape[1])).indices
     correct = guesses == labels[:, None]
-    loss = cross_entropy(logits, labels, reduction="sum")
-    images = torch.full_like(loss, len(labels))
-    return torch.stack((loss, correct[:, 0].sum(), correct.sum(), images))
+    loss = cross_entropy(logits, labels, reduction="none")
+    return torch.stack((loss, correct[:, 0], correct.any(1), torch.ones_like(loss)), dim=1)
 
 
-def _summarize(sums: Tensor) -> dict[str, float]:
-    loss, top1, top5, images = sums.tolist()
-    if images == 0:
-        raise CorruptImageError("no validation image is readable")
-    return {
-        "loss": loss / images,
-        "top1_pct": 100 * top1 / images,
-        "top5_pct": 100 * top5 / images,
-        "images": int(images),
-    }
+def _summarize(counts: Tensor) -> dict[str, float]:
+    images = int(counts[3])
+    loss, top1, top5 = (counts[:3] / images).tolist()
+    return {"loss": loss, "top1_pct": 100 * top1, "top5_pct": 100 * top5, "images": images}
 
 
 def evaluate_trained(
@@ -112,32 +120,38 @@ def evaluate_trained(
     size_px: int | None = None,
     workers: int = 0,
     skip_corrupt: bool = False,
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Accuracy of a run's raw and EMA weights on `data_dir/val`.
+) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """Accuracy of a classifier on `data_dir/val`, which may hold some of its classes alone.
 
     Args:
         size_px: side of the center crop; images are resized in proportion. Defaults to the
             recipe's.
 
     Returns:
-        The results of `evaluate` for "raw" and "EMA", and a message per image that was skipped.
+        The results of `evaluate` for "raw" and "EMA", or for "weights" alone if they are the same;
+        the classes in `val/`, among which it chooses; and a message per image that was skipped.
 
     Raises:
         DataError: the validation images are invalid, or have other classes.
         ValueError: a bad size.
     """
-    recipe, device = trained.recipe, trained.device
-    val = open_val_data(data_dir, trained.classes, _at_size(recipe, size_px))
+    recipe, device = _at_size(trained.recipe, size_px), trained.device
+    val = open_val_data(data_dir, trained.classes, recipe)
     batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
     loader = val.eval_loader(batch_size, workers, device.type == "cuda")
+    models = {"raw": trained.raw, "EMA": trained.ema}
+    if trained.raw is trained.ema:
+        models = {"weights": trained.ema}
     skipped: dict[str, None] = {}
     results = evaluate(
-        {"raw": trained.raw, "EMA": trained.ema},
+        models,
         readable(loader, skip_corrupt, skipped),
-        Preprocess(device, len(val.classes), recipe.channels_last),
+        Preprocess(device, recipe),
+        len(val.classes),
         autocast_dtype(device, recipe.precision),
+        [trained.classes.index(name) for name in val.classes],
     )
-    return results, list(skipped)
+    return results, val.classes, list(skipped)
 
 
 def _at_size(recipe: Recipe, size_px: int | None) -> Recipe:
@@ -155,47 +169,57 @@ def predict(
     model.eval()
     labels, probabilities = [], []
     for batch in batches:
+        if not len(batch.labels):
+            continue
         images, targets = preprocess(batch)
         with autocast(preprocess.device, dtype):
             logits = model(images)
         labels.append(targets.cpu())
         probabilities.append(logits.float().softmax(1).cpu())
+    if not labels:
+        raise CorruptImageError("no image is readable")
     return torch.cat(labels), torch.cat(probabilities)
 
 
 def predict_files(
-    trained: Trained, paths: Sequence[str | Path], size_px: int | None = None
-) -> Tensor:
-    """Class probabilities `[N, num_classes]` of image files by a run's EMA weights, on the CPU.
+    trained: Trained,
+    paths: Sequence[str | Path],
+    size_px: int | None = None,
+    skip_corrupt: bool = False,
+) -> tuple[list[int], Tensor, list[str]]:
+    """Class probabilities of image files by a classifier's EMA weights.
 
     Files are read, resized and cropped as in `evaluate_trained`.
 
+    Returns:
+        Indices of the `N` files that were read, their probabilities `[N, num_classes]` on the CPU,
+        and a message per file that was skipped.
+
     Raises:
         FileNotFoundError: a file is missing; nothing is computed then.
-        CorruptImageError: a file is not a readable image.
+        CorruptImageError: a file is not a readable image and may not be skipped, or none is.
         ValueError: a bad size.
     """
     recipe = _at_size(trained.recipe, size_px)
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such image file")
-    _, probabilities = predict(
+    skipped: dict[str, None] = {}
+    batches = readable(_file_batches(paths, eval_transform(recipe)), skip_corrupt, skipped)
+    indices, probabilities = predict(
         trained.ema,
-        _file_batches(paths, eval_transform(recipe)),
-        Preprocess(trained.device, len(trained.classes), recipe.channels_last),
+        batches,
+        Preprocess(trained.device, recipe),
         autocast_dtype(trained.device, recipe.precision),
     )
-    return probabilities
+    return indices.tolist(), probabilities, list(skipped)
 
 
 def _file_batches(paths: Sequence[str | Path], transform: Transform) -> Iterator[Batch]:
-    """Batches of image files without known classes; their label is 0."""
+    """Batches of image files; their labels are the indices of `paths`."""
     for first in range(0, len(paths), MAX_BATCH_SIZE):
-        some = paths[first : first + MAX_BATCH_SIZE]
-        batch = load_batch(lambda path: (transform(open_image(path)), 0), some)
-        if batch.corrupt:
-            raise batch.corrupt[0]
-        yield batch
+        some = range(first, min(first + MAX_BATCH_SIZE, len(paths)))
+        yield load_batch(lambda index: (transform(open_image(paths[index])), index), some)
 
 
 def over_chance(top1_pct: float, classes: int) -> float:

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbones.classifier import Classifier
 from utils import distributed
 from utils.cli import Stopped, progress_bar, summarize
 from utils.data.folders import STEP_STREAM, Batch, Preprocess, Splits, begin, readable, stream_seed
@@ -101,9 +102,15 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, flat_share: float 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer for the parameters that are not frozen."""
+    parts = [(model, 1.0)]
+    if recipe.backbone_lr_factor != 1:
+        parts = [(model.backbone, recipe.backbone_lr_factor), (model.head, 1.0)]
     options = {
-        "params": param_groups(model, recipe.weight_decay, recipe.norm_weight_decay),
-        "lr": recipe.peak_lr,
+        "params": [
+            {**group, "lr": recipe.peak_lr * factor}
+            for part, factor in parts
+            for group in param_groups(part, recipe.weight_decay, recipe.norm_weight_decay)
+        ],
         "fused": next(model.parameters()).device.type in ("cpu", "cuda"),  # one pass over them
     }
     if recipe.optimizer == "adamw":
@@ -127,12 +134,14 @@ class Trainer:
         model: on its device already; trained in place.
         steps_per_epoch: optimizer steps per pass over the training images.
         seed: seeds the random numbers of each step (mixing, dropout), together with its number.
+        class_images: training images of each class, `[num_classes]`, for `recipe.class_weights`.
         skip_corrupt: skip unreadable images instead of raising.
         compile: run the network under `torch.compile`.
         sync_batchnorm: compute BatchNorm statistics over the images of all processes.
 
     Raises:
-        ValueError: more gradient accumulation steps than images.
+        ValueError: more gradient accumulation steps than images, or more stages to freeze than the
+            network has, or a recipe for a `Classifier` and another model.
 
     Attributes:
         metrics, speed: one row per epoch so far.
@@ -149,6 +158,7 @@ class Trainer:
         skip_corrupt: bool = False,
         compile: bool = False,
         sync_batchnorm: bool = False,
+        class_images: Tensor | None = None,
     ) -> None:
         images = recipe.batch_size // distributed.world_size()
         if recipe.accumulate > images:
@@ -156,10 +166,22 @@ class Trainer:
                 f"accumulate={recipe.accumulate} must be at most {images}, the images per step of "
                 "a process"
             )
+        if recipe.freeze >= 0 or recipe.freeze_norms or recipe.backbone_lr_factor != 1:
+            if not isinstance(model, Classifier):
+                raise ValueError("freeze and backbone_lr_factor are for a backbones.Classifier")
+            frozen = recipe.freeze if recipe.freeze >= 0 else None
+            model.backbone.freeze(frozen, recipe.freeze_norms)
+        if recipe.class_weights and class_images is None:
+            raise ValueError("class_weights=True needs class folders: shards are not counted")
         self.device = next(model.parameters()).device
+        self.class_weights = None
+        if recipe.class_weights:  # a mean of 1 over the training images
+            weights = class_images.sum() / (num_classes * class_images)
+            self.class_weights = weights.float().to(self.device)
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=memory_format)
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
+        self.num_classes = num_classes
         self.ema = AveragedModel(self.model, use_buffers=True)
         self.net = distributed.data_parallel(self.model, self.device, sync_batchnorm)
         if compile:  # self.model, and so the checkpoints, stay as they are
@@ -173,14 +195,8 @@ class Trainer:
         )
         self.schedule = LambdaLR(self.optimizer, self.lr_factor)
         self.dtype = autocast_dtype(self.device, recipe.precision)
-        self.eval_preprocess = Preprocess(self.device, num_classes, recipe.channels_last)
-        self.preprocess = Preprocess(
-            self.device,
-            num_classes,
-            recipe.channels_last,
-            cutmix_alpha=recipe.cutmix_alpha,
-            mixup_alpha=recipe.mixup_alpha,
-        )
+        self.eval_preprocess = Preprocess(self.device, recipe)
+        self.preprocess = Preprocess(self.device, recipe, mix_classes=num_classes)
         self.skip_corrupt = skip_corrupt
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # of the current epoch
@@ -218,10 +234,14 @@ class Trainer:
             with distributed.no_sync(self.net) if k < len(parts) else contextlib.nullcontext():
                 with autocast(self.device, self.dtype):
                     logits = self.net(part_images)
-                loss = cross_entropy(
-                    logits.float(), part_targets, label_smoothing=self.recipe.label_smoothing
+                losses = cross_entropy(
+                    logits.float(),
+                    part_targets,
+                    weight=self.class_weights,
+                    label_smoothing=self.recipe.label_smoothing,
+                    reduction="sum",
                 )
-                loss = loss * (len(part_images) / len(images))
+                loss = losses / len(images)
                 loss.backward()
             total += loss.detach()
         return total
@@ -230,7 +250,7 @@ class Trainer:
         """Accuracy of the raw weights, under the name "", and of the EMA weights, "ema_"."""
         models = {"": self.model, "ema_": self.ema.module}
         batches = readable(batches, self.skip_corrupt, self.skipped)
-        return evaluate(models, batches, self.eval_preprocess, self.dtype)
+        return evaluate(models, batches, self.eval_preprocess, self.num_classes, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end in the same bits; see `synchronize`."""
@@ -506,8 +526,7 @@ def fit(
     run_dir, device = Path(run_dir), device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
-    sizes = len(loaders[0]), len(data.classes)
-    trainer = Trainer(model.to(device), recipe, *sizes, seed, skip_corrupt, **options)
+    trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, skip_corrupt, **options)
     described = distributed.of_rank_0(lambda: _describe(trainer, data, workers))
     config = {**(config or {}), **described, **options}
     with contextlib.ExitStack() as stack:
@@ -542,6 +561,20 @@ def fit(
             if distributed.rank() == 0:
                 _report(trainer, None if quiet else bar, run_dir if tensorboard else None)
     return trainer
+
+
+def _make_trainer(
+    model: nn.Module,
+    data: Splits,
+    recipe: Recipe,
+    loaders: tuple[DataLoader, DataLoader],
+    *options: Any,
+    **more: Any,
+) -> Trainer:
+    classes, counts = len(data.classes), None
+    if data.train.packed is None:  # class folders
+        counts = torch.bincount(torch.from_numpy(data.train.labels), minlength=classes)
+    return Trainer(model, recipe, len(loaders[0]), classes, *options, class_images=counts, **more)
 
 
 def evaluated_epochs(epochs: int, eval_every: int) -> set[int]:
@@ -666,7 +699,7 @@ def dry_run(
     device = device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
     steps, crop_px = len(loaders[0]), recipe.train_crop_px
-    trainer = Trainer(model.to(device), recipe, steps, len(data.classes), seed, **options)
+    trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, **options)
     total = recipe.epochs * steps
     peak = max(0, trainer.lr_factor.keywords["warmup_steps"] - 1)
     marks = sorted({0, peak, total // 2, total - 1})

@@ -1,0 +1,193 @@
+"""From weights to the classes of another folder: heads, freezing, rates, splits, and new runs."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import SMALL, TINY, assert_same_run, run
+from torch import nn
+from torchvision.models import mobilenet_v2
+
+from backbones import create, create_classifier
+from backbones.classifier import Classifier
+from utils.data.folders import open_folders
+from utils.training.checkpoint import load_checkpoint, load_trained
+from utils.training.loop import Trainer, make_loaders, train_one_epoch
+
+TUNE = ["--recipe", "finetune", "--epochs", "3", *SMALL[4:-4], "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of torchvision's keys with a head for five classes."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "five.pth"
+    torch.save(mobilenet_v2(num_classes=5).state_dict(), path)
+    return path
+
+
+def test_the_head_comes_with_the_weights(weights):
+    theirs = mobilenet_v2(num_classes=5).eval()
+    theirs.load_state_dict(torch.load(weights, weights_only=True))
+    images = torch.randn(2, 3, 64, 64)
+    ours = create_classifier("mobilenet_v2", weights=weights).eval()
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-4)
+    new = create_classifier("mobilenet_v2", 3, weights=weights).eval()
+    assert new(images).shape == (2, 3)
+    torch.testing.assert_close(new.backbone(images), ours.backbone(images))
+    headless = create("mobilenet_v2").state_dict()
+    with pytest.raises(ValueError, match="num_classes is needed: there is no head"):
+        create_classifier("mobilenet_v2", weights=headless)
+
+
+def trainer(recipe, **options):
+    torch.manual_seed(0)
+    model = Classifier(create("darknet19", width=0.125), 3)
+    return Trainer(model, dataclasses.replace(TINY, **recipe), 6, 3, **options)
+
+
+def test_frozen_stages_and_norms_keep_everything_in_both_models(folders):
+    """Weights, buffers and the EMA model's, while the rest moves; bit for bit."""
+    recipe = {"freeze": 1, "freeze_norms": True, "optimizer": "adamw", "lr_per_1024": 0.05}
+    ours = trainer(recipe)
+    before = {name: value.clone() for name, value in ours.model.state_dict().items()}
+    loader, _ = make_loaders(open_folders(folders, TINY), TINY, 0, torch.device("cpu"))
+    train_one_epoch(ours, loader)
+    for state in (ours.model.state_dict(), ours.ema.module.state_dict()):
+        for name, value in state.items():
+            is_frozen = name.startswith(("backbone.stem", "backbone.stages.0."))
+            keeps = is_frozen or "running" in name or "batches" in name
+            assert torch.equal(value, before[name]) == keeps, name
+
+
+def test_the_backbones_rate_is_a_share_of_the_heads_in_every_step():
+    ours = trainer({"backbone_lr_factor": 0.1})
+    owner = {id(p): name for name, p in ours.model.named_parameters()}
+    for _ in range(2):
+        for group in ours.optimizer.param_groups:
+            factors = {0.1 if owner[id(p)].startswith("backbone.") else 1 for p in group["params"]}
+            assert factors == {group["lr"] / ours.lr_at(ours.step)}
+        ours.optimizer.step()
+        ours.schedule.step()
+        ours.step += 1
+    with pytest.raises(ValueError, match=r"are for a backbones\.Classifier"):
+        Trainer(nn.Linear(2, 2), dataclasses.replace(TINY, freeze=0), 6, 2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_one_over_the_images_of_a_class(smoothing):
+    recipe = {"class_weights": True, "label_smoothing": smoothing, "accumulate": 2}
+    recipe |= {"cutmix_alpha": 0.0, "mixup_alpha": 0.0}
+    ours = trainer(recipe, class_images=torch.tensor([10, 20, 70]))
+    logits = torch.randn(8, 3, requires_grad=True)
+    ours.net = lambda images: logits[images[:, 0, 0, 0].long()]
+    labels = torch.tensor([0, 1, 2, 2, 2, 1, 2, 2])
+    images = torch.arange(8.0)[:, None, None, None].expand(8, 3, 2, 2)
+    loss = ours._backward(images, labels)
+    logs = logits.log_softmax(1)
+    targets = torch.eye(3)[labels] * (1 - smoothing) + smoothing / 3
+    weight = 100 / 3 / torch.tensor([10, 20, 70])
+    expected = -(logs * targets * weight).sum() / 8
+    torch.testing.assert_close(loss, expected.detach())
+    (gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(logits.grad, gradient)
+    with pytest.raises(ValueError, match="needs class folders"):
+        trainer(recipe)
+
+
+def test_a_split_is_held_out_where_there_is_no_val(folders, tmp_path):
+    """Every fourth image of each class, the same ones in train/ and in bare class folders."""
+    shutil.copytree(folders / "train", tmp_path / "a" / "train")
+    shutil.copytree(folders / "train", tmp_path / "b")
+    found = [open_folders(tmp_path / name, TINY, val_share=0.25) for name in "ab"]
+    for data in found:
+        assert (len(data.train), len(data.val), data.classes) == (36, 12, sorted(data.classes))
+        assert np.bincount(data.val.labels).tolist() == [4, 4, 4]
+        assert not {*data.train.names.tolist()} & {*data.val.names.tolist()}
+    assert found[0].val.names.tolist() == found[1].val.names.tolist()
+    with pytest.raises(ValueError, match="omit --val-share"):
+        open_folders(folders, TINY, val_share=0.25)
+    with pytest.raises(ValueError, match=r"--val-share 0\.2 holds out"):
+        open_folders(tmp_path / "a", TINY)
+
+
+def test_the_normalization_of_weights_is_used_and_kept(folders, tmp_path):
+    """Of a run with another one: by what starts from it, and by its own evaluation."""
+    half, first = ["--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5], tmp_path / "first"
+    assert run("train.py", "--data-dir", folders, "--output-dir", first, *SMALL, *half) == 0
+    assert load_trained(first / "last.pt").recipe.mean == (0.5, 0.5, 0.5)
+    again = ["--data-dir", folders, "--output-dir", tmp_path / "again", *SMALL]
+    assert run("train.py", *again, "--weights", first / "last.pt") == 0
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["recipe"]["mean"], config["recipe"]["std"]) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_a_run_is_started_from_resumes_and_refuses_others(folders, weights, tmp_path, capsys):
+    args = ["--data-dir", folders, "--backbone", "mobilenet_v2", *TUNE]
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert run("train.py", *args, "--weights", weights, "--output-dir", one) == 0
+    moved = shutil.copy(weights, tmp_path / "moved.pth")
+    assert run("train.py", *args, "--weights", moved, "--output-dir", one) == 0  # the same file
+    capsys.readouterr()
+    assert run("train.py", *args, "--output-dir", one) == 1
+    assert "holds a run with weights_sha256=" in capsys.readouterr().err
+    assert run("train.py", *args, "--weights", weights, "--output-dir", other) == 0
+    assert_same_run(one, other)
+
+    longer = ["--data-dir", folders, *TUNE, "--init-from", one]
+    assert run("train.py", *longer, "--output-dir", tmp_path / "longer", "--lr-per-1024", 1e-9) == 0
+    states = [load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "longer")]
+    name = "backbone.features.0.0.weight"
+    torch.testing.assert_close(states[1]["model"][name], states[0]["ema"][f"module.{name}"])
+    head = "head.1.weight"
+    torch.testing.assert_close(states[1]["model"][head], states[0]["ema"][f"module.{head}"])
+    assert states[1]["config"]["init_from"] == str(one)
+    assert run("train.py", *longer, "--backbone", "resnet18") == 2
+    for each in ("train", "val"):
+        shutil.copytree(folders / each, tmp_path / "data" / each)
+        (tmp_path / "data" / each / "n00000000").rename(tmp_path / "data" / each / "cat")
+    capsys.readouterr()
+    assert run("train.py", *longer, "--data-dir", tmp_path / "data") == 1
+    assert "other classes than the run's: 2 (cat, n00000000)" in capsys.readouterr().err
+
+
+def test_weights_are_evaluated_and_predict_with_their_own_classes(
+    folders, weights, tmp_path, capsys
+):
+    """A val/ alone, of three of the five classes; sizes 256 and 224; float32."""
+    shutil.copytree(folders / "val", tmp_path / "data" / "val")
+    names = tmp_path / "names.txt"
+    names.write_text("zebra\nn00000002\nn00000000\ngoat\nn00000001\n")
+    network = ["--backbone", "mobilenet_v2", "--weights", weights]
+    data = ["--data-dir", tmp_path / "data", "--workers", 0]
+    assert run("evaluate.py", *network, *data) == 2
+    assert "has 5 classes, unlike ImageNet; give --class-names" in capsys.readouterr().err
+    network += ["--class-names", names]
+    assert run("evaluate.py", *network, *data, "--output", tmp_path / "classes.csv") == 0
+    out = capsys.readouterr().out
+    assert "chosen among 3 of the network's 5 classes" in out
+
+    table = pd.read_csv(tmp_path / "classes.csv")
+    assert table["class"].tolist() == ["n00000000", "n00000001", "n00000002"]
+    assert table.images.tolist() == [6, 6, 6]
+    assert f"top-1 {table.top1_pct.mean():.2f} %" in out
+
+    images = sorted((folders / "val").glob("*/*.JPEG"))
+    (tmp_path / "data" / "val" / "n00000001" / "broken.jpg").write_bytes(b"x")
+    predict = [tmp_path / "data" / "val", *network, "--json"]
+    assert run("predict.py", *predict) == 1
+    assert run("predict.py", *predict, "--skip-corrupt") == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert "skipped: " in captured.err
+    assert len(found) == len(images)
+    right = np.zeros(3)
+    for each, image in zip(found, images, strict=True):
+        assert each["image"].endswith("/".join(image.parts[-2:]))
+        known = [row for row in each["predictions"] if row["class"].startswith("n0")]
+        right[int(image.parent.name[-1])] += known[0]["class"] == image.parent.name
+    assert (100 * right / 6).tolist() == pytest.approx(table.top1_pct.tolist())
