@@ -130,11 +130,49 @@ def _length() -> Study:
     return Study("length", "recipe and epochs", "small, 6 epochs", SHORT, variants, THREE)
 
 
+# Fine-tuning of a network, such as mobilenet_v2 with ImageNet's weights on hymenoptera: what is
+# trained, at which rate of the head per 1024 images.
+_TUNED: dict[str, dict[str, Any]] = {
+    "frozen features": {"freeze": 5},
+    "all layers": {},
+    "discriminative rates": {"backbone_lr_factor": 0.1},
+}
+_SCRATCH = {"freeze_norms": False, "epochs": 40, "warmup_epochs": 5.0}
+
+
+def _finetune_rates() -> Study:
+    """The learning rate of each way of fine-tuning, on a quarter of the training images."""
+    rates = {
+        "frozen features": (0.032, 0.128, 0.512),
+        "all layers": (0.002, 0.004, 0.008, 0.016),
+        "discriminative rates": (0.016, 0.032, 0.064, 0.128),
+    }
+    variants = [
+        Variant(
+            f"{name}, {rate:g}",
+            "mobilenet_v2",
+            {},
+            {**_TUNED[name], "lr_per_1024": rate},
+            pretrained=True,
+        )
+        for name in rates
+        for rate in rates[name]
+    ]
+    for rate in (0.032, 0.128, 0.512):
+        recipe = {**_SCRATCH, "lr_per_1024": rate}
+        variants.append(Variant(f"from scratch, {rate:g}", "mobilenet_v2", {}, recipe))
+    name, recipe = "finetune_rates", RECIPES["finetune"]
+    settings = {"tuning": True, "held_out_share": 0.25}
+    return Study(
+        name, "fine-tuning", variants[0].value, recipe, tuple(variants), (0, 1), **settings
+    )
+
+
 STUDIES = {
     study.name: study
     for study in (
         *(_initialization(), _learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
-        *(_add_one(), _fixres(), _length()),
+        *(_add_one(), _fixres(), _length(), _finetune_rates()),
     )
 }
 

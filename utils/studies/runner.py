@@ -33,12 +33,12 @@ from utils.records import command_line, provenance, write_table
 from utils.training.evaluation import autocast_dtype, dtype_name
 from utils.training.loop import Trainer, fit
 
-HELD_OUT_SHARE = 0.1  # every tenth training image of a class, in the order of names
+HELD_OUT_SHARE = 0.1  # by default every tenth training image of a class, in the order of names
 INTEGERS = ("epochs", "train_crop_px", "test_crop_px", "val_images", "parameters", "threads")
 TEXT = {"commit": str, "value": str}  # columns that pandas could take for numbers
 Row = dict[str, Any]
 RunKey = tuple[str, int]  # value of the factor, seed
-Job = tuple["Study", "Variant", int, str | Path, str | Path]  # arguments of `_run`
+Job = tuple["Study", "Variant", int, str | Path, str | Path, str | Path | None]  # of `_run`
 Result = tuple[RunKey, list[Row], list[Row]]  # a run, its rows and its learning curve
 
 
@@ -51,6 +51,8 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the backbone
     recipe: Mapping[str, Any] = field(default_factory=dict)  # changes in the study's recipe
     test_sizes_px: tuple[int, ...] = ()  # sides of test crops beside the recipe's; a row each
+    pretrained: bool = False  # whether it starts from the weights that `run_study` is given
+    train_share: float = 1.0  # of the training images of each class, spread over their names
 
     @property
     def slug(self) -> str:
@@ -74,6 +76,7 @@ class Study:
             a name to the weights and the side of the test crop in pixels.
         tuning: evaluate on a slice held out of the training images, after every epoch; the
             validation images are not read.
+        held_out_share: the size of that slice.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Study:
     weights: Literal["ema", "raw"] = "ema"
     extra_evaluations: Mapping[str, tuple[Literal["ema", "raw"], int]] = field(default_factory=dict)
     tuning: bool = False
+    held_out_share: float = HELD_OUT_SHARE
 
     def __post_init__(self) -> None:
         values = [variant.value for variant in self.variants]
@@ -124,6 +128,7 @@ def run_study(
     runs_dir: str | Path,
     output: str | Path,
     *,
+    weights: str | Path | None = None,
     processes: int = 1,
     devices: Sequence[str] = (),
 ) -> pd.DataFrame:
@@ -138,6 +143,7 @@ def run_study(
         runs_dir: gets a folder per run, `<study>/<value>-seed<seed>`.
         output: the CSV, one row per run and test size; `curves_path(output)` gets one row per run
             and epoch. Both are written after every run. Other runs of the study in it are kept.
+        weights: of the backbone, a file or a published name, for variants with `pretrained`.
         processes: runs that train at the same time; they share the CPU's threads evenly.
         devices: such as ("cuda:0", "cuda:1"), assigned to the processes in turn.
 
@@ -147,13 +153,15 @@ def run_study(
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
+    if weights is None and any(variant.pretrained for variant in study.variants):
+        raise ValueError(f"the study {study.name} needs --weights, a file or a published name")
     targets = [pick_device(name) for name in devices or (None,)]
-    val_images = len(_open(study, study.recipe, data_dir).val)
+    val_images = len(_open(study, study.variants[0], study.recipe, data_dir).val)
     dtype = dtype_name(autocast_dtype(targets[0], study.recipe.precision))
     jobs, expected = {}, {}
     for variant, seed in study.runs():
         key, recipe = (variant.value, seed), study.recipe_of(variant)
-        jobs[key] = study, variant, seed, data_dir, runs_dir
+        jobs[key] = study, variant, seed, data_dir, runs_dir, weights
         known = {"network": variant.network, "val_images": val_images, "autocast": dtype}
         known |= {"epochs": recipe.epochs, "train_crop_px": recipe.train_crop_px}
         expected[key] = [{**known, "test_crop_px": px} for px in study.sizes_px(variant)]
@@ -305,6 +313,7 @@ def _run(
     seed: int,
     data_dir: str | Path,
     runs_dir: str | Path,
+    weights: str | Path | None,
     device: torch.device,
 ) -> Result:
     """Trains or resumes one run and evaluates it. A failure is a row as well."""
@@ -315,16 +324,17 @@ def _run(
         "value": variant.value,
         "backbone": variant.backbone,
         "options": {**variant.options, **recipe.backbone_options},
+        "weights": str(weights) if variant.pretrained else None,
         "command": command_line(),
         "data_dir": str(data_dir),
     }
     try:
-        data, every = _open(study, recipe, data_dir, seed), int(study.tuning)
+        data, every = _open(study, variant, recipe, data_dir, seed), int(study.tuning)
         trainer = train_classifier(data, recipe, run_dir, config, seed, device, every)
         rows = []
         for crop_px in study.sizes_px(variant):
             tested = recipe.tested_at(crop_px)
-            images = _open(study, tested, data_dir).val
+            images = _open(study, variant, tested, data_dir).val
             rows.append({**facts, "status": "done", **_evaluate(trainer, run_dir, images, tested)})
     except Exception as error:  # the other runs of the study continue
         expected = isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError))
@@ -338,10 +348,18 @@ def _run(
     return (variant.value, seed), rows, [{**facts, **row} for row in curve.to_dict("records")]
 
 
-def _open(study: Study, recipe: Recipe, data_dir: str | Path, seed: int = 0) -> Splits:
-    """The images that a study's runs train on and are evaluated on."""
+def _open(
+    study: Study, variant: Variant, recipe: Recipe, data_dir: str | Path, seed: int = 0
+) -> Splits:
+    """The images that a variant's runs train on and are evaluated on."""
     data = open_folders(data_dir, recipe, seed)
-    return hold_out(data, recipe, HELD_OUT_SHARE) if study.tuning else data
+    if study.tuning:
+        data = hold_out(data, recipe, study.held_out_share)
+    if variant.train_share == 1:
+        return data
+    train = hold_out(data, recipe, variant.train_share).val
+    train.transform = data.train.transform
+    return replace(data, train=train)
 
 
 def _failed(study: Study, variant: Variant, seed: int, reason: str) -> Result:
@@ -361,10 +379,16 @@ def train_classifier(
     """Trains a classifier of a study, or resumes it from its last complete epoch.
 
     Args:
-        config: the config of the run folder; its `backbone` and `options` make the network.
+        config: the config of the run folder; its `backbone`, `options` and `weights` make the
+            network.
     """
     torch.manual_seed(seed)
-    model = create_classifier(config["backbone"], len(data.classes), **config["options"])
+    options = {"weights": config.get("weights"), **config["options"]}
+    model = create_classifier(config["backbone"], len(data.classes), **options)
+    if images := model.backbone.preprocessing:
+        recipe = replace(recipe, mean=images.mean, std=images.std)
+    if report := model.backbone.weights_report:
+        config = {**config, "weights_sha256": report.sha256}
     options = {"config": config, "seed": seed, "device": device, "eval_every": eval_every}
     return fit(model, data, recipe, run_dir, **options, quiet=True, catch_signals=False)
 
