@@ -19,6 +19,7 @@ from utils.recipe import RECIPES
 from utils.records import write_table
 from utils.studies import runner, statistics
 from utils.studies.runner import Study, Variant, curves_path, run_study
+from utils.training.checkpoint import file_digest, load_checkpoint
 
 RECIPE = dataclasses.replace(
     RECIPES["quick"],
@@ -243,6 +244,27 @@ def test_the_script(finished, folders, tmp_path, monkeypatch, capsys):
     assert "Hot, seed 0: failed: the loss is not finite" in capsys.readouterr().err
 
 
+def test_variants_start_from_weights_and_train_on_a_share(folders, finished, tmp_path):
+    """A third of the images of each class; a rate of almost 0 leaves the weights as they were."""
+    weights = finished[0] / "runs" / "tiny" / "relu-seed0" / "last.pt"
+    still = {"lr_per_1024": 1e-9, "freeze_norms": True}
+    variants = (
+        Variant("few", "cspdarknet19", recipe={"epochs": 3}, train_share=1 / 3),
+        Variant("tuned", "cspdarknet19", recipe=still, pretrained=True),
+    )
+    study = Study("tuned", "start", "few", RECIPE, variants, (0,))
+    with pytest.raises(ValueError, match="the study tuned needs --weights"):
+        run_study(study, folders, tmp_path, tmp_path / "x.csv")
+    table = run_study(study, folders, tmp_path, tmp_path / "x.csv", weights=weights)
+    assert table.status.tolist() == ["done", "done"]
+    steps = [load_checkpoint(tmp_path / "tuned" / f"{v.slug}-seed0" / "last.pt") for v in variants]
+    assert [each["step"] for each in steps] == [3 * (15 // 12), 2 * (48 // 12)]
+    name = "backbone.stem.conv.weight"
+    source = load_checkpoint(weights)["ema"][f"module.{name}"]
+    torch.testing.assert_close(steps[1]["model"][name], source)
+    assert steps[1]["config"]["weights_sha256"] == file_digest(weights)
+
+
 def test_the_slice_is_cut_from_training_alone(folders):
     data = open_folders(folders, RECIPE)
     cut = hold_out(data, RECIPE, 0.2)
@@ -253,5 +275,5 @@ def test_the_slice_is_cut_from_training_alone(folders):
     paths = [cut.val.path(i) for i in range(len(cut.val))]
     names = [data.classes[label] for label in cut.val.labels]
     assert [path.parts[-3:-1] for path in paths] == [("train", name) for name in names]
-    with pytest.raises(ValueError, match="too few images to hold out"):
+    with pytest.raises(ValueError, match="too few images to split off"):
         hold_out(data, RECIPE, 1 / 17)

@@ -384,31 +384,40 @@ def open_folders(
 
 
 def hold_out(data: Splits, recipe: Recipe, share: float) -> Splits:
-    """Replaces the validation images by a slice of the training images.
+    """Replaces the validation images by a share of the training images of each class.
 
-    A share of 0.1 takes every tenth training image of a class, in the order of names, into the
-    slice, which is read with the validation transform. Choices are tuned on it; `val` is kept for
-    the end.
+    They are read with the validation transform. Choices are tuned on them; `val` is kept for the
+    end.
 
     Raises:
         LayoutError: a class has too few images.
     """
-    labels = data.train.labels
-    position = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within the class
-    before, after = ((position + i) * share + 1e-9 for i in (0, 1))  # 10 x 0.1 counts as 1
-    held_out = np.floor(before) < np.floor(after)
-    for label, name in enumerate(data.classes):
-        if not held_out[labels == label].any():
-            raise LayoutError(f"{data.train.folder / name}: too few images to hold out {share:g}")
-        if held_out[labels == label].all():
-            raise LayoutError(
-                f"{data.train.folder / name}: no image left after holding out {share:g}"
-            )
-    train, val = copy.copy(data.train), copy.copy(data.train)
-    train.names, train.labels = data.train.names[~held_out], labels[~held_out]
-    val.names, val.labels = data.train.names[held_out], labels[held_out]
+    train, val = split_share(data.train, share)
     val.transform = eval_transform(recipe)
     return Splits(train, val, data.classes)
+
+
+def split_share(images: ImageFiles, share: float) -> tuple[ImageFiles, ImageFiles]:
+    """Splits images into two, of which the second has a share of each class.
+
+    A share of 0.1 takes every tenth image of a class, in the order of names.
+
+    Raises:
+        LayoutError: a class has too few images.
+    """
+    labels = images.labels
+    position = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within the class
+    before, after = ((position + i) * share + 1e-9 for i in (0, 1))  # 10 x 0.1 counts as 1
+    taken, parts = np.floor(before) < np.floor(after), []
+    for mask in (~taken, taken):
+        counts = np.bincount(labels[mask], minlength=len(images.classes))
+        if not counts.all():
+            folder = images.folder / images.classes[counts.argmin()]
+            raise LayoutError(f"{folder}: too few images to split off a share of {share:g}")
+        part = copy.copy(images)
+        part.names, part.labels = images.names[mask], labels[mask]
+        parts.append(part)
+    return parts[0], parts[1]
 
 
 class Preprocess:

@@ -25,7 +25,7 @@ import torch
 
 from backbones import create_classifier
 from utils.cli import progress_bar
-from utils.data.folders import ImageFiles, Splits, hold_out, open_folders
+from utils.data.folders import ImageFiles, Splits, hold_out, open_folders, split_share
 from utils.distributed import pick_device
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
@@ -357,9 +357,7 @@ def _open(
         data = hold_out(data, recipe, study.held_out_share)
     if variant.train_share == 1:
         return data
-    train = hold_out(data, recipe, variant.train_share).val
-    train.transform = data.train.transform
-    return replace(data, train=train)
+    return replace(data, train=split_share(data.train, variant.train_share)[1])
 
 
 def _failed(study: Study, variant: Variant, seed: int, reason: str) -> Result:
