@@ -62,7 +62,6 @@ class Backbone(nn.Module):
         self.in_channels = int(in_channels)  # not one of NumPy's, which no checkpoint may hold
         self.gradient_checkpointing = gradient_checkpointing
         self._frozen_stages: int | None = None
-        self._frozen_norms = False
         self.architecture: str | None = None
         self.weights_report: object | None = None
         self.preprocessing: Any = None
@@ -116,17 +115,12 @@ class Backbone(nn.Module):
         """Maps the coarsest feature map, averaged over its pixels, to `num_classes` logits."""
         return nn.Linear(self.channels[-1], num_classes)
 
-    def freeze(self, num_stages: int | None, norms: bool = False) -> "Backbone":
+    def freeze(self, num_stages: int | None) -> "Backbone":
         """Freezes the stem and the first `num_stages` stages; returns self.
 
         Their parameters take no gradient and their BatchNorm layers keep their statistics, even
         after a later `.train()`. `freeze(0)` freezes the stem alone, `freeze(None)` unfreezes
         everything, and a later call replaces an earlier one.
-
-        Args:
-            norms: whether BatchNorm layers keep their statistics in the other stages, too; their
-                weights and biases are trained. Small batches have noisy statistics, and weights
-                with folded BatchNorm have none of their own.
 
         Raises:
             ValueError: the network has fewer stages.
@@ -137,18 +131,15 @@ class Backbone(nn.Module):
                 f"freeze({num_stages!r}): choose 0 to {self.num_stages} stages, or None for none"
             )
         self.requires_grad_(True)
-        self._frozen_stages, self._frozen_norms = num_stages, norms
+        self._frozen_stages = num_stages
         for module in self._frozen_modules():
             module.requires_grad_(False)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Sets training mode, except for frozen stages and norms, which stay in eval mode."""
+        """Sets training mode, except for frozen stages, which stay in eval mode."""
         super().train(mode)
-        frozen = self._frozen_modules()
-        if self._frozen_norms:
-            frozen += [module for module in self.modules() if isinstance(module, _BatchNorm)]
-        for module in frozen:
+        for module in self._frozen_modules():
             module.eval()
         return self
 

@@ -1,5 +1,6 @@
 """From weights to the classes of another folder: heads, freezing, rates, splits, and new runs."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -14,9 +15,15 @@ from torchvision.models import mobilenet_v2
 
 from backbones import create, create_classifier
 from backbones.classifier import Classifier
-from utils.data.folders import open_folders
+from utils.data.folders import Preprocess, open_folders
 from utils.training.checkpoint import load_checkpoint, load_trained
-from utils.training.loop import Trainer, make_loaders, train_one_epoch
+from utils.training.loop import (
+    Trainer,
+    estimate_norms,
+    has_folded_norms,
+    make_loaders,
+    train_one_epoch,
+)
 
 TUNE = ["--recipe", "finetune", "--epochs", "3", *SMALL[4:-4], "--workers", "0"]
 
@@ -50,9 +57,9 @@ def trainer(recipe, **options):
     return Trainer(model, dataclasses.replace(TINY, **recipe), 6, 3, **options)
 
 
-def test_frozen_stages_and_norms_keep_everything_in_both_models(folders):
+def test_frozen_stages_keep_everything_in_both_models(folders):
     """Weights, buffers and the EMA model's, while the rest moves; bit for bit."""
-    recipe = {"freeze": 1, "freeze_norms": True, "optimizer": "adamw", "lr_per_1024": 0.05}
+    recipe = {"freeze": 1, "optimizer": "adamw", "lr_per_1024": 0.05}
     ours = trainer(recipe)
     before = {name: value.clone() for name, value in ours.model.state_dict().items()}
     loader, _ = make_loaders(open_folders(folders, TINY), TINY, 0, torch.device("cpu"))
@@ -60,8 +67,28 @@ def test_frozen_stages_and_norms_keep_everything_in_both_models(folders):
     for state in (ours.model.state_dict(), ours.ema.module.state_dict()):
         for name, value in state.items():
             is_frozen = name.startswith(("backbone.stem", "backbone.stages.0."))
-            keeps = is_frozen or "running" in name or "batches" in name
-            assert torch.equal(value, before[name]) == keeps, name
+            assert torch.equal(value, before[name]) == is_frozen, name
+
+
+def test_statistics_of_folded_weights_are_estimated(folders):
+    """The outputs stay the same; in training mode they are near to them, and were far before."""
+    torch.manual_seed(0)
+    model = create_classifier("darknet53", 3, width=0.125)
+    assert has_folded_norms(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # without statistics, as if it were not there
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    data = open_folders(folders, TINY)
+    images = Preprocess(torch.device("cpu"), TINY)(next(iter(data.train.train_loader(8, 0))))[0]
+    with torch.no_grad():
+        expected = model.eval()(images)
+        far = copy.deepcopy(model).train()(images)
+        assert estimate_norms(model, data, TINY) == 48
+        torch.testing.assert_close(model.eval()(images), expected, rtol=1e-3, atol=1e-4)
+        near = model.train()(images)
+    assert (near - expected).norm() < 0.2 * (far - expected).norm()
+    assert not has_folded_norms(model)
 
 
 def test_the_backbones_rate_is_a_share_of_the_heads_in_every_step():

@@ -21,7 +21,7 @@ def test_imagenet_preset_is_the_designs():
         "width": 1.0, "precision": "bf16", "channels_last": True,
         "optimizer": "sgd", "nesterov": False, "flat_share": 0.0,
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
-        "eval_interpolation": "bilinear", "freeze": -1, "freeze_norms": False,
+        "eval_interpolation": "bilinear", "freeze": -1,
         "backbone_lr_factor": 1.0, "class_weights": False,
     }  # fmt: skip
     assert dataclasses.asdict(RECIPES["imagenet"]) == expected

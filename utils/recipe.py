@@ -116,7 +116,6 @@ class Recipe(_Checked):
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = _field("bilinear", "of validation images")
     freeze: int = _field(-1, "stages to freeze, with the stem; -1: nothing", AT_LEAST_MINUS_1)
-    freeze_norms: bool = _field(False, "keep the statistics of BatchNorm in all of the backbone")
     backbone_lr_factor: float = _field(1.0, "factor on the backbone's learning rate", ABOVE_0)
     class_weights: bool = _field(False, "weight the loss of a class by 1 / its images")
     width: float = _field(1.0, "factor on the channels of Darknet and VoVNet", ABOVE_0)
@@ -184,7 +183,6 @@ RECIPES = {
         min_crop_area=0.35,
         eval_resize_px=256,
         label_smoothing=0.1,
-        freeze_norms=True,
     ),
 }
 

@@ -130,42 +130,30 @@ def _length() -> Study:
     return Study("length", "recipe and epochs", "small, 6 epochs", SHORT, variants, THREE)
 
 
-# Fine-tuning of a network, such as mobilenet_v2 with ImageNet's weights on hymenoptera: what is
-# trained, at which rate of the head per 1024 images.
-_TUNED: dict[str, dict[str, Any]] = {
-    "frozen features": {"freeze": 5},
-    "all layers": {},
-    "discriminative rates": {"backbone_lr_factor": 0.1},
+# Ways of fine-tuning: what is trained, and at which rates of the head per 1024 images.
+FINETUNING: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "from scratch": ({"epochs": 30, "warmup_epochs": 5.0}, (0.064, 0.256, 1.0)),
+    "frozen features": ({"freeze": 5}, (0.032, 0.128, 0.512)),
+    "all layers": ({}, (0.008, 0.032, 0.128)),
+    "discriminative rates": ({"backbone_lr_factor": 0.1}, (0.064, 0.256, 1.0)),
 }
-_SCRATCH = {"freeze_norms": False, "epochs": 40, "warmup_epochs": 5.0}
 
 
 def _finetune_rates() -> Study:
     """The learning rate of each way of fine-tuning, on a quarter of the training images."""
-    rates = {
-        "frozen features": (0.032, 0.128, 0.512),
-        "all layers": (0.002, 0.004, 0.008, 0.016),
-        "discriminative rates": (0.016, 0.032, 0.064, 0.128),
-    }
     variants = [
         Variant(
-            f"{name}, {rate:g}",
+            f"{way}, {rate:g}",
             "mobilenet_v2",
-            {},
-            {**_TUNED[name], "lr_per_1024": rate},
-            pretrained=True,
+            recipe={**changes, "lr_per_1024": rate},
+            pretrained=way != "from scratch",
         )
-        for name in rates
-        for rate in rates[name]
+        for way, (changes, rates) in FINETUNING.items()
+        for rate in rates
     ]
-    for rate in (0.032, 0.128, 0.512):
-        recipe = {**_SCRATCH, "lr_per_1024": rate}
-        variants.append(Variant(f"from scratch, {rate:g}", "mobilenet_v2", {}, recipe))
-    name, recipe = "finetune_rates", RECIPES["finetune"]
-    settings = {"tuning": True, "held_out_share": 0.25}
-    return Study(
-        name, "fine-tuning", variants[0].value, recipe, tuple(variants), (0, 1), **settings
-    )
+    name, recipe, variants = "finetune_rates", RECIPES["finetune"], tuple(variants)
+    slice_ = {"tuning": True, "held_out_share": 0.25}
+    return Study(name, "fine-tuning", variants[0].value, recipe, variants, (0,), **slice_)
 
 
 STUDIES = {

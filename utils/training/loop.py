@@ -3,6 +3,7 @@
 `fit` takes any classifier from images `[N, 3, H, W]` to logits `[N, num_classes]`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -166,11 +168,10 @@ class Trainer:
                 f"accumulate={recipe.accumulate} must be at most {images}, the images per step of "
                 "a process"
             )
-        if recipe.freeze >= 0 or recipe.freeze_norms or recipe.backbone_lr_factor != 1:
+        if recipe.freeze >= 0 or recipe.backbone_lr_factor != 1:
             if not isinstance(model, Classifier):
                 raise ValueError("freeze and backbone_lr_factor are for a backbones.Classifier")
-            frozen = recipe.freeze if recipe.freeze >= 0 else None
-            model.backbone.freeze(frozen, recipe.freeze_norms)
+            model.backbone.freeze(recipe.freeze if recipe.freeze >= 0 else None)
         if recipe.class_weights and class_images is None:
             raise ValueError("class_weights=True needs class folders: shards are not counted")
         self.device = next(model.parameters()).device
@@ -472,6 +473,55 @@ def make_loaders(
         data.train.train_loader(recipe.batch_size, *options),
         data.val.eval_loader(recipe.batch_size, *options),
     )
+
+
+def has_folded_norms(model: nn.Module) -> bool:
+    """Whether all BatchNorm statistics are a mean of 0 and a variance of 1, as before training.
+
+    Weights with them were converted from a network whose BatchNorm was folded into convolutions.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return bool(norms) and all(
+        norm.running_mean.abs().max() < 1e-6 and (norm.running_var - 1).abs().max() < 1e-3
+        for norm in norms
+    )
+
+
+@torch.no_grad()
+def estimate_norms(model: nn.Module, data: Splits, recipe: Recipe, batches: int = 8) -> int:
+    """Sets the BatchNorm statistics to those of training images; the outputs stay the same.
+
+    Training normalizes by the statistics of a batch. If those of folded weights stood beside them,
+    the first step would change the function, and lose what the network has learned.
+
+    Returns:
+        The number of images.
+    """
+    sums: dict[nn.Module, Any] = collections.defaultdict(lambda: torch.zeros(()))
+
+    def add(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        sums[norm] = sums[norm] + torch.stack(torch.var_mean(inputs[0], (0, 2, 3), correction=0))
+
+    device = next(model.parameters()).device
+    preprocess = Preprocess(device, recipe)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    loader = data.train.train_loader(recipe.batch_size, 0)
+    begin(loader, 0)
+    model.eval()
+    taken = list(itertools.islice(loader, batches))
+    for batch in taken:
+        model(preprocess(batch)[0])
+    for hook in hooks:
+        hook.remove()
+    for norm, total in sums.items():
+        var, mean = total / len(taken)
+        old_std, std = (norm.running_var + norm.eps).sqrt(), (var + norm.eps).sqrt()
+        norm.bias += norm.weight * (mean - norm.running_mean) / old_std
+        norm.weight *= std / old_std
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+    return sum(len(batch.labels) for batch in taken)
 
 
 def fit(
