@@ -152,9 +152,6 @@ def train(args: argparse.Namespace) -> None:
                 f"--weights {args.init_from / 'last.pt'} starts with a new head"
             )
         load_weights(model, args.init_from / "last.pt")
-    if args.weights and loop.has_folded_norms(backbone):
-        count = loop.estimate_norms(model, data, chosen)
-        print(f"BatchNorm is folded in these weights: statistics estimated on {count} images")
     keep_freed_memory()  # every step allocates the same
     settings = {
         "seed": args.seed,

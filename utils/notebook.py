@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backbones import create
 from utils.data import sample
 from utils.data.boxes import open_boxes
 from utils.data.imagenet import check_layout, sort_val
@@ -125,6 +126,14 @@ def checkpoint_file(checkpoint: str | Path) -> Path | None:
     """The complete checkpoint of a run; None for ""."""
     wanted = 'a run\'s checkpoint, or "" to train one'
     return _validate_path("checkpoint", checkpoint, wanted, load_checkpoint)
+
+
+def validate_weights(backbone: str, weights: str, options: dict[str, Any]) -> None:
+    """`weights` is "", a file of the backbone's weights, or a published name."""
+    try:
+        create(backbone, weights=weights or None, **options)
+    except ValueError as error:
+        raise ParameterError(f"weights={weights!r}: {error}") from error
 
 
 def run_folder(output_dir: str | Path, number: str, ours: str) -> Path:

@@ -58,7 +58,12 @@ def plot_curves(rows: list[dict[str, float]] | pd.DataFrame) -> Figure:
 
 
 def plot_bands(
-    table: pd.DataFrame, x: str, panels: Mapping[str, str], x_label: str, by: str = "value"
+    table: pd.DataFrame,
+    x: str,
+    panels: Mapping[str, str],
+    x_label: str,
+    by: str = "value",
+    title: str = "mean, min to max over seeds",
 ) -> Figure:
     """A panel per quantity: a line through the means over seeds, and a band from min to max.
 
@@ -66,6 +71,7 @@ def plot_bands(
         table: a row per `by`, seed and `x`.
         panels: column to the label of its axis.
         by: the column whose values are lines, at most ten, in the order of the table.
+        title: of the legend.
     """
     figure, all_axes = _panels(len(panels), height=3.6)
     for axes, (column, label) in zip(all_axes, panels.items(), strict=True):
@@ -76,7 +82,7 @@ def plot_bands(
             axes.fill_between(over_seeds.index, over_seeds["min"], over_seeds["max"], **band)
         axes.set(xlabel=x_label, ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    _legend(figure, "mean, min to max over seeds")
+    _legend(figure, title)
     return figure
 
 

@@ -132,7 +132,7 @@ def _length() -> Study:
 
 # Ways of fine-tuning: what is trained, and at which rates of the head per 1024 images.
 FINETUNING: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "from scratch": ({"epochs": 30, "warmup_epochs": 5.0}, (0.064, 0.256, 1.0)),
+    "from scratch": ({}, (0.064, 0.256, 1.0)),
     "frozen features": ({"freeze": 5}, (0.032, 0.128, 0.512)),
     "all layers": ({}, (0.008, 0.032, 0.128)),
     "discriminative rates": ({"backbone_lr_factor": 0.1}, (0.064, 0.256, 1.0)),

@@ -31,7 +31,7 @@ from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
 from utils.records import command_line, provenance, write_table
 from utils.training.evaluation import autocast_dtype, dtype_name
-from utils.training.loop import Trainer, estimate_norms, fit, has_folded_norms
+from utils.training.loop import Trainer, fit
 
 HELD_OUT_SHARE = 0.1  # by default every tenth training image of a class, in the order of names
 INTEGERS = ("epochs", "train_crop_px", "test_crop_px", "val_images", "parameters", "threads")
@@ -387,8 +387,6 @@ def train_classifier(
         recipe = replace(recipe, mean=images.mean, std=images.std)
     if report := model.backbone.weights_report:
         config = {**config, "weights_sha256": report.sha256}
-        if has_folded_norms(model.backbone):
-            estimate_norms(model, data, recipe)
     options = {"config": config, "seed": seed, "device": device, "eval_every": eval_every}
     return fit(model, data, recipe, run_dir, **options, quiet=True, catch_signals=False)
 

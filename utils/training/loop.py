@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from backbones.classifier import Classifier
 from utils import distributed
-from utils.cli import Stopped, progress_bar, summarize
+from utils.cli import Stopped, progress_bar, summarize, warn
 from utils.data.folders import STEP_STREAM, Batch, Preprocess, Splits, begin, readable, stream_seed
 from utils.data.transforms import CorruptImageError
 from utils.measure import count_macs, count_parameters
@@ -576,6 +576,10 @@ def fit(
     run_dir, device = Path(run_dir), device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
+    source = model.backbone.weights_report if isinstance(model, Classifier) else None
+    if source and has_folded_norms(model):
+        count = estimate_norms(model.to(device), data, recipe)
+        warn(f"{source.source}: BatchNorm is folded; statistics estimated on {count} images")
     trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, skip_corrupt, **options)
     described = distributed.of_rank_0(lambda: _describe(trainer, data, workers))
     config = {**(config or {}), **described, **options}
