@@ -1,6 +1,7 @@
 """Statistics against paired tests by SciPy and sums by hand, on records made up here."""
 
 import dataclasses
+import math
 
 import pandas as pd
 import pytest
@@ -44,6 +45,25 @@ def costs():
 
 def first_words(column):
     return column.str.split().str[0].tolist()
+
+
+def test_dunnett_against_scipy_and_two_groups():
+    """With one value it is Student's test with pooled variance."""
+    rows = {"base": [50.0, 52.0, 51.0, 53.0, 49.0], "other": [55.0, 54.0, 57.0, 56.0, 53.0]}
+    table = pd.DataFrame(
+        [
+            {"value": value, "seed": seed, "status": "done", "top1": top1}
+            for value, all_top1 in rows.items()
+            for seed, top1 in enumerate(all_top1)
+        ]
+    )
+    found = statistics.compare_by_dunnett(table, "base", "top1").loc["other"]
+    expected = stats.ttest_ind(rows["other"], rows["base"]).confidence_interval()
+    assert found.difference == pytest.approx(4)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert found.verdict == "higher"
+    error = math.sqrt(2.5 * 2 / 5)  # both groups have a variance of 2.5
+    assert found.detectable == pytest.approx((expected.high - 4) + 0.8416 * error, abs=0.03)
 
 
 def test_intervals_are_those_of_the_paired_t_test():

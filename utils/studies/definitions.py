@@ -138,6 +138,13 @@ FINETUNING: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "discriminative rates": ({"backbone_lr_factor": 0.1}, (0.064, 0.256, 1.0)),
 }
 
+BEST_RATES = {
+    "from scratch": 0.256,
+    "frozen features": 0.128,
+    "all layers": 0.032,
+    "discriminative rates": 0.256,
+}
+
 
 def _finetune_rates() -> Study:
     """The learning rate of each way of fine-tuning, on a quarter of the training images."""
@@ -156,11 +163,26 @@ def _finetune_rates() -> Study:
     return Study(name, "fine-tuning", variants[0].value, recipe, variants, (0,), **slice_)
 
 
+def _finetune() -> Study:
+    """Ways of fine-tuning, each at the best rate of `_finetune_rates`."""
+    variants = [
+        Variant(
+            way,
+            "mobilenet_v2",
+            recipe={**FINETUNING[way][0], "lr_per_1024": rate},
+            pretrained=way != "from scratch",
+        )
+        for way, rate in BEST_RATES.items()
+    ]
+    name, recipe = "finetune", RECIPES["finetune"]
+    return Study(name, "fine-tuning", "frozen features", recipe, tuple(variants), FIVE)
+
+
 STUDIES = {
     study.name: study
     for study in (
         *(_initialization(), _learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
-        *(_add_one(), _fixres(), _length(), _finetune_rates()),
+        *(_add_one(), _fixres(), _length(), _finetune_rates(), _finetune()),
     )
 }
 

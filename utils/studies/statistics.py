@@ -58,6 +58,29 @@ def compare(table: pd.DataFrame, baseline: str | int, column: str) -> pd.DataFra
     return found.assign(verdict=verdict.mask(n < 2, "too few seeds"))
 
 
+def compare_by_dunnett(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
+    """Differences to the baseline by Dunnett's test, whose intervals hold together.
+
+    It pools the variance over all values and pays for their number; seeds are not paired.
+
+    Returns:
+        As `compare`, and `detectable`: the difference that the study would have found with a
+        probability of 80 %, to a normal approximation.
+    """
+    groups = {key: rows[column] for key, rows in finished(table).groupby("value", sort=False)}
+    control = groups.pop(baseline)
+    result = stats.dunnett(*groups.values(), control=control, random_state=0)
+    low, high = result.confidence_interval(0.95)
+    found = pd.DataFrame({"low": low, "high": high}, index=pd.Index(groups, name="value"))
+    found["difference"] = [values.mean() - control.mean() for values in groups.values()]
+    found["n"] = [min(len(values), len(control)) for values in groups.values()]
+    error = found.difference / result.statistic
+    found["detectable"] = (high - low) / 2 + stats.norm.ppf(0.8) * error
+    verdict = pd.Series("no difference seen", found.index)
+    verdict[found.low > 0], verdict[found.high < 0] = "higher", "lower"
+    return found.assign(verdict=verdict)
+
+
 def differences(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Differences of top-1 accuracy to the study's baseline, in points, as `compare` gives them.
 
@@ -239,6 +262,20 @@ def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     """Training at the smaller size compared with training at the larger one, per test size."""
     table = read_study("fixres", results).rename(columns={"test_crop_px": "test crop (px)"})
     return pairs_table(table, "test crop (px)", STUDIES["fixres"].top1_column)
+
+
+def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Each way of fine-tuning: its learning rate, accuracy, difference and time."""
+    study, table = STUDIES["finetune"], read_study("finetune", results)
+    groups, column = table.groupby("value", sort=False), study.top1_column
+    found = compare_by_dunnett(table, study.baseline, column)
+    rates = {each.value: study.recipe_of(each).lr_per_1024 for each in study.variants}
+    means = groups[column].agg(mean_std).to_frame("top-1 (%)")
+    means.insert(0, "rate per 1024", means.index.map(rates))
+    shown = _table(means, found, groups.size(), study.factor)
+    detectable = shown[study.factor].map(found.detectable)
+    shown["detectable"] = detectable.map("{:.1f}".format).replace("nan", "")
+    return shown.assign(seconds=groups.time_s.median().round().astype(int).to_numpy())
 
 
 def initialization_table(results: Path = RESULTS) -> pd.DataFrame:

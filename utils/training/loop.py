@@ -515,7 +515,7 @@ def estimate_norms(model: nn.Module, data: Splits, recipe: Recipe, batches: int 
     for hook in hooks:
         hook.remove()
     for norm, total in sums.items():
-        var, mean = total / len(taken)
+        var, mean = distributed.sum_over_processes(total) / len(taken) / distributed.world_size()
         old_std, std = (norm.running_var + norm.eps).sqrt(), (var + norm.eps).sqrt()
         norm.bias += norm.weight * (mean - norm.running_mean) / old_std
         norm.weight *= std / old_std
