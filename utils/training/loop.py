@@ -509,7 +509,7 @@ def estimate_norms(model: nn.Module, data: Splits, recipe: Recipe, batches: int 
     loader = data.train.train_loader(recipe.batch_size, 0)
     begin(loader, 0)
     model.eval()
-    taken = list(itertools.islice(loader, batches))
+    taken = [batch for batch in itertools.islice(loader, batches) if len(batch.labels)]
     for batch in taken:
         model(preprocess(batch)[0])
     for hook in hooks:
