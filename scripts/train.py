@@ -127,7 +127,8 @@ def start(args: argparse.Namespace, chosen: Recipe) -> tuple[Backbone, dict[str,
         config["init_from"] = str(args.init_from)
     torch.manual_seed(args.seed)
     backbone = create(config["backbone"], weights=weights, **config["options"])
-    if weights:
+    if weights:  # published ones bring options
+        config["options"] = backbone.options
         config["weights_sha256"] = backbone.weights_report.sha256
     return backbone, config
 

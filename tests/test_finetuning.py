@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from helpers import SMALL, TINY, assert_same_run, run
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import mobilenet_v2
 
 from backbones import create, create_classifier
 from backbones.classifier import Classifier
+from backbones.pretrained import published
 from utils.data.folders import Preprocess, open_folders
 from utils.training.checkpoint import load_checkpoint, load_trained
 from utils.training.loop import (
@@ -151,6 +153,24 @@ def test_the_normalization_of_weights_is_used_and_kept(folders, tmp_path):
     assert run("train.py", *again, "--weights", first / "last.pt") == 0
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (config["recipe"]["mean"], config["recipe"]["std"]) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_published_weights_bring_options_to_the_run(folders, tmp_path, monkeypatch):
+    """Its checkpoint makes the same network. The file, of which no hash is known, is made here."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    row = published("vovnet39")["timm.ra_in1k"]
+    path = tmp_path / "hub" / "checkpoints" / row.file_name
+    path.parent.mkdir(parents=True)
+    save_file(create("vovnet39", **row.options).state_dict(), path)
+    args = ["--data-dir", folders, *TUNE, "--epochs", 1, "--warmup-epochs", 0, "--freeze", 4]
+    args += ["--backbone", "vovnet39", "--weights", "timm.ra_in1k", "--output-dir", tmp_path / "x"]
+    assert run("train.py", *args) == 0
+    trained = load_trained(tmp_path / "x" / "last.pt")
+    assert trained.ema.backbone.options.items() >= row.options.items()
+    source = create("vovnet39", weights="timm.ra_in1k").eval()
+    images = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(trained.ema.backbone(images), source(images), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_run_is_started_from_resumes_and_refuses_others(folders, weights, tmp_path, capsys):

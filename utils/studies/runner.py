@@ -386,7 +386,7 @@ def train_classifier(
     if images := model.backbone.preprocessing:
         recipe = replace(recipe, mean=images.mean, std=images.std)
     if report := model.backbone.weights_report:
-        config = {**config, "weights_sha256": report.sha256}
+        config = {**config, "options": model.backbone.options, "weights_sha256": report.sha256}
     options = {"config": config, "seed": seed, "device": device, "eval_every": eval_every}
     return fit(model, data, recipe, run_dir, **options, quiet=True, catch_signals=False)
 

@@ -98,7 +98,8 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
         json.loads(json.dumps({**each, "recipe": {**defaults, **each.get("recipe", {})}}))
         for each in (found, config)
     )  # in JSON tuples are lists
-    for key in ["recipe", *sorted(found.keys() | config.keys())]:  # others follow from the recipe
+    keys = ["recipe", "weights_sha256", *sorted(found.keys() | config.keys())]
+    for key in keys:  # others follow from the first two
         old, new = found.get(key), config.get(key)
         if key in PROVENANCE or old == new:
             continue
