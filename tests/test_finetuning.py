@@ -140,7 +140,7 @@ def test_a_split_is_held_out_where_there_is_no_val(folders, tmp_path):
     assert found[0].val.names.tolist() == found[1].val.names.tolist()
     with pytest.raises(ValueError, match="omit --val-share"):
         open_folders(folders, TINY, val_share=0.25)
-    with pytest.raises(ValueError, match=r"--val-share 0\.2 holds out"):
+    with pytest.raises(ValueError, match=r"with --val-share 0\.2 a folder of images"):
         open_folders(tmp_path / "a", TINY)
 
 

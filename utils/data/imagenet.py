@@ -237,8 +237,8 @@ def check_layout(data_dir: str | Path, splits: Sequence[str] = ("train", "val"))
         folder = Path(data_dir) / split
         if not folder.is_dir():
             hint = "; shards are given by a brace pattern" * any(Path(data_dir).glob("*.tar"))
-            if split == "val" != splits[0]:
-                hint += "; --val-share 0.2 holds out a fifth of the training images"
+            if len(splits) == 2:
+                hint += "; with --val-share 0.2 a folder of images per class is enough"
             raise LayoutError(f"{folder} is missing: {data_dir} must hold {wanted}{hint}")
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes[split] = {entry.name for entry in entries if entry.is_dir()}
