@@ -35,8 +35,8 @@ class Backbone(nn.Module):
         left_out: prefixes of the complete network's keys that this network does not have.
         architecture: the name that `backbones.create` made it by.
         weights_report: the `backbones.weights.Report` of the weights loaded last, None before.
-        preprocessing: what published weights expect of images, a
-            `backbones.pretrained.Preprocessing`; None for other weights.
+        preprocessing: what the weights expect of images, a `backbones.pretrained.Preprocessing`;
+            None where it is not known.
     """
 
     stem_gives_map = False

@@ -46,6 +46,25 @@ class Preprocessing(NamedTuple):
         """The shorter side from which the evaluation crop is cut."""
         return int(self.test_px / self.crop_share + 1e-6)
 
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> "Preprocessing":
+        """That of the fields of a recipe, `utils.recipe.Recipe`."""
+        crop_px, norm = recipe["eval_crop_px"], (tuple(recipe["mean"]), tuple(recipe["std"]))
+        crop_share = crop_px / recipe["eval_resize_px"]
+        return cls(
+            *norm, recipe.get("train_crop_px"), crop_px, crop_share, recipe["eval_interpolation"]
+        )
+
+    def as_recipe(self) -> dict[str, Any]:
+        """The fields of a recipe that it decides."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "eval_resize_px": self.resize_px,
+            "eval_crop_px": self.test_px,
+            "eval_interpolation": self.interpolation,
+        }
+
 
 class Published(NamedTuple):
     """A published file: the `options` that it needs, its ImageNet top-1 at `test_px`.

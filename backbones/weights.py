@@ -1,14 +1,15 @@
 """Loads weights from files, by name or from state dicts into a backbone or a classifier.
 
 Some options change what a network computes but not its keys, such as the activation. A backbone's
-state dict records them in its `_metadata`, which `torch.save` keeps; these, or those of a format
-or a published file, are compared with the network's.
+state dict records them in its `_metadata`, which `torch.save` keeps, and `utils.exporting` in a
+safetensors file; these, or those of a format or a published file, are compared with the network's.
 """
 
 import argparse
 import functools
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -189,9 +190,7 @@ def _parse(data: bytes, suffix: str) -> Any:
     """What a PyTorch or safetensors file holds."""
     try:
         if suffix.lower() == ".safetensors":
-            from safetensors.torch import load
-
-            return load(data)
+            return _read_safetensors(data)
         # torchvision's and timm's training scripts save their arguments, which are values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -201,6 +200,22 @@ def _parse(data: bytes, suffix: str) -> Any:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"loading {code[1]} could run code" if code else "damaged or of another kind"
         raise WeightsError(f"not a file of weights, {reason}; save a state dict") from error
+
+
+def _read_safetensors(data: bytes) -> Any:
+    """The state dict, with the config that `utils.exporting` records as in a run's checkpoint."""
+    from safetensors.torch import load
+
+    state = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    recorded = header.get("__metadata__", {})
+    if not recorded.keys() >= {"backbone", "options"}:  # another project's
+        return state
+    decoded = ("options", "mean", "std", "eval_resize_px", "eval_crop_px")
+    fields = {key: json.loads(recorded[key]) for key in decoded if key in recorded}
+    config = {"options": fields["options"], "recipe": {**recorded, **fields}}
+    _run_preprocessing({"config": config})  # what is malformed is an error of the file
+    return {"config": config, "weights": state}
 
 
 def _pick(
@@ -248,20 +263,11 @@ def _run_options(content: Mapping[str, Any], backbone: Backbone) -> Mapping[str,
 
 
 def _run_preprocessing(content: Any) -> Preprocessing | None:
-    """That of a run's checkpoint; None for other files and for runs that did not record it."""
+    """That of a run's checkpoint or an exported file; None where it is not recorded."""
     config = content.get("config") if isinstance(content, Mapping) else None
     recipe = config.get("recipe") if isinstance(config, Mapping) else None
-    if not isinstance(recipe, Mapping) or "mean" not in recipe:
-        return None
-    size_px = recipe["eval_crop_px"]
-    return Preprocessing(
-        tuple(recipe["mean"]),
-        tuple(recipe["std"]),
-        recipe["train_crop_px"],
-        size_px,
-        size_px / recipe["eval_resize_px"],
-        recipe["eval_interpolation"],
-    )
+    is_known = isinstance(recipe, Mapping) and "mean" in recipe
+    return Preprocessing.from_recipe(recipe) if is_known else None
 
 
 def _match(

@@ -1,27 +1,31 @@
-"""Exports a backbone to ONNX or torch.export's .pt2, one output per map: stride_2, stride_4, ...
+"""Exports a backbone, or with --classifier the whole network, to the format of --output's suffix.
 
     python scripts/export.py --checkpoint runs/NAME/last.pt --output net.onnx
-    python scripts/export.py --checkpoint runs/NAME/last.pt --classifier --output net.pt2
+    python scripts/export.py --checkpoint runs/NAME/last.pt --classifier --output net.safetensors
     python scripts/export.py --backbone resnet50 --weights IMAGENET1K_V2 --output resnet50.onnx \\
-        --option out_indices=2,3,4
+        --option out_indices=2,3,4 --fp16 --shape 1 640 640
 
-A checkpoint gives its EMA weights. The network takes float32 images [batch, channels, height,
-width] of any batch and of any size above 32 pixels. Networks of this project and of torchvision
-expect RGB from 0 to 1, minus the mean (0.485, 0.456, 0.406), divided by the standard deviation
-(0.229, 0.224, 0.225).
+.onnx needs the packages onnx, onnxscript and onnxruntime; .pt2 is torch.export's; .xml, with its
+weights in .bin, is OpenVINO's and needs openvino; .safetensors holds the weights alone, for
+--weights. A checkpoint gives its EMA weights.
 
-The file is read back by ONNX Runtime or torch.export and compared with its source at other batch
-and image sizes. Existing files are replaced only with --overwrite. ONNX needs the packages onnx,
-onnxscript and onnxruntime.
+The network takes float32 images [batch, channels, height, width] of any batch and of any size above
+32 pixels, or of --shape, and gives one output per map (stride_2, stride_4, ...), or logits. The
+file's metadata has the backbone and its options, strides, channels, classes and, where it is known,
+what the weights expect of images: RGB from 0 to 1, minus mean, divided by std.
+
+The file is read back and compared with its source, at other batch and image sizes unless --shape
+is given. Existing files are replaced only with --overwrite.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import DataError, Parser, backbone_option, exit_code
+from utils.cli import DataError, Parser, exit_code, int_at_least
 
 # isort: split
 import torch
@@ -32,48 +36,58 @@ from backbones.classifier import Classifier
 from backbones.deploy import NamedOutputs
 from backbones.weights import WeightsError
 from utils import exporting
-from utils.training.checkpoint import load_trained
+from utils.data.imagenet import class_names
+from utils.training.checkpoint import add_network_arguments, load_trained, open_network
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", type=Path, help="last.pt of a run of scripts/train.py")
-    source.add_argument("--backbone", help="a name of backbones.list_models()")
+    add_network_arguments(parser)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="PATH", help="a new .onnx or .pt2 file")
-    add("--weights", help="weights of --backbone: a file, or a name of torchvision's")
-    add("--option", action="append", default=[], type=backbone_option, metavar="KEY=VALUE",
-        help="an option of the backbone, such as act=mish; repeatable")  # fmt: skip
-    add("--classifier", action="store_true", help="export the classifier of --checkpoint")
+    add("--output", type=Path, required=True, metavar="PATH",
+        help=f"a new file that ends in {' or '.join(exporting.FORMATS)}")  # fmt: skip
+    add("--classifier", action="store_true", help="export the head, too")
+    add("--shape", nargs=3, type=int_at_least(1), metavar=("N", "HEIGHT", "WIDTH"),
+        help="of all images (default: any)")  # fmt: skip
+    add("--opset", type=int_at_least(1), help="of ONNX (default: PyTorch's)")
+    add("--fp16", action="store_true", help="weights in half precision; images and outputs stay "
+        "float32")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     if args.weights and args.checkpoint:
         parser.error("--weights is for --backbone; a checkpoint has its own")
-    if args.classifier and (args.backbone or args.option):
-        parser.error("--classifier is for --checkpoint without --option")
+    if args.class_names and not args.classifier:
+        parser.error("--class-names is for --classifier")
     return args
 
 
-def open_network(args: argparse.Namespace) -> Backbone | Classifier:
+def open_source(args: argparse.Namespace) -> tuple[Backbone | Classifier, dict[str, Any]]:
+    """The network and the metadata of its classes."""
+    device = torch.device("cpu")
+    if args.classifier:
+        trained = open_network(args, device)
+        names = class_names(trained.classes, args.class_names)
+        return trained.ema, {"classes": trained.classes, "class_names": names}
     if args.checkpoint:
-        trained = load_trained(args.checkpoint, torch.device("cpu"))
-        if args.classifier:
-            return trained.ema
+        trained = load_trained(args.checkpoint, device)
         options = {**trained.options, **dict(args.option)}
-        return backbones.create(trained.backbone, weights=trained.ema.state_dict(), **options)
-    try:
-        return backbones.create(args.backbone, weights=args.weights, **dict(args.option))
-    except WeightsError as error:
-        if Path(args.weights).exists():  # the file is wrong, not the option
-            raise DataError(str(error)) from error
-        raise
+        net = backbones.create(trained.backbone, weights=trained.ema.state_dict(), **options)
+        net.preprocessing = trained.ema.backbone.preprocessing
+        return net, {}
+    return backbones.create(args.backbone, weights=args.weights, **dict(args.option)), {}
 
 
 def export(args: argparse.Namespace) -> None:
-    source = NamedOutputs(open_network(args)).eval()
-    source.to(memory_format=torch.contiguous_format)  # the layout of both formats
-    print(exporting.export(source, args.output, overwrite=args.overwrite))
+    try:
+        net, classes = open_source(args)
+    except WeightsError as error:
+        if args.weights and Path(args.weights).exists():  # the file is wrong, not the option
+            raise DataError(str(error)) from error
+        raise
+    metadata = {**exporting.describe(net), **classes}
+    settings = {key: getattr(args, key) for key in ("overwrite", "shape", "opset", "fp16")}
+    source = NamedOutputs(net).eval().to(memory_format=torch.contiguous_format)  # the files' layout
+    print(exporting.export(source, args.output, metadata=metadata, **settings))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import ROOT, SMALL, mounted, run, small_disk
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from backbones import create_classifier
 from backbones.weights import load_weights
@@ -134,6 +136,29 @@ def test_export_of_a_backbone_by_name_and_weights(trained, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["net.onnx"]
 
 
+def test_export_of_a_classifiers_weights_alone(trained, tmp_path):
+    """With the sizes of the recipe; then again from that file, with other names of the classes."""
+    names, paths = tmp_path / "names.txt", [tmp_path / f"{name}.safetensors" for name in "ab"]
+    names.write_text("ant\nbee\ncat\n")
+    args = ["--checkpoint", trained / "last.pt", "--classifier", "--output", paths[0]]
+    assert run("export.py", *args) == 0
+    assert paths[0].stat().st_size < (trained / "last.pt").stat().st_size / 2.5
+    args = ["--backbone", "cspdarknet19", "--option", "width=0.125", "--weights", paths[0]]
+    args += ["--classifier", "--class-names", names, "--output", paths[1]]
+    assert run("export.py", *args) == 0
+    found = []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            found.append(file.metadata())
+    assert (found[0]["eval_resize_px"], found[0]["eval_crop_px"]) == ("36", "32")
+    classes = json.loads((trained / "config.json").read_text())["classes"]
+    assert [json.loads(each.pop("classes")) for each in found] == [classes, ["ant", "bee", "cat"]]
+    assert found[0].pop("class_names") != found[1].pop("class_names")
+    assert found[0] == found[1]
+    states = [load_file(path) for path in paths]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 
@@ -218,7 +243,11 @@ MISTAKES = {
         None, "train.py", [*TRAIN, "--option", "act=tanh"], 2, "act='tanh' must be one of"
     ),
     "option": (None, "export.py", [*BY_NAME, "--option", "[2]"], 2, "must be KEY=VALUE, such as"),
-    "head": (None, "export.py", [*BY_NAME, "--classifier"], 2, "--classifier is for --checkpoint"),
+    "head": (None, "export.py", [*BY_NAME, "--classifier"], 2, "cspdarknet19 needs --weights"),
+    "words of no head": (
+        None, "export.py", [*BY_NAME, "--class-names", "words.csv"], 2, "is for --classifier"
+    ),
+    "opset": (None, "export.py", [*BY_NAME, "--opset", 18], 2, "--opset is for .onnx alone"),
     "shards": (
         None, "make_shards.py", ["--data-dir", "x", "--output-dir", "new"], 2, "x is not a folder"
     ),

@@ -28,6 +28,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from backbones import create_classifier
+from backbones.pretrained import Preprocessing
 from utils import distributed
 from utils.cli import DataError, backbone_option, summarize, unicode_hint
 from utils.data.imagenet import read_class_names
@@ -225,6 +226,7 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
         config = {key: checkpoint["config"][key] for key in ("backbone", "options", "classes")}
         recipe = Recipe(**checkpoint["config"]["recipe"])
         model = create_classifier(config["backbone"], len(config["classes"]), **config["options"])
+        model.backbone.preprocessing = Preprocessing.from_recipe(dataclasses.asdict(recipe))
         ema = AveragedModel(model, use_buffers=True)
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
@@ -266,14 +268,7 @@ def load_published(
         raise DataError(f"{class_names}: {len(names)} classes, the weights have {count}")
     recipe = Recipe(precision="float32", eval_resize_px=256, eval_crop_px=224)
     if images := model.backbone.preprocessing:
-        recipe = dataclasses.replace(
-            recipe,
-            mean=images.mean,
-            std=images.std,
-            eval_resize_px=images.resize_px,
-            eval_crop_px=images.test_px,
-            eval_interpolation=images.interpolation,
-        )
+        recipe = dataclasses.replace(recipe, **images.as_recipe())
     device, sha256 = device or distributed.pick_device(), model.backbone.weights_report.sha256
     (model,) = _prepare(recipe, device, model)
     return Trained(model, model, backbone, model.backbone.options, names, recipe, device, sha256)
