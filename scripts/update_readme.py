@@ -51,6 +51,8 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
         "recipe": statistics.recipe_table(),
         "fixres": statistics.fixres_table(),
         "length": statistics.length_table(),
+        "finetune": statistics.finetune_table(),
+        "transfer": statistics.transfer_table(),
         "detection": statistics.detection_table(statistics.read_detection()),
     }
     costs = statistics.read_costs(224)
