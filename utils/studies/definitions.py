@@ -132,17 +132,17 @@ def _length() -> Study:
 
 # Ways of fine-tuning: what is trained, and at which rates of the head per 1024 images.
 FINETUNING: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "from scratch": ({}, (0.064, 0.256, 1.0)),
+    "from scratch": ({}, (0.064, 0.256, 1.0, 4.0)),
     "frozen features": ({"freeze": 5}, (0.032, 0.128, 0.512)),
     "all layers": ({}, (0.008, 0.032, 0.128)),
-    "discriminative rates": ({"backbone_lr_factor": 0.1}, (0.064, 0.256, 1.0)),
+    "discriminative rates": ({"backbone_lr_factor": 0.1}, (0.016, 0.064, 0.256, 1.0)),
 }
 
 BEST_RATES = {
-    "from scratch": 0.256,
+    "from scratch": 1.0,
     "frozen features": 0.128,
     "all layers": 0.032,
-    "discriminative rates": 0.256,
+    "discriminative rates": 0.064,
 }
 
 
