@@ -93,7 +93,8 @@ def create_classifier(
         return Classifier(backbone, num_classes)
     report = backbone.weights_report
     if report is None or report.classes is None:
-        raise ValueError(f"num_classes is needed: there is no head in weights={weights!r}")
+        given = "a state dict" if isinstance(weights, Mapping) else repr(weights)
+        raise ValueError(f"weights={given}: no head; num_classes adds a new one, to be trained")
     classifier = Classifier(backbone, report.classes)
     load_weights(classifier, weights)
     return classifier

@@ -24,7 +24,13 @@ from backbones.layers import ConvNormAct
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be found, verified or matched; the message says what would be right."""
+    """Weights that cannot be found, verified or matched; the message says what would be right.
+
+    Attributes:
+        is_bad_file: whether there is a file, which is at fault.
+    """
+
+    is_bad_file = False
 
 
 class Format(NamedTuple):

@@ -66,6 +66,10 @@ class Preprocessing(NamedTuple):
         }
 
 
+# Darknet's classifiers take RGB from 0 to 1; darknet53.cfg has 256 pixels.
+DARKNET = Preprocessing((0.0,) * 3, (1.0,) * 3, 256, 256, 1.0)
+
+
 class Published(NamedTuple):
     """A published file: the `options` that it needs, its ImageNet top-1 at `test_px`.
 

@@ -28,7 +28,7 @@ from backbones import formats
 from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.formats import WeightsError
-from backbones.pretrained import Preprocessing, Published, download, published
+from backbones.pretrained import DARKNET, Preprocessing, Published, download, published
 
 _logger = logging.getLogger(__name__)
 # The first key of each format with a prefix before it.
@@ -54,6 +54,7 @@ class Report:
         missing, unexpected, misshaped: keys that do not match, misshaped ones with both shapes.
         differing: recorded options, by name, that are not the module's.
         classes: number of classes of the source's head, None without one.
+        class_names: their names, in the order of the logits, where the source records them.
     """
 
     source: str
@@ -67,6 +68,7 @@ class Report:
     misshaped: tuple[str, ...]
     differing: Mapping[str, Any]
     classes: int | None
+    class_names: tuple[str, ...] | None
 
     @property
     def complete(self) -> bool:
@@ -138,14 +140,23 @@ def load_weights(
             picked, recorded = _pick(content, entry, prefix)
             form, state, options = formats.convert(picked)
             options = {**options, **(recorded or _run_options(content, backbone))}
-        report, tensors = _match(module, backbone, state, options, (name, form, digest))
+        config = content.get("config") if isinstance(content, Mapping) else None
+        config = config if isinstance(config, Mapping) else {}
+        origin = (name, form, digest), config.get("classes")
+        report, tensors = _match(module, backbone, state, options, *origin)
         if not report.loaded or (strict and not report.complete):
             raise WeightsError("; ".join([f"do not match: {report}", *_hints(report, state)]))
     except (WeightsError, OSError) as error:
-        raise WeightsError(f"{name}: {error}") from error
+        failure = WeightsError(f"{name}: {error}")
+        failure.is_bad_file = isinstance(source, (str, os.PathLike)) and os.path.isfile(source)
+        raise failure from error
     module.load_state_dict(tensors, strict=False)
     backbone.weights_report = report
-    backbone.preprocessing = row.preprocessing if row else _run_preprocessing(content)
+    if row is None and digest:  # a file of the table under another name
+        rows = published(backbone.architecture).values()
+        row = next((each for each in rows if each.sha256 and digest.startswith(each.sha256)), None)
+    recorded = DARKNET if form == "Darknet" else _run_preprocessing(config)
+    backbone.preprocessing = row.preprocessing if row else recorded
     _logger.info("%s: %s", name, report)
     if row and not row.sha256:
         _print_once(f"{row.file_name}: SHA-256 {digest}; none is published")
@@ -211,10 +222,11 @@ def _read_safetensors(data: bytes) -> Any:
     recorded = header.get("__metadata__", {})
     if not recorded.keys() >= {"backbone", "options"}:  # another project's
         return state
-    decoded = ("options", "mean", "std", "eval_resize_px", "eval_crop_px")
+    decoded = ("options", "classes", "mean", "std", "eval_resize_px", "eval_crop_px")
     fields = {key: json.loads(recorded[key]) for key in decoded if key in recorded}
     config = {"options": fields["options"], "recipe": {**recorded, **fields}}
-    _run_preprocessing({"config": config})  # what is malformed is an error of the file
+    config["classes"] = fields.get("classes")
+    _run_preprocessing(config)  # what is malformed is an error of the file
     return {"config": config, "weights": state}
 
 
@@ -262,10 +274,9 @@ def _run_options(content: Mapping[str, Any], backbone: Backbone) -> Mapping[str,
     return {**backbone.keywords(), **options} if isinstance(options, Mapping) else {}
 
 
-def _run_preprocessing(content: Any) -> Preprocessing | None:
+def _run_preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
     """That of a run's checkpoint or an exported file; None where it is not recorded."""
-    config = content.get("config") if isinstance(content, Mapping) else None
-    recipe = config.get("recipe") if isinstance(config, Mapping) else None
+    recipe = config.get("recipe")
     is_known = isinstance(recipe, Mapping) and "mean" in recipe
     return Preprocessing.from_recipe(recipe) if is_known else None
 
@@ -276,6 +287,7 @@ def _match(
     state: dict[str, Tensor],
     options: Mapping[str, Any],
     origin: tuple[str, str, str | None],
+    class_names: list[str] | None,
 ) -> tuple[Report, dict[str, Tensor]]:
     """The report, which begins with `origin`, and the tensors to load under the module's keys."""
     state = dict(state)
@@ -306,6 +318,7 @@ def _match(
         misshaped=tuple(f"{k} {a}, here {b}" for k, (a, b) in known.items() if a != b),
         differing={k: v for k, v in options.items() if own.get(k, v) != v and k not in _ADAPTED},
         classes=heads[-1] if heads else None,
+        class_names=tuple(class_names) if heads and class_names else None,
     )
     for key, value in tensors.items():
         if not value.float().isfinite().all() or ("running_var" in key and value.min() < 0):

@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, required=True, help="folder with train/ and val/")
     add("--runs-dir", type=Path, default=Path("runs/studies"), help="default: %(default)s")
     add("--output", type=Path, help="the CSV (default: the repository's results/study_<study>.csv)")
-    add("--weights", help="of variants that start from some: a file, or a published name")
+    add("--weights", help="for studies of fine-tuning: a file, or a published name")
     add("--processes", type=int, help="runs at a time (default: one, or one per device)")
     add("--seeds", type=int, help="the first seeds of the study, how many (default: all)")
     add("--devices", default="", help="assigned to the runs in turn, such as cuda:0,cuda:1")

@@ -5,9 +5,9 @@
     python scripts/evaluate.py --backbone resnet50 --weights IMAGENET1K_V2 --data-dir DIR
 
 DIR/val holds a folder per class, for ImageNet's weights one named by its wnid. If these are some
-of the network's classes, it chooses among them alone. A run is evaluated as its recipe says,
-published weights as theirs say, and other weights in float32 on images resized to 256 pixels and
-cropped to 224. --output writes the accuracy of each class.
+of the network's classes, it chooses among them alone. Sizes and normalization are those of the run
+or of the published weights. For other weights images are resized to 256 pixels, cropped to 224 and
+normalized with ImageNet's mean and deviation, in float32. --output writes the accuracy per class.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import Parser, exit_code, int_at_least
+from utils.cli import Parser, exit_code, int_at_least, share
 
 # isort: split
 from utils.data.imagenet import class_names
@@ -31,7 +31,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_network_arguments(parser)
     add = parser.add_argument
     add("--data-dir", required=True, help="folder with val/, or shards: a brace pattern")
-    add("--size", type=int_at_least(1), help="side of the center crop (default: as trained)")
+    add("--val-share", type=share, default=0.0, metavar="SHARE", help="evaluate on the images that "
+        "scripts/train.py held out with the same --val-share")  # fmt: skip
+    add("--size", type=int_at_least(1), help="side of the center crop (default: that of the run or "
+        "the weights, else 224)")  # fmt: skip
     add("--workers", type=int_at_least(0), default=1, help="decoding processes (default: 1)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="skip and list unreadable images")
@@ -45,10 +48,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> None:
     trained = open_network(args, pick_device(args.device))
+    words = dict(zip(trained.classes, class_names(trained.classes, args.class_names), strict=True))
     results, classes, skipped = evaluate_trained(
         trained,
         args.data_dir,
         size_px=args.size,
+        val_share=args.val_share,
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
     )
@@ -63,11 +68,10 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     if args.output is None:
         return
-    names = class_names(classes, args.class_names)
     rows = [
-        {"weights": weights, "class": folder, "name": name, **row}
+        {"weights": weights, "class": name, "name": words[name], **row}
         for weights, result in results.items()
-        for folder, name, row in zip(classes, names, result.pop("classes"), strict=True)
+        for name, row in zip(classes, result.pop("classes"), strict=True)
     ]
     if args.output.suffix == ".csv":
         write_table(args.output, rows)

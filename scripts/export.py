@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import DataError, Parser, exit_code, int_at_least
+from utils.cli import Parser, exit_code, int_at_least
 
 # isort: split
 import torch
@@ -34,7 +34,6 @@ import backbones
 from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.deploy import NamedOutputs
-from backbones.weights import WeightsError
 from utils import exporting
 from utils.data.imagenet import class_names
 from utils.training.checkpoint import add_network_arguments, load_trained, open_network
@@ -78,16 +77,13 @@ def open_source(args: argparse.Namespace) -> tuple[Backbone | Classifier, dict[s
 
 
 def export(args: argparse.Namespace) -> None:
-    try:
-        net, classes = open_source(args)
-    except WeightsError as error:
-        if args.weights and Path(args.weights).exists():  # the file is wrong, not the option
-            raise DataError(str(error)) from error
-        raise
+    net, classes = open_source(args)
     metadata = {**exporting.describe(net), **classes}
     settings = {key: getattr(args, key) for key in ("overwrite", "shape", "opset", "fp16")}
     source = NamedOutputs(net).eval().to(memory_format=torch.contiguous_format)  # the files' layout
     print(exporting.export(source, args.output, metadata=metadata, **settings))
+    if not (args.checkpoint or args.weights):
+        print("its weights are random: --weights was not given")
 
 
 def main(argv: list[str] | None = None) -> int:

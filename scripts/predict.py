@@ -13,6 +13,7 @@ the most likely class first; "name" is the words, or the class again.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone befor
 from utils.cli import DataError, Parser, exit_code, int_at_least, printable, summarize, warn
 
 # isort: split
+from utils.data import folders
 from utils.data.imagenet import IMAGE_SUFFIXES, class_names
 from utils.distributed import pick_device
 from utils.training.checkpoint import add_network_arguments, open_network
@@ -35,7 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file, "
         "or a folder of them")  # fmt: skip
-    add("--size", type=int_at_least(1), help="side of the center crop (default: as trained)")
+    add("--size", type=int_at_least(1), help="side of the center crop (default: that of the run or "
+        "the weights, else 224)")  # fmt: skip
     add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--skip-corrupt", action="store_true", help="skip and list unreadable images")
     add("--json", action="store_true", help="print JSON")
@@ -49,13 +52,13 @@ def find_images(paths: list[str]) -> list[str]:
         if not Path(path).is_dir():
             found.append(path)
             continue
-        files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-        images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+        images, left_out = folders.find_images(Path(path), top=True)
         if not images:
             raise DataError(f"{path}: no image in this folder; names end in {IMAGE_SUFFIXES}")
-        if others := sorted({*files} - {*images}):
-            warn(f"{path}: left out, as not named like images: {summarize(others)}")
-        found += images
+        if left_out:
+            warn(f"{path}: left out, as not named like images, or hidden: {summarize(left_out)}")
+        names = sorted(os.fsdecode(name) for part in images.values() for name in part.tolist())
+        found += [os.path.join(path, name) for name in names]
     return found
 
 

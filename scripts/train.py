@@ -25,32 +25,27 @@ SIGINT or SIGTERM saves and stops; the same signal again interrupts at once.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import DataError, Parser, backbone_option, exit_code, int_at_least, summarize
+from utils.cli import DataError, Parser, backbone_option, exit_code, int_at_least, share, summarize
 
 # isort: split
 import torch
 
 from backbones import create, list_options
-from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.deploy import keep_freed_memory
-from backbones.weights import load_weights
 from utils import distributed, recipe
 from utils.data import open_data
-from utils.recipe import Recipe
 from utils.records import command_line
 from utils.training import loop
-from utils.training.checkpoint import load_checkpoint
+from utils.training.checkpoint import load_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,8 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--backbone", help="a name of backbones.list_models() (default: cspdarknet19)")
     add("--weights", help="start from these weights of the backbone: a file, such as a run's "
         "last.pt, or a name of backbones.list_weights(); the head is new")  # fmt: skip
-    add("--init-from", type=Path, metavar="RUN", help="start from the EMA weights of a finished "
-        "run on the same classes, its backbone and head")  # fmt: skip
+    add("--init-from", type=Path, metavar="RUN", help="start a new run, by --recipe, from the EMA "
+        "weights of a run on the same classes, its backbone and head")  # fmt: skip
     add("--option", action="append", default=[], type=backbone_option, metavar="KEY=VALUE",
         help="an option of the backbone, such as act=mish; repeatable")  # fmt: skip
     add("--seed", type=int_at_least(0), default=0, help="random seed (default: 0)")
@@ -91,6 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.init_from and (args.backbone or args.weights or args.option or args.width):
         parser.error("--init-from takes backbone, options and weights from the run: omit them")
+    if args.width and "width" in dict(args.option):
+        parser.error("--width and --option width=... are the same: give one")
     args.backbone = args.backbone or (None if args.init_from else "cspdarknet19")
     if args.output_dir is None:
         # All processes, and all restarts, must use the same folder.
@@ -102,35 +99,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def share(text: str) -> float:
-    """An argument type: a number above 0 and below 1."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and below 1, such as 0.2")
-
-
 def default_workers() -> int:
     """Up to 8 for a GPU. On a CPU training needs the cores: 1, or 0 where there are only two."""
     cores = os.cpu_count() or 1
     return min(8, cores) if torch.cuda.is_available() else int(cores > 2)
-
-
-def start(args: argparse.Namespace, chosen: Recipe) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone with its first weights, and what config.json says of them."""
-    weights, options = args.weights, {**chosen.backbone_options, **dict(args.option)}
-    config = {"backbone": args.backbone, "options": options, "weights": weights}
-    if args.init_from:
-        weights = args.init_from / "last.pt"
-        source = load_checkpoint(weights)["config"]
-        config = {key: source[key] for key in ("backbone", "options", "classes")}
-        config["init_from"] = str(args.init_from)
-    torch.manual_seed(args.seed)
-    backbone = create(config["backbone"], weights=weights, **config["options"])
-    if weights:  # published ones bring options
-        config["options"] = backbone.options
-        config["weights_sha256"] = backbone.weights_report.sha256
-    return backbone, config
 
 
 def train(args: argparse.Namespace) -> None:
@@ -138,21 +110,30 @@ def train(args: argparse.Namespace) -> None:
     if args.width is None and (args.weights or not takes_width):
         args.width = 1.0  # the preset's width is for families that take one, without weights
     chosen = recipe.from_arguments(args, args.recipe)
+    if chosen.freeze >= 0 and not (args.weights or args.init_from):
+        raise ValueError(f"--freeze {chosen.freeze} would keep random weights: give --weights")
     device = distributed.pick_device(args.device)
-    backbone, config = start(args, chosen)
+    options = {**chosen.backbone_options, **dict(args.option)}
+    config = {"backbone": args.backbone, "options": options, "weights": args.weights}
+    torch.manual_seed(args.seed)
+    if args.init_from:
+        source = load_trained(args.init_from / "last.pt", device)
+        config = {"backbone": source.backbone, "options": source.options}
+        config |= {"init_from": str(args.init_from), "weights_sha256": source.sha256}
+        backbone = source.ema.backbone
+    else:
+        backbone = create(args.backbone, weights=args.weights, **options)
     for field in ("mean", "std") if backbone.preprocessing else ():
         if getattr(args, field) is None:
             value = getattr(backbone.preprocessing, field)
             chosen = dataclasses.replace(chosen, **{field: value})
     data = open_data(args.data_dir, chosen, args.seed, args.val_share)
-    model = Classifier(backbone, len(data.classes))
-    if args.init_from:
-        if differing := set(data.classes) ^ set(config["classes"]):
-            raise DataError(
-                f"{args.data_dir}: other classes than the run's: {summarize(sorted(differing))}; "
-                f"--weights {args.init_from / 'last.pt'} starts with a new head"
-            )
-        load_weights(model, args.init_from / "last.pt")
+    if args.init_from and (differing := set(data.classes) ^ set(source.classes)):
+        raise DataError(
+            f"{args.data_dir}: other classes than the run's: {summarize(sorted(differing))}; "
+            f"--weights {args.init_from / 'last.pt'} starts with a new head"
+        )
+    model = source.ema if args.init_from else Classifier(backbone, len(data.classes))
     keep_freed_memory()  # every step allocates the same
     settings = {
         "seed": args.seed,

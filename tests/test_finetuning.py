@@ -18,7 +18,7 @@ from backbones import create, create_classifier
 from backbones.classifier import Classifier
 from backbones.pretrained import published
 from utils.data.folders import Preprocess, open_folders
-from utils.training.checkpoint import load_checkpoint, load_trained
+from utils.training.checkpoint import load_checkpoint, load_published, load_trained
 from utils.training.loop import (
     Trainer,
     estimate_norms,
@@ -49,7 +49,7 @@ def test_the_head_comes_with_the_weights(weights):
     assert new(images).shape == (2, 3)
     torch.testing.assert_close(new.backbone(images), ours.backbone(images))
     headless = create("mobilenet_v2").state_dict()
-    with pytest.raises(ValueError, match="num_classes is needed: there is no head"):
+    with pytest.raises(ValueError, match="a state dict: no head; num_classes adds a new one"):
         create_classifier("mobilenet_v2", weights=headless)
 
 
@@ -212,7 +212,7 @@ def test_weights_are_evaluated_and_predict_with_their_own_classes(
     network = ["--backbone", "mobilenet_v2", "--weights", weights]
     data = ["--data-dir", tmp_path / "data", "--workers", 0]
     assert run("evaluate.py", *network, *data) == 2
-    assert "has 5 classes, unlike ImageNet; give --class-names" in capsys.readouterr().err
+    assert "has 5 classes, not those of ImageNet" in capsys.readouterr().err
     network += ["--class-names", names]
     assert run("evaluate.py", *network, *data, "--output", tmp_path / "classes.csv") == 0
     out = capsys.readouterr().out
@@ -238,3 +238,12 @@ def test_weights_are_evaluated_and_predict_with_their_own_classes(
         known = [row for row in each["predictions"] if row["class"].startswith("n0")]
         right[int(image.parent.name[-1])] += known[0]["class"] == image.parent.name
     assert (100 * right / 6).tolist() == pytest.approx(table.top1_pct.tolist())
+
+
+def test_weights_of_a_run_bring_its_classes_and_sizes(folders, tmp_path):
+    args = ["--data-dir", folders, "--output-dir", tmp_path / "run", *SMALL]
+    assert run("train.py", *args) == 0
+    options = {"width": 0.125}
+    trained = load_published("cspdarknet19", str(tmp_path / "run" / "last.pt"), options)
+    assert trained.classes == ["n00000000", "n00000001", "n00000002"]
+    assert trained.recipe.eval_crop_px == 32

@@ -266,7 +266,7 @@ BAD_SYNSETS = [
     ("n01440764\n", r"bad lines: 1 \(n01440764\)"),
     ("n1 tench\n", r"bad lines: 1 \(n1 tench\)"),
     ("n01440764 tench\n\nn01440764 shark\n", r"bad lines: 1 \(n01440764 shark\)"),
-    ("n01440764 caf\udce9\n", "not a CSV file in UTF-8"),
+    ("n01440764 caf\udce9\n", "not a text file in UTF-8"),
 ]
 
 

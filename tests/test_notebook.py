@@ -91,7 +91,9 @@ def test_a_folder_that_is_not_the_layout(tmp_path):
     with pytest.raises(notebook.ParameterError, match="val is missing"):
         notebook.data_folder(str(tmp_path))
     (tmp_path / "val" / "a").mkdir(parents=True)
-    with pytest.raises(notebook.ParameterError, match="holds one class, a; needs at least two"):
+    with pytest.raises(
+        notebook.ParameterError, match="holds one class, a; training needs at least two"
+    ):
         notebook.data_folder(str(tmp_path))
     with pytest.raises(notebook.ParameterError, match="a detector needs boxes in COCO's format"):
         notebook.boxes_folder(tmp_path)

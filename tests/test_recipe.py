@@ -70,7 +70,8 @@ def test_learning_rate_is_linear_in_the_batch_size():
         ("trivial_augment", 1, "of type bool"),
         ("freeze", -2, "at least -1"),
         ("mean", (0.5, 0.5), "three finite numbers"),
-        ("std", (1, 1, 0), "above 0"),
+        ("std", (1, 1, 0), r"in \(0, 1\]"),
+        ("mean", (123.675, 116.28, 103.53), r"in \[0, 1\]"),
     ],
 )
 def test_bad_values_are_named(field, value, wanted):

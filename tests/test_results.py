@@ -13,7 +13,7 @@ from backbones import create_classifier
 from utils.benchmark import RUN, read_benchmark, speed_table
 from utils.measure import count_parameters
 from utils.recipe import DetectorRecipe
-from utils.studies.definitions import STUDIES
+from utils.studies.definitions import BEST_RATES, FINETUNING, STUDIES
 from utils.studies.runner import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,8 @@ def test_a_study_is_recorded_completely(study):
         assert epochs.loc[(variant.value, seed)].tolist() == [recipe.epochs] * 2
         with torch.device("meta"):
             options = {**variant.options, **recipe.backbone_options}
-            net = create_classifier(variant.backbone, 10, **options)
+            classes = 2 if study.name.startswith("finetune") else 10
+            net = create_classifier(variant.backbone, classes, **options)
         declared = {
             "network": variant.network,
             "epochs": recipe.epochs,
@@ -88,6 +89,17 @@ def test_records_say_how_they_were_made():
         assert {"hardware", "torch", "commit", "command", "threads"} <= set(table)
         assert "autocast" in table or "dtype" in table
         assert not table.isna().any(axis=None), path.name
+
+
+def test_the_rates_of_fine_tuning_are_the_best_of_their_grids():
+    """And not at an edge, unless others are level."""
+    table = pd.read_csv(ROOT / "results" / "study_finetune_rates.csv")
+    top1_pct = table.groupby("value").top1_ema_pct.mean()
+    for way, (_, rates) in FINETUNING.items():
+        found = top1_pct[[f"{way}, {rate:g}" for rate in rates]]
+        best = BEST_RATES[way]
+        assert found[f"{way}, {best:g}"] == found.max()
+        assert best in rates[1:-1]
 
 
 def test_the_detection_study_is_recorded_completely():

@@ -242,6 +242,12 @@ MISTAKES = {
     "backbone option": (
         None, "train.py", [*TRAIN, "--option", "act=tanh"], 2, "act='tanh' must be one of"
     ),
+    "frozen random weights": (
+        None, "train.py", [*TRAIN, "--freeze", 1], 2, "--freeze 1 would keep random weights"
+    ),
+    "two widths": (
+        None, "train.py", [*TRAIN, "--option", "width=0.25"], 2, "--width and --option width=..."
+    ),
     "option": (None, "export.py", [*BY_NAME, "--option", "[2]"], 2, "must be KEY=VALUE, such as"),
     "head": (None, "export.py", [*BY_NAME, "--classifier"], 2, "cspdarknet19 needs --weights"),
     "words of no head": (

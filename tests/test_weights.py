@@ -23,6 +23,7 @@ import backbones
 from backbones.classifier import Classifier
 from backbones.darknet import convert_split
 from backbones.weights import WeightsError, load_weights
+from utils.training.checkpoint import load_published
 
 CSP = {"layout": "darknet", "act": "leaky_relu_0.01"}
 V1 = {"residual": False, "ese": False, "stem_stride": 4}
@@ -269,6 +270,18 @@ def test_darknet_files_for_other_networks(darknet, tmp_path):
     assert_near(part(images), expected[:2], 1e-6)
     with pytest.raises(WeightsError, match=r"missing, first stages\.2\.conv"):
         darknet.create(weights=path)
+
+
+def test_darknets_classifiers_have_their_own_order_of_classes_and_range_of_colours(
+    darknet, tmp_path
+):
+    """Not that of wnids (data/imagenet.labels.list); RGB from 0 to 1."""
+    path = tmp_path / "net.weights"
+    path.write_bytes(darknet.path.read_bytes() + bytes(4 * 1000 * 1025))
+    with pytest.raises(ValueError, match=r"not those of ImageNet .*; give --class-names"):
+        load_published(darknet.name, str(path), darknet.options)
+    images = darknet.create(weights=path).preprocessing
+    assert (images.mean, images.std) == ((0, 0, 0), (1, 1, 1))
 
 
 def test_darknet_heads_and_tails(darknet, tmp_path):

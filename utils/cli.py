@@ -62,6 +62,14 @@ def int_at_least(minimum: int) -> Callable[[str], int]:
     return convert
 
 
+def share(text: str) -> float:
+    """An argument type: a number above 0 and below 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and below 1, such as 0.2")
+
+
 def backbone_option(text: str) -> tuple[str, Any]:
     """An argument type: KEY=VALUE, a keyword argument of `backbones.create`, as a pair."""
     key, _, value = text.partition("=")
@@ -133,7 +141,8 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except (DataError, ArithmeticError) as error:
         return _report("error", error, BAD_DATA)
     except ValueError as error:
-        return _report("error", error, BAD_USAGE)
+        is_bad_file = getattr(error, "is_bad_file", False)  # of backbones.weights
+        return _report("error", error, BAD_DATA if is_bad_file else BAD_USAGE)
     except RuntimeError as error:
         if str(error).startswith("DataLoader"):  # a worker process died, or hangs
             return _report("error", f"{error}; try fewer --workers, or --workers 0", BAD_DATA)

@@ -61,12 +61,13 @@ class Settings(NamedTuple):
 def describe(net: Backbone | Classifier) -> dict[str, Any]:
     """Metadata: backbone, options, strides, channels, and, where it is known, preprocessing."""
     backbone = getattr(net, "backbone", net)
+    images = backbone.preprocessing
     return {
         "backbone": backbone.architecture,
         "options": backbone.options,
         "strides": backbone.strides,
         "channels": backbone.channels,
-        **(backbone.preprocessing.as_recipe() if backbone.preprocessing else {}),
+        **(images.as_recipe() if images and backbone.in_channels == 3 else {}),
     }
 
 

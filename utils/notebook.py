@@ -104,8 +104,7 @@ def data_folder(data_dir: str | Path) -> Path:
     """
 
     def check(folder: Path) -> None:
-        if len(classes := check_layout(folder)) < 2:
-            raise ValueError(f"holds one class, {classes[0]}; needs at least two")
+        check_layout(folder)
 
     wanted = 'a folder with train/ and val/, or "" for the embedded sample'
     folder = _validate_path("data_dir", data_dir, wanted, check)
@@ -128,8 +127,12 @@ def checkpoint_file(checkpoint: str | Path) -> Path | None:
     return _validate_path("checkpoint", checkpoint, wanted, load_checkpoint)
 
 
-def validate_weights(backbone: str, weights: str, options: dict[str, Any]) -> None:
-    """`weights` is "", a file of the backbone's weights, or a published name."""
+def validate_weights(
+    backbone: str, weights: str, options: dict[str, Any], data_dir: str | Path
+) -> None:
+    """`weights` is a file of the backbone's weights or a published name, or "" for the sample."""
+    wanted = "a file or a name of backbones.list_weights() where there is a data_dir"
+    _require(bool(weights) or not data_dir, "weights", weights, wanted)
     try:
         create(backbone, weights=weights or None, **options)
     except ValueError as error:

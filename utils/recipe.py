@@ -109,10 +109,10 @@ class Recipe(_Checked):
     mixup_alpha: float = _field(0.2, "Beta parameter of MixUp (arXiv:1710.09412)", AT_LEAST_0)
     ema_decay: float = _field(0.9998, "decay of the EMA weights per step, warmed up", BELOW_1)
     mean: tuple[float, float, float] = _field(
-        (0.485, 0.456, 0.406), "subtracted from RGB of 0 to 1"
+        (0.485, 0.456, 0.406), "subtracted from RGB of 0 to 1", SHARE
     )
     std: tuple[float, float, float] = _field(
-        (0.229, 0.224, 0.225), "RGB is divided by it after that", ABOVE_0
+        (0.229, 0.224, 0.225), "RGB is divided by it after that", POSITIVE_SHARE
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = _field("bilinear", "of validation images")
     freeze: int = _field(-1, "stages to freeze, with the stem; -1: nothing", AT_LEAST_MINUS_1)
@@ -126,6 +126,7 @@ class Recipe(_Checked):
         super().__post_init__()
         is_larger = self.eval_resize_px >= self.eval_crop_px
         self._check("eval_resize_px", is_larger, "at least eval_crop_px")
+        self._check("nesterov", self.optimizer == "sgd" or not self.nesterov, "False for adamw")
 
     @property
     def peak_lr(self) -> float:
@@ -176,7 +177,7 @@ RECIPES = {
         epochs=10,
         batch_size=32,
         optimizer="adamw",
-        lr_per_1024=0.016,
+        lr_per_1024=0.032,
         weight_decay=0.05,
         warmup_epochs=2.0,
         train_crop_px=224,

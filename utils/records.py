@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -65,8 +66,15 @@ def command_line() -> str:
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, atomically."""
+    """Writes a value as JSON, atomically; makes the folder if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=2) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text))
 

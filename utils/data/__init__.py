@@ -29,9 +29,13 @@ def open_data(
     return open_shards(data_dir, recipe, seed)
 
 
-def open_val_data(data_dir: str | Path, classes: list[str], recipe: Recipe) -> ImageFiles | Shards:
+def open_val_data(
+    data_dir: str | Path, classes: list[str], recipe: Recipe, val_share: float = 0.0
+) -> ImageFiles | Shards:
     """Opens the validation images, of some or all of `classes`; LayoutError for other classes."""
-    if _is_shards(data_dir):
+    if val_share:
+        val = open_data(data_dir, recipe, val_share=val_share).val
+    elif _is_shards(data_dir):
         val = open_shards(data_dir, recipe).val
     else:
         found = check_layout(data_dir, ["val"])

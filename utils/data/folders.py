@@ -82,7 +82,7 @@ class Batch(NamedTuple):
 class ImageFiles(Dataset):
     """The images in and below `folder/<class>/`, in the order of torchvision's ImageFolder.
 
-    What is left out is printed in one line; see `_find_images`.
+    What is left out is printed in one line; see `find_images`.
 
     Args:
         classes: names of the class folders; their order numbers the labels.
@@ -102,7 +102,7 @@ class ImageFiles(Dataset):
         self, folder: Path, classes: list[str], transform: Transform, seed: int = 0
     ) -> None:
         self.folder, self.classes, self.transform, self.seed = folder, classes, transform, seed
-        found, left_out = _find_images(folder)
+        found, left_out = find_images(folder)
         if left_out:
             warn(
                 f"{folder}: left out, as not named like images, hidden, or in no class folder: "
@@ -161,10 +161,13 @@ class ImageFiles(Dataset):
         return make_loader(self, eval_batches(len(self), batch_size), *options)
 
 
-def _find_images(root: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+def find_images(root: Path, top: bool = False) -> tuple[dict[str, np.ndarray], list[str]]:
     """Walks through class folders, nested ones and links, as torchvision's ImageFolder does.
 
     Unlike it, hidden files and folders are left out. Broken links are reported when read.
+
+    Args:
+        top: whether images in `root` itself count, under "".
 
     Returns:
         The images of each folder, as "class/name" or "class/.../name" in bytes, sorted. Arrays, not
@@ -178,7 +181,7 @@ def _find_images(root: Path) -> tuple[dict[str, np.ndarray], list[str]]:
             for entry in entries:  # a million: nothing here asks the disk again
                 is_hidden = entry.name.startswith(".")
                 is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
-                is_taken = is_image and folder and not is_hidden
+                is_taken = is_image and (folder or top) and not is_hidden
                 if is_taken and (entry.is_symlink() or entry.is_file()):
                     names.append(entry.name)
                 elif entry.is_dir() and not is_hidden:
@@ -377,7 +380,8 @@ def open_folders(
         return Splits(train, val, classes)
     if (folder / "val").is_dir():
         raise LayoutError(f"{folder / 'val'} exists; omit --val-share, or give train/ alone")
-    split = "train" if (folder / "train").is_dir() else ""
+    train = folder / "train"  # unless that is the name of a class
+    split = "train" * (train.is_dir() and any(entry.is_dir() for entry in train.iterdir()))
     classes = check_layout(folder, [split])
     train = ImageFiles(folder / split, classes, train_transform(recipe), seed)
     return hold_out(Splits(train, None, classes), recipe, val_share)

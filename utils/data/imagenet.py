@@ -12,7 +12,6 @@ Sorting plans first, checks everything, and then only renames. At any moment eve
 its old or its new name, so a run may be killed and started again.
 """
 
-import csv
 import errno
 import filecmp
 import os
@@ -154,7 +153,8 @@ def read_synsets(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         LayoutError: not UTF-8, no lines, bad or repeated lines.
     """
-    return _read_pairs(path, _read_lines(path), "(n[0-9]{8}) +(.+)", "n01440764 tench, Tinca tinca")
+    pattern, example = r"(n[0-9]{8})\s+(.+)", "n01440764 tench, Tinca tinca"
+    return _read_pairs(path, _read_lines(path), pattern, example)
 
 
 def read_class_names(path: str | Path = CLASSES) -> dict[str, str]:
@@ -167,13 +167,16 @@ def read_class_names(path: str | Path = CLASSES) -> dict[str, str]:
         FileNotFoundError, LayoutError: as `read_synsets`.
     """
     lines = _read_lines(path)
-    if lines.str.match("n[0-9]{8} ").any():
+    if lines.str.match(r"n[0-9]{8}\s").any():
         return read_synsets(path)
     return _read_pairs(path, lines, "((.+))", "golden retriever")
 
 
 def _read_lines(path: str | Path) -> pd.Series:
-    return _read_csv(path, sep="\t", names=["line"], quoting=csv.QUOTE_NONE)["line"].str.strip()
+    try:
+        return pd.Series(Path(path).read_text("utf-8-sig").splitlines(), dtype=str).str.strip()
+    except UnicodeDecodeError as error:
+        raise LayoutError(f"{path}: not a text file in UTF-8: {error}") from error
 
 
 def _read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
@@ -199,8 +202,8 @@ def class_names(classes: Sequence[str], path: str | Path | None = None) -> list[
     """Words of class folders, such as "tench, Tinca tinca" for n01440764.
 
     Args:
-        path: a file of `read_class_names`. By default ImageNet's classes get their words, and
-            others keep their names.
+        path: a file of `read_class_names`, by name, or in the order of `classes` if it names none
+            of them. By default ImageNet's classes get their words, and others keep their names.
 
     Raises:
         FileNotFoundError, LayoutError: from `read_class_names`, or the file lacks a class.
@@ -208,7 +211,10 @@ def class_names(classes: Sequence[str], path: str | Path | None = None) -> list[
     words = read_class_names(path or CLASSES)
     if path is None:
         return [words.get(name, name) for name in classes]
-    if unknown := [name for name in classes if name not in words]:
+    unknown = [name for name in classes if name not in words]
+    if len(unknown) == len(classes) == len(words):
+        return list(words.values())
+    if unknown:
         raise LayoutError(f"{path}: has no names for the classes {summarize(unknown)}")
     return [words[name] for name in classes]
 
@@ -229,7 +235,7 @@ def check_layout(data_dir: str | Path, splits: Sequence[str] = ("train", "val"))
         NotADirectoryError: there is no such folder.
         LayoutError: a split is missing, flat or half sorted, the classes differ, or there are none.
     """
-    wanted = " and ".join(f"{split}/" for split in splits if split) or "a folder per class"
+    wanted = " and ".join(f"{split}/" for split in splits if split) or "class folders"
     if not Path(data_dir).is_dir():
         raise NotADirectoryError(f"{data_dir} is not a folder: give the one with {wanted}")
     classes = {}
@@ -257,7 +263,10 @@ def check_layout(data_dir: str | Path, splits: Sequence[str] = ("train", "val"))
         found = summarize(only) + hint
         raise LayoutError(f"{data_dir}: classes in only one of {wanted}: {found}")
     if not common:
-        raise LayoutError(f"{data_dir}: no class folders in {wanted}")
+        raise LayoutError(f"{data_dir}: no class folders" + f" in {wanted}" * (splits != [""]))
+    if len(common) == 1 and splits != ["val"]:
+        reason = f"one class, {next(iter(common))}; training needs at least two"
+        raise LayoutError(f"{data_dir}: holds {reason}, each a folder")
     return sorted(common)
 
 

@@ -35,7 +35,7 @@ from utils.data import folders
 from utils.data.transforms import Transform, eval_transform, open_image, train_transform
 from utils.distributed import rank, world_size
 from utils.recipe import Recipe
-from utils.records import lock, write_atomic
+from utils.records import file_digest, lock, write_atomic
 
 BUFFER_IMAGES = 1000  # encoded images that each worker shuffles: 110 MB of ImageNet
 SUMS = "SHA256SUMS"
@@ -219,10 +219,10 @@ def make_shards(
         sums = _read_sums(output_dir)
         for index, *content in progress_bar(jobs, unit=" shards"):
             path = output_dir / f"{index['split']}-{index['shard']:06d}.tar"
-            digest = _sha256(path) if path.exists() else None
+            digest = file_digest(path) if path.exists() else None
             if digest is None or digest != sums.get(path.name, digest):
                 write_atomic(path, partial(_pack, index, *content))
-                digest, packed = _sha256(path), packed + 1
+                digest, packed = file_digest(path), packed + 1
             elif next(read_samples(str(path))) != index:
                 raise DataError(f"{path}: of other files or options; choose another --output-dir")
             sums[path.name] = digest
@@ -265,7 +265,7 @@ def verify_shards(output_dir: Path) -> str:
     if not (sums := _read_sums(output_dir)):
         raise DataError(f"{output_dir / SUMS}: missing, or lists no shard; pack the folder again")
     for name in progress_bar(sums, unit=" shards"):
-        if not (path := output_dir / name).exists() or _sha256(path) != sums[name]:
+        if not (path := output_dir / name).exists() or file_digest(path) != sums[name]:
             raise DataError(f"{path}: missing or damaged; pack the folder again")
     return f"{len(sums)} shards: all match their checksums"
 
@@ -273,8 +273,3 @@ def verify_shards(output_dir: Path) -> str:
 def _read_sums(output_dir: Path) -> dict[str, str]:
     text = (output_dir / SUMS).read_text() if (output_dir / SUMS).exists() else ""
     return {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (\S+)\n", text)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The studies of notebooks 04 to 06: what varies, over which values and seeds.
+"""The studies: what varies, over which values and seeds.
 
 With these sizes a study of real photographs takes two cores about an hour: Imagenette at 64 pixels,
 a quarter of the width, eight epochs (three to twelve in the study of lengths). Test crops are

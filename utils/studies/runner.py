@@ -163,7 +163,8 @@ def run_study(
         key, recipe = (variant.value, seed), study.recipe_of(variant)
         jobs[key] = study, variant, seed, data_dir, runs_dir, weights
         known = {"network": variant.network, "val_images": val_images, "autocast": dtype}
-        known |= {"epochs": recipe.epochs, "train_crop_px": recipe.train_crop_px}
+        fields = ("epochs", "train_crop_px", "lr_per_1024")
+        known |= {name: getattr(recipe, name) for name in fields}
         expected[key] = [{**known, "test_crop_px": px} for px in study.sizes_px(variant)]
 
     def run_all(keys: list[RunKey]) -> Generator[Result, None, None]:
@@ -385,8 +386,6 @@ def train_classifier(
     model = create_classifier(config["backbone"], len(data.classes), **options)
     if images := model.backbone.preprocessing:
         recipe = replace(recipe, mean=images.mean, std=images.std)
-    if report := model.backbone.weights_report:
-        config = {**config, "options": model.backbone.options, "weights_sha256": report.sha256}
     options = {"config": config, "seed": seed, "device": device, "eval_every": eval_every}
     return fit(model, data, recipe, run_dir, **options, quiet=True, catch_signals=False)
 
@@ -402,6 +401,8 @@ def _evaluate(trainer: Trainer, run_dir: Path, images: ImageFiles, recipe: Recip
     return {
         "epochs": recipe.epochs,
         "train_crop_px": recipe.train_crop_px,
+        "lr_per_1024": recipe.lr_per_1024,
+        "weights_sha256": config.get("weights_sha256"),
         "test_crop_px": size_px,
         "top1_raw_pct": round(raw_pct, 3),
         "top1_ema_pct": round(ema_pct, 3),

@@ -59,9 +59,9 @@ def compare(table: pd.DataFrame, baseline: str | int, column: str) -> pd.DataFra
 
 
 def compare_by_dunnett(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
-    """Differences to the baseline by Dunnett's test, whose intervals hold together.
+    """Differences to the baseline by Dunnett's test, with simultaneous 95 % intervals.
 
-    It pools the variance over all values and pays for their number; seeds are not paired.
+    It pools the variance over all values and corrects for their number; seeds are not paired.
 
     Returns:
         As `compare`, and `detectable`: the difference that the study would have found with a

@@ -11,7 +11,6 @@
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -31,9 +30,9 @@ from backbones import create_classifier
 from backbones.pretrained import Preprocessing
 from utils import distributed
 from utils.cli import DataError, backbone_option, summarize, unicode_hint
-from utils.data.imagenet import read_class_names
+from utils.data.imagenet import CLASSES, read_class_names
 from utils.recipe import Recipe
-from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
+from utils.records import PARTIAL, file_digest, lock, write_atomic, write_json, write_table
 
 # Entries of a config that may differ between two starts of one run: they do not change its result.
 PROVENANCE = (
@@ -99,8 +98,8 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
         json.loads(json.dumps({**each, "recipe": {**defaults, **each.get("recipe", {})}}))
         for each in (found, config)
     )  # in JSON tuples are lists
-    keys = ["recipe", "weights_sha256", *sorted(found.keys() | config.keys())]
-    for key in keys:  # others follow from the first two
+    firsts = ["recipe", "weights_sha256", "val_share"]  # others follow from them
+    for key in [*firsts, *sorted(found.keys() | config.keys())]:
         old, new = found.get(key), config.get(key)
         if key in PROVENANCE or old == new:
             continue
@@ -255,34 +254,33 @@ def load_published(
     Args:
         backbone, weights, options: as of `backbones.create_classifier`.
         class_names: a file of `utils.data.imagenet.read_class_names` with the classes in the order
-            of the logits. Defaults to ImageNet's for 1,000 logits.
+            of the logits. Defaults to those that the weights record, or to ImageNet's for 1,000
+            logits.
 
     Raises:
         ValueError: from `backbones.create_classifier`, or a wrong number of class names.
     """
     model = create_classifier(backbone, weights=weights, **options)
-    count = model.num_classes
-    if class_names is None and count != len(names := list(read_class_names())):
-        raise ValueError(f"{weights}: has {count} classes, unlike ImageNet; give --class-names")
-    if class_names is not None and count != len(names := list(read_class_names(class_names))):
-        raise DataError(f"{class_names}: {len(names)} classes, the weights have {count}")
+    report = model.backbone.weights_report
+    recorded = None if class_names else report.class_names
+    names = list(recorded or read_class_names(class_names or CLASSES))
+    if not class_names and (report.format == "Darknet" or len(names) != report.classes):
+        reason = f"{report.classes} classes, not those of ImageNet in the order of their wnids"
+        raise ValueError(f"{weights}: has {reason}; give --class-names")
+    if len(names) != report.classes:
+        raise DataError(f"{class_names}: {len(names)} classes, the weights have {report.classes}")
     recipe = Recipe(precision="float32", eval_resize_px=256, eval_crop_px=224)
     if images := model.backbone.preprocessing:
         recipe = dataclasses.replace(recipe, **images.as_recipe())
-    device, sha256 = device or distributed.pick_device(), model.backbone.weights_report.sha256
+    device = device or distributed.pick_device()
     (model,) = _prepare(recipe, device, model)
-    return Trained(model, model, backbone, model.backbone.options, names, recipe, device, sha256)
+    made = backbone, model.backbone.options, names, recipe, device, report.sha256
+    return Trained(model, model, *made)
 
 
 def _prepare(recipe: Recipe, device: torch.device, *models: nn.Module) -> list[nn.Module]:
     memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
     return [model.to(device, memory_format=memory_format).eval() for model in models]
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

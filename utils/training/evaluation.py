@@ -118,6 +118,7 @@ def evaluate_trained(
     data_dir: str | Path,
     *,
     size_px: int | None = None,
+    val_share: float = 0.0,
     workers: int = 0,
     skip_corrupt: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
@@ -126,6 +127,7 @@ def evaluate_trained(
     Args:
         size_px: side of the center crop; images are resized in proportion. Defaults to the
             recipe's.
+        val_share: the share of the training images that a run held out, without `val/`.
 
     Returns:
         The results of `evaluate` for "raw" and "EMA", or for "weights" alone if they are the same;
@@ -136,7 +138,7 @@ def evaluate_trained(
         ValueError: a bad size.
     """
     recipe, device = _at_size(trained.recipe, size_px), trained.device
-    val = open_val_data(data_dir, trained.classes, recipe)
+    val = open_val_data(data_dir, trained.classes, recipe, val_share)
     batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
     loader = val.eval_loader(batch_size, workers, device.type == "cuda")
     models = {"raw": trained.raw, "EMA": trained.ema}

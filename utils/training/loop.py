@@ -3,7 +3,6 @@
 `fit` takes any classifier from images `[N, 3, H, W]` to logits `[N, num_classes]`.
 """
 
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones.classifier import Classifier
+from backbones.weights import Report
 from utils import distributed
 from utils.cli import Stopped, progress_bar, summarize, warn
 from utils.data.folders import STEP_STREAM, Batch, Preprocess, Splits, begin, readable, stream_seed
@@ -171,7 +171,8 @@ class Trainer:
         if recipe.freeze >= 0 or recipe.backbone_lr_factor != 1:
             if not isinstance(model, Classifier):
                 raise ValueError("freeze and backbone_lr_factor are for a backbones.Classifier")
-            model.backbone.freeze(recipe.freeze if recipe.freeze >= 0 else None)
+            if recipe.freeze >= 0:
+                model.backbone.freeze(recipe.freeze)
         if recipe.class_weights and class_images is None:
             raise ValueError("class_weights=True needs class folders: shards are not counted")
         self.device = next(model.parameters()).device
@@ -475,6 +476,11 @@ def make_loaders(
     )
 
 
+def _weights_report(model: nn.Module) -> Report | None:
+    """What weights a classifier was started from, if any."""
+    return model.backbone.weights_report if isinstance(model, Classifier) else None
+
+
 def has_folded_norms(model: nn.Module) -> bool:
     """Whether all BatchNorm statistics are a mean of 0 and a variance of 1, as before training.
 
@@ -491,21 +497,20 @@ def has_folded_norms(model: nn.Module) -> bool:
 def estimate_norms(model: nn.Module, data: Splits, recipe: Recipe, batches: int = 8) -> int:
     """Sets the BatchNorm statistics to those of training images; the outputs stay the same.
 
-    Training normalizes by the statistics of a batch. If those of folded weights stood beside them,
-    the first step would change the function, and lose what the network has learned.
+    Training normalizes by the statistics of a batch, and folded weights have a mean of 0 and a
+    variance of 1 instead: the first step would change the function of the network.
 
     Returns:
         The number of images.
     """
-    sums: dict[nn.Module, Any] = collections.defaultdict(lambda: torch.zeros(()))
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    sums = {norm: torch.zeros(2, *norm.running_mean.shape).to(norm.weight) for norm in norms}
 
     def add(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        sums[norm] = sums[norm] + torch.stack(torch.var_mean(inputs[0], (0, 2, 3), correction=0))
+        sums[norm] += torch.stack(torch.var_mean(inputs[0], (0, 2, 3), correction=0))
 
-    device = next(model.parameters()).device
-    preprocess = Preprocess(device, recipe)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    preprocess = Preprocess(next(model.parameters()).device, recipe)
     loader = data.train.train_loader(recipe.batch_size, 0)
     begin(loader, 0)
     model.eval()
@@ -514,14 +519,16 @@ def estimate_norms(model: nn.Module, data: Splits, recipe: Recipe, batches: int 
         model(preprocess(batch)[0])
     for hook in hooks:
         hook.remove()
+    images = sum(len(batch.labels) for batch in taken)
+    counts = distributed.sum_over_processes(torch.tensor([len(taken), images]).to(norms[0].weight))
     for norm, total in sums.items():
-        var, mean = distributed.sum_over_processes(total) / len(taken) / distributed.world_size()
+        var, mean = distributed.sum_over_processes(total) / counts[0]
         old_std, std = (norm.running_var + norm.eps).sqrt(), (var + norm.eps).sqrt()
         norm.bias += norm.weight * (mean - norm.running_mean) / old_std
         norm.weight *= std / old_std
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
-    return sum(len(batch.labels) for batch in taken)
+    return int(counts[1])
 
 
 def fit(
@@ -576,10 +583,6 @@ def fit(
     run_dir, device = Path(run_dir), device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
     options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
-    source = model.backbone.weights_report if isinstance(model, Classifier) else None
-    if source and has_folded_norms(model):
-        count = estimate_norms(model.to(device), data, recipe)
-        warn(f"{source.source}: BatchNorm is folded; statistics estimated on {count} images")
     trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, skip_corrupt, **options)
     described = distributed.of_rank_0(lambda: _describe(trainer, data, workers))
     config = {**(config or {}), **described, **options}
@@ -594,6 +597,10 @@ def fit(
                 raise RunError(f"{run_dir / 'last.pt'}: does not fit its own config") from error
             if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
                 finish_save(run_dir, checkpoint, keep_every)
+        elif _weights_report(model) and has_folded_norms(model):
+            count = estimate_norms(trainer.model, data, recipe)
+            trainer.ema.module.load_state_dict(trainer.model.state_dict())
+            warn(f"BatchNorm of the weights is folded: statistics estimated on {count} images")
         bar = progress_bar(
             total=recipe.epochs * trainer.steps_per_epoch * recipe.batch_size,
             initial=trainer.step * recipe.batch_size,
@@ -704,7 +711,11 @@ def _report(trainer: Trainer, bar: tqdm | None, log_dir: Path | None) -> None:
 
 
 def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
+    weights = {}
+    if report := _weights_report(trainer.model):  # published ones bring options
+        weights = {"options": trainer.model.backbone.options, "weights_sha256": report.sha256}
     return {
+        **weights,
         "recipe": dataclasses.asdict(trainer.recipe),
         "seed": trainer.seed,
         "classes": data.classes,
