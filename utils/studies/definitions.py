@@ -178,29 +178,11 @@ def _finetune() -> Study:
     return Study(name, "fine-tuning", "frozen features", recipe, tuple(variants), FIVE)
 
 
-def _transfer() -> Study:
-    """A share of Imagenette from a backbone that was trained on the embedded sample."""
-    recipe = replace(SHORT, batch_size=32, trivial_augment=False, min_crop_area=0.35)
-    variants = [
-        Variant(
-            f"{start}, {100 * share:g} %",
-            BACKBONE,
-            recipe={"epochs": epochs},
-            pretrained=start == "sample",
-            train_share=share,
-        )
-        for share, epochs in ((0.01, 60), (0.1, 24), (1.0, 6))
-        for start in ("scratch", "sample")
-    ]
-    name, baseline = "transfer", variants[0].value
-    return Study(name, "start and share of the images", baseline, recipe, tuple(variants), FIVE)
-
-
 STUDIES = {
     study.name: study
     for study in (
         *(_initialization(), _learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
-        *(_add_one(), _fixres(), _length(), _finetune_rates(), _finetune(), _transfer()),
+        *(_add_one(), _fixres(), _length(), _finetune_rates(), _finetune()),
     )
 }
 

@@ -278,13 +278,6 @@ def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
     return shown.assign(seconds=groups.time_s.median().round().astype(int).to_numpy())
 
 
-def transfer_table(results: Path = RESULTS) -> pd.DataFrame:
-    """Training from the embedded sample's backbone compared with training from scratch."""
-    table, name = read_study("transfer", results), "share of the training images"
-    table[["value", name]] = table.value.str.split(", ", expand=True)
-    return pairs_table(table, name, STUDIES["transfer"].top1_column)
-
-
 def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
     """Top-1 on the held-out slice by network and last norm, a column per learning rate."""
     table = read_study("initialization", results)
