@@ -90,7 +90,7 @@ def losses_of_ours_and(monkeypatch, baseline, **options):
     pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     batch = Batch(pixels, torch.randint(10, (8,)), [])
     monkeypatch.setattr(Case, "recipe", recipe)
-    monkeypatch.setattr(Case, "batch", lambda case: Preprocess(torch.device("cpu"), 10)(batch))
+    monkeypatch.setattr(Case, "batch", lambda case: Preprocess(torch.device("cpu"), recipe)(batch))
     torch.manual_seed(0)
     head = nn.Linear(16, 10, bias=False)  # torchvision would decay the bias
     layers = nn.GroupNorm(4, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head
@@ -130,7 +130,7 @@ def test_torchvisions_preset_augments_and_normalises(tmp_path):
     image = transforms.Compose(steps[3:6])(Image.new("RGB", (32, 32), (200, 30, 90)))
     pixels = torch.tensor([200, 30, 90], dtype=torch.uint8)[None, :, None, None]
     batch = Batch(pixels.expand(1, 3, 32, 32), torch.zeros(1, dtype=torch.long), [])
-    ours, _ = Preprocess(torch.device("cpu"), 10)(batch)
+    ours, _ = Preprocess(torch.device("cpu"), recipe)(batch)
     torch.testing.assert_close(image[None], ours, rtol=0, atol=1e-5)
 
 

@@ -408,7 +408,7 @@ def test_two_processes_end_together_on_uneven_shards(folders, tmp_path, monkeypa
     row = pd.read_csv(tmp_path / "run" / "metrics.csv").iloc[-1]
     assert row["step"] == 12  # two epochs of 48 images
     trained = load_trained(tmp_path / "run" / "last.pt", torch.device("cpu"))
-    results, _ = evaluate_trained(trained, folders)
+    results, *_ = evaluate_trained(trained, folders)
     for name, prefix in (("raw", "val_"), ("EMA", "ema_val_")):
         assert results[name]["images"] == 18
         for key in ("loss", "top1_pct", "top5_pct"):

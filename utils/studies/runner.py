@@ -402,7 +402,6 @@ def _evaluate(trainer: Trainer, run_dir: Path, images: ImageFiles, recipe: Recip
         "epochs": recipe.epochs,
         "train_crop_px": recipe.train_crop_px,
         "lr_per_1024": recipe.lr_per_1024,
-        "weights_sha256": config.get("weights_sha256"),
         "test_crop_px": size_px,
         "top1_raw_pct": round(raw_pct, 3),
         "top1_ema_pct": round(ema_pct, 3),
