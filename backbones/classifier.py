@@ -21,7 +21,6 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
         validate_count("num_classes", num_classes)
-        self.num_classes = num_classes
         self.backbone = backbone
         self.head = backbone.make_head(num_classes)
 

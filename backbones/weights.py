@@ -134,16 +134,16 @@ def load_weights(
             content = data if darknet else _parse(data, path.suffix)
         elif sha256:
             raise WeightsError("sha256 is that of a file; a state dict has none")
+        config = content.get("config") if isinstance(content, Mapping) else None
+        config = config if isinstance(config, Mapping) else {}
         if isinstance(content, bytes):
             form, (state, options) = "Darknet", formats.read_darknet(content, backbone, strict)
         else:
             picked, recorded = _pick(content, entry, prefix)
             form, state, options = formats.convert(picked)
-            options = {**options, **(recorded or _run_options(content, backbone))}
-        config = content.get("config") if isinstance(content, Mapping) else None
-        config = config if isinstance(config, Mapping) else {}
-        origin = (name, form, digest), config.get("classes")
-        report, tensors = _match(module, backbone, state, options, *origin)
+            options = {**options, **(recorded or _run_options(config, backbone))}
+        origin, class_names = (name, form, digest), config.get("classes")
+        report, tensors = _match(module, backbone, state, options, origin, class_names)
         if not report.loaded or (strict and not report.complete):
             raise WeightsError("; ".join([f"do not match: {report}", *_hints(report, state)]))
     except (WeightsError, OSError) as error:
@@ -267,10 +267,9 @@ def _is_state_dict(content: Any) -> bool:
     return bool(tensors) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors)
 
 
-def _run_options(content: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Any]:
+def _run_options(config: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Any]:
     """Options of a run's backbone by its config, which lacks those that were not given."""
-    config = content.get("config")
-    options = config.get("options") if isinstance(config, Mapping) else None
+    options = config.get("options")
     return {**backbone.keywords(), **options} if isinstance(options, Mapping) else {}
 
 

@@ -21,7 +21,7 @@ from utils.cli import Parser, exit_code, int_at_least, share
 # isort: split
 from utils.data.imagenet import class_names
 from utils.distributed import pick_device
-from utils.records import write_json, write_table
+from utils.records import file_digest, write_json, write_table
 from utils.training.checkpoint import add_network_arguments, open_network
 from utils.training.evaluation import evaluate_trained
 
@@ -76,7 +76,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output.suffix == ".csv":
         write_table(args.output, rows)
     else:
-        totals = {"sha256": trained.sha256, "totals": results, "skipped": skipped}
+        report = trained.ema.backbone.weights_report
+        digest = file_digest(args.checkpoint) if args.checkpoint else report.sha256
+        totals = {"sha256": digest, "totals": results, "skipped": skipped}
         write_json(args.output, {**totals, "classes": rows})
 
 

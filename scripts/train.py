@@ -43,7 +43,7 @@ from backbones.classifier import Classifier
 from backbones.deploy import keep_freed_memory
 from utils import distributed, recipe
 from utils.data import open_data
-from utils.records import command_line
+from utils.records import command_line, file_digest
 from utils.training import loop
 from utils.training.checkpoint import load_trained
 
@@ -117,9 +117,10 @@ def train(args: argparse.Namespace) -> None:
     config = {"backbone": args.backbone, "options": options, "weights": args.weights}
     torch.manual_seed(args.seed)
     if args.init_from:
-        source = load_trained(args.init_from / "last.pt", device)
+        path = args.init_from / "last.pt"
+        source = load_trained(path, device)
         config = {"backbone": source.backbone, "options": source.options}
-        config |= {"init_from": str(args.init_from), "weights_sha256": source.sha256}
+        config |= {"init_from": str(args.init_from), "weights_sha256": file_digest(path)}
         backbone = source.ema.backbone
     else:
         backbone = create(args.backbone, weights=args.weights, **options)
@@ -131,7 +132,7 @@ def train(args: argparse.Namespace) -> None:
     if args.init_from and (differing := set(data.classes) ^ set(source.classes)):
         raise DataError(
             f"{args.data_dir}: other classes than the run's: {summarize(sorted(differing))}; "
-            f"--weights {args.init_from / 'last.pt'} starts with a new head"
+            f"--weights {path} starts with a new head"
         )
     model = source.ema if args.init_from else Classifier(backbone, len(data.classes))
     keep_freed_memory()  # every step allocates the same

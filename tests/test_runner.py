@@ -16,10 +16,10 @@ import torch
 from scripts import ablate
 from utils.data.folders import hold_out, open_folders
 from utils.recipe import RECIPES
-from utils.records import write_table
+from utils.records import file_digest, write_table
 from utils.studies import runner, statistics
 from utils.studies.runner import Study, Variant, curves_path, run_study
-from utils.training.checkpoint import file_digest, load_checkpoint
+from utils.training.checkpoint import load_checkpoint
 
 RECIPE = dataclasses.replace(
     RECIPES["quick"],

@@ -146,36 +146,28 @@ BEST_RATES = {
 }
 
 
+def _tuned(value: str, way: str, rate: float) -> Variant:
+    recipe = {**FINETUNING[way][0], "lr_per_1024": rate}
+    return Variant(value, "mobilenet_v2", recipe=recipe, pretrained=way != "from scratch")
+
+
 def _finetune_rates() -> Study:
     """The learning rate of each way of fine-tuning, on a quarter of the training images."""
-    variants = [
-        Variant(
-            f"{way}, {rate:g}",
-            "mobilenet_v2",
-            recipe={**changes, "lr_per_1024": rate},
-            pretrained=way != "from scratch",
-        )
-        for way, (changes, rates) in FINETUNING.items()
+    variants = tuple(
+        _tuned(f"{way}, {rate:g}", way, rate)
+        for way, (_, rates) in FINETUNING.items()
         for rate in rates
-    ]
-    name, recipe, variants = "finetune_rates", RECIPES["finetune"], tuple(variants)
-    slice_ = {"tuning": True, "held_out_share": 0.25}
-    return Study(name, "fine-tuning", variants[0].value, recipe, variants, (0,), **slice_)
+    )
+    name, recipe = "finetune_rates", RECIPES["finetune"]
+    settings = {"tuning": True, "held_out_share": 0.25}
+    return Study(name, "fine-tuning", variants[0].value, recipe, variants, (0,), **settings)
 
 
 def _finetune() -> Study:
     """Ways of fine-tuning, each at the best rate of `_finetune_rates`."""
-    variants = [
-        Variant(
-            way,
-            "mobilenet_v2",
-            recipe={**FINETUNING[way][0], "lr_per_1024": rate},
-            pretrained=way != "from scratch",
-        )
-        for way, rate in BEST_RATES.items()
-    ]
+    variants = tuple(_tuned(way, way, rate) for way, rate in BEST_RATES.items())
     name, recipe = "finetune", RECIPES["finetune"]
-    return Study(name, "fine-tuning", "frozen features", recipe, tuple(variants), FIVE)
+    return Study(name, "fine-tuning", "frozen features", recipe, variants, FIVE)
 
 
 STUDIES = {

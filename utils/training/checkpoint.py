@@ -32,7 +32,7 @@ from utils import distributed
 from utils.cli import DataError, backbone_option, summarize, unicode_hint
 from utils.data.imagenet import CLASSES, read_class_names
 from utils.recipe import Recipe
-from utils.records import PARTIAL, file_digest, lock, write_atomic, write_json, write_table
+from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
 
 # Entries of a config that may differ between two starts of one run: they do not change its result.
 PROVENANCE = (
@@ -197,7 +197,6 @@ class Trained:
         backbone, options: its arguments of `backbones.create`.
         classes: names of the class folders, in the order of the logits.
         recipe: how it was trained, or at least how images are prepared for it.
-        sha256: of the file of weights.
     """
 
     raw: nn.Module
@@ -207,7 +206,6 @@ class Trained:
     classes: list[str]
     recipe: Recipe
     device: torch.device
-    sha256: str | None = None
 
 
 def load_trained(path: str | Path, device: torch.device | None = None) -> Trained:
@@ -234,9 +232,9 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
         raise RunError(f"{path}: its weights do not fit its own config ({reason})") from error
     if not all(tensor.isfinite().all() for tensor in ema.state_dict().values()):
         raise RunError(f"{path}: its weights are not all finite; use an earlier checkpoint")
-    device, sha256 = device or distributed.pick_device(), file_digest(path)
+    device = device or distributed.pick_device()
     raw, ema = _prepare(recipe, device, model, ema.module)
-    return Trained(raw, ema, recipe=recipe, device=device, sha256=sha256, **config)
+    return Trained(raw, ema, recipe=recipe, device=device, **config)
 
 
 def load_published(
@@ -274,8 +272,7 @@ def load_published(
         recipe = dataclasses.replace(recipe, **images.as_recipe())
     device = device or distributed.pick_device()
     (model,) = _prepare(recipe, device, model)
-    made = backbone, model.backbone.options, names, recipe, device, report.sha256
-    return Trained(model, model, *made)
+    return Trained(model, model, backbone, model.backbone.options, names, recipe, device)
 
 
 def _prepare(recipe: Recipe, device: torch.device, *models: nn.Module) -> list[nn.Module]:
