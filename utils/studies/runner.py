@@ -5,7 +5,7 @@ two tidy CSV files, results and learning curves, which `utils.studies.statistics
 
 A run trains on all training images and reads the validation images once, after its last epoch. The
 runs of a study that tunes do not read them at all: they train without a slice of the training
-images, the same for every run, and are evaluated on it after every epoch.
+images, the same for every run, and are evaluated on it about ten times.
 """
 
 import itertools
@@ -74,7 +74,7 @@ class Study:
         weights: the weights whose accuracy is compared, EMA ("ema") or last ("raw").
         extra_evaluations: other evaluations of the baseline's runs, compared with the baseline:
             a name to the weights and the side of the test crop in pixels.
-        tuning: evaluate on a slice held out of the training images, after every epoch; the
+        tuning: evaluate on a slice held out of the training images, about ten times a run; the
             validation images are not read.
         held_out_share: the size of that slice.
     """
@@ -330,7 +330,8 @@ def _run(
         "data_dir": str(data_dir),
     }
     try:
-        data, every = _open(study, variant, recipe, data_dir, seed), int(study.tuning)
+        data = _open(study, variant, recipe, data_dir, seed)
+        every = max(1, recipe.epochs // 10) if study.tuning else 0
         trainer = train_classifier(data, recipe, run_dir, config, seed, device, every)
         rows = []
         for crop_px in study.sizes_px(variant):
