@@ -6,7 +6,6 @@ multiples of 32 pixels: with final maps of 2 x 2 pixels any other size shifts th
 the strided convolutions.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -173,18 +172,17 @@ def _finetune() -> Study:
 
 # Training on a share of Imagenette's images, from random weights or those of a backbone trained on
 # the embedded sample: rates per 1024 images, and the best of them.
-TRANSFER_RATES = (0.5, 2.0, 8.0)
-BEST_TRANSFER_RATES = {
-    ("scratch", 0.01): 2.0,
-    ("sample", 0.01): 2.0,
-    ("scratch", 0.1): 2.0,
-    ("sample", 0.1): 2.0,
-    ("scratch", 1.0): 2.0,
-    ("sample", 1.0): 2.0,
+TRANSFER_RATES = {
+    ("scratch", 0.01): ((0.5, 2.0, 8.0), 2.0),
+    ("sample", 0.01): ((0.5, 2.0, 8.0), 2.0),
+    ("scratch", 0.1): ((0.125, 0.5, 2.0, 8.0), 0.5),
+    ("sample", 0.1): ((0.5, 2.0, 8.0, 32.0), 8.0),
+    ("scratch", 1.0): ((0.5, 2.0, 8.0), 2.0),
+    ("sample", 1.0): ((0.5, 2.0, 8.0, 32.0), 8.0),
 }
 
 
-def _transfer(name: str, seeds: tuple[int, ...], rates: Mapping[Any, tuple[float, ...]]) -> Study:
+def _transfer(name: str, tuning: bool) -> Study:
     """Shares of Imagenette from the embedded sample's weights or from scratch."""
     recipe = replace(SHORT, batch_size=32, trivial_augment=False, min_crop_area=0.35)
     epochs = {0.01: 60, 0.1: 24, 1.0: 6}
@@ -196,11 +194,12 @@ def _transfer(name: str, seeds: tuple[int, ...], rates: Mapping[Any, tuple[float
             pretrained=start == "sample",
             train_share=share,
         )
-        for start, share in rates
-        for rate in rates[start, share]
+        for (start, share), (rates, best) in TRANSFER_RATES.items()
+        for rate in (rates if tuning else (best,))
     )
     factor, baseline = "start and share of the images", variants[0].value
-    return Study(name, factor, baseline, recipe, variants, seeds, tuning=seeds == (0,))
+    seeds = (0,) if tuning else FIVE
+    return Study(name, factor, baseline, recipe, variants, seeds, tuning=tuning)
 
 
 STUDIES = {
@@ -208,8 +207,7 @@ STUDIES = {
     for study in (
         *(_initialization(), _learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
         *(_add_one(), _fixres(), _length(), _finetune_rates(), _finetune()),
-        _transfer("transfer_rates", (0,), dict.fromkeys(BEST_TRANSFER_RATES, TRANSFER_RATES)),
-        _transfer("transfer", FIVE, {key: (rate,) for key, rate in BEST_TRANSFER_RATES.items()}),
+        *(_transfer("transfer_rates", tuning=True), _transfer("transfer", tuning=False)),
     )
 }
 

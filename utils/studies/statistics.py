@@ -1,5 +1,6 @@
 """What studies found: means over seeds, differences with their intervals, accuracy and cost."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -94,7 +95,9 @@ def differences(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     return compare(pd.concat(parts), study.baseline, column)
 
 
-def differences_within(table: pd.DataFrame, by: str, baseline: str, column: str) -> pd.DataFrame:
+def differences_within(
+    table: pd.DataFrame, by: str, baseline: str, column: str, compare: Callable = compare
+) -> pd.DataFrame:
     """`compare` among the rows of each value of column `by`; indexed by both."""
     groups = {key: compare(group, baseline, column) for key, group in table.groupby(by)}
     return pd.concat(groups, names=[by])
@@ -215,10 +218,12 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
     return shown
 
 
-def pairs_table(table: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
+def pairs_table(
+    table: pd.DataFrame, by: str, column: str, compare: Callable = compare
+) -> pd.DataFrame:
     """The two values of a study and their difference, for each value of `by`."""
     baseline, other = table.value.unique()
-    found = differences_within(table, by, baseline, column).droplevel("value")
+    found = differences_within(table, by, baseline, column, compare).droplevel("value")
     means = table.pivot_table(column, by, "value", mean_std)[[baseline, other]]
     return _table(means.add_suffix(", top-1 (%)"), found, found.n, by)
 
@@ -276,6 +281,13 @@ def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
     detectable = shown[study.factor].map(found.detectable)
     shown["detectable"] = detectable.map("{:.1f}".format).replace("nan", "")
     return shown.assign(seconds=groups.time_s.median().round().astype(int).to_numpy())
+
+
+def transfer_table(results: Path = RESULTS) -> pd.DataFrame:
+    """The embedded sample's weights compared with random ones, for each share of the images."""
+    table, share = read_study("transfer", results), "share of the images"
+    table[["value", share, "rate"]] = table.value.str.split(", ", expand=True)
+    return pairs_table(table, share, STUDIES["transfer"].top1_column, compare_by_dunnett)
 
 
 def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
