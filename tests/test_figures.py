@@ -1,0 +1,102 @@
+"""The diagrams of docs/figures: their numbers are the networks', and notebooks show them."""
+
+import re
+from math import ceil
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from helpers import ROOT
+
+import backbones
+from utils.recipe import RECIPES
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+FIGURES = sorted((ROOT / "docs" / "figures").glob("*.svg"))
+
+
+def texts(name, kind=""):
+    """The texts of a diagram whose class begins with `kind`, in the order of the file."""
+    root = ElementTree.parse(ROOT / "docs" / "figures" / f"{name}.svg").getroot()
+    found = [each for each in root.iter() if each.tag.endswith("}text")]
+    return [each.text for each in found if each.get("class", "").startswith(kind)]
+
+
+def channels(name):
+    return [int(text) for text in texts(name, "channels")]
+
+
+def make(name, **options):
+    with torch.device("meta"):
+        return backbones.create(name, **options)
+
+
+def widths(conv):
+    return conv.conv.in_channels, conv.conv.out_channels
+
+
+def test_feature_maps():
+    net, px = make("cspdarknet53"), 224
+    shapes = [(3, px), *((c, ceil(px / s)) for c, s in zip(net.channels, net.strides, strict=True))]
+    assert texts("feature_maps", "channels") == [f"{c} {TIMES} {n} {TIMES} {n}" for c, n in shapes]
+    assert {f"stride {stride}" for stride in net.strides} < set(texts("feature_maps"))
+
+
+def test_a_darknet_stage():
+    stage = make("darknet53").stages[2]
+    block = stage.blocks[0]
+    found = (*widths(stage.conv), widths(stage.blocks[-1].conv2)[1])
+    found += (*widths(block.conv1), *(2 * widths(block.conv2)[1:]))
+    assert channels("darknet_stage") == list(found)
+    assert f"{len(stage.blocks)} {TIMES} block" in texts("darknet_stage")
+
+
+def test_csp_splits():
+    """Per split: into the stage, the strided convolution, both halves, the blocks, and the end."""
+    expected = []
+    for split in ("separate", "slice", "partial"):
+        stage = make("cspdarknet53", split=split).stages[2]
+        blocks = widths(stage.blocks[0].conv1)[0], widths(stage.blocks[-1].conv2)[1]
+        joined, out = widths(stage.out_conv)
+        expected += [*widths(stage.conv), joined - blocks[1], *blocks, joined, out]
+        assert f'split="{split}"' in texts("csp_splits", "head")
+    assert channels("csp_splits") == expected
+    assert texts("csp_splits").count(f"{len(stage.blocks)} {TIMES} block") == 3
+
+
+def test_an_osa_block():
+    block = make("vovnet39").stages[2].blocks[1]
+    joined, out = widths(block.out_conv)
+    first, *others = (widths(conv) for conv in block.convs)
+    outputs = [first[1], *(width for _, width in others)]
+    assert channels("osa_block") == [first[0], *outputs, first[0], joined, out, out, out]
+    assert block.residual
+    assert block.ese is not None
+
+
+def test_the_taps_of_an_inverted_residual():
+    narrow, wide = (make("mobilenet_v2", tap=tap) for tap in ("block", "expansion"))
+    projected = next(
+        module.out_channels
+        for name, module in narrow.named_modules()
+        if name.endswith("conv.2") and getattr(module, "out_channels", 0) > narrow.channels[2]
+    )
+    taps = narrow.channels[2], wide.channels[2]
+    assert channels("inverted_residual") == [*taps, taps[1], projected]
+    for tap in taps:
+        assert f"{tap} channels, stride {narrow.strides[2]}" in texts("inverted_residual")
+
+
+def test_fixres():
+    recipe = RECIPES["imagenet"]
+    sizes = [recipe.train_crop_px, recipe.eval_resize_px, recipe.eval_crop_px]
+    assert channels("fixres") == sizes
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_every_diagram_has_a_description_and_is_shown_with_one(path):
+    root = ElementTree.parse(path).getroot()
+    assert [each.tag.split("}")[1] for each in root[:2]] == ["title", "desc"]
+    shown = [each.read_text() for each in ROOT.glob("notebooks/*.ipynb")]
+    pattern = rf"!\[[^\]]{{20,}}\]\(\.\./docs/figures/{path.name}\)"
+    assert any(re.search(pattern, text) for text in shown)
