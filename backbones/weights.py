@@ -112,7 +112,7 @@ def load_weights(
             a state dict. Only a name can cause a download, if the file is not in torch.hub's
             cache. It also sets the backbone's `preprocessing`.
         entry: which state dict of a checkpoint that holds several, such as "model". Defaults to
-            the EMA weights, "ema", of a run's checkpoint, and to the only one of another.
+            the EMA weights, "ema", "model_ema" or "state_dict_ema", or to the only one.
         prefix: use only the keys that begin with it, such as "module.".
         sha256: the file's, in hexadecimal, 8 digits or more; verified before anything is parsed.
         strict: whether anything that does not match is an error. Otherwise what matches is loaded
@@ -145,7 +145,8 @@ def load_weights(
         origin, class_names = (name, form, digest), config.get("classes")
         report, tensors = _match(module, backbone, state, options, origin, class_names)
         if not report.loaded or (strict and not report.complete):
-            raise WeightsError("; ".join([f"do not match: {report}", *_hints(report, state)]))
+            text = f"do not match {backbone.architecture or 'the network'}: {report}"
+            raise WeightsError("; ".join([text, *_hints(report, state)]))
     except (WeightsError, OSError) as error:
         failure = WeightsError(f"{name}: {error}")
         failure.is_bad_file = isinstance(source, (str, os.PathLike)) and os.path.isfile(source)
@@ -238,8 +239,9 @@ def _pick(
     entries = [str(key) for key, value in content.items() if _is_state_dict(value)]
     if entry is None and content.keys() >= _RUN_KEYS:
         entry = "ema"
-    elif entry is None and len(entries) == 1:
-        (entry,) = entries
+    elif entry is None:  # torchvision's and timm's training scripts write both
+        chosen = [key for key in entries if key in ("model_ema", "state_dict_ema")] or entries
+        entry = chosen[0] if len(chosen) == 1 else None
     state = content if entry is None else content.get(entry)
     if not _is_state_dict(state):
         raise WeightsError(

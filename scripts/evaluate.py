@@ -23,7 +23,7 @@ from utils.data.imagenet import class_names
 from utils.distributed import pick_device
 from utils.records import file_digest, write_json, write_table
 from utils.training.checkpoint import add_network_arguments, open_network
-from utils.training.evaluation import evaluate_trained
+from utils.training.evaluation import autocast_dtype, dtype_name, evaluate_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is None:
         return
     rows = [
-        {"weights": weights, "class": name, "name": words[name], **row}
+        {"weights": weights, "class": name, "name": words[name], **row}  # NaN without images
         for weights, result in results.items()
         for name, row in zip(classes, result.pop("classes"), strict=True)
     ]
@@ -78,7 +78,13 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         report = trained.ema.backbone.weights_report
         digest = file_digest(args.checkpoint) if args.checkpoint else report.sha256
-        totals = {"sha256": digest, "totals": results, "skipped": skipped}
+        how = {
+            "network_classes": len(trained.classes),
+            "crop_px": args.size or trained.recipe.eval_crop_px,
+            "dtype": dtype_name(autocast_dtype(trained.device, trained.recipe.precision)),
+        }
+        totals = {"sha256": digest, **how, "totals": results, "skipped": skipped}
+        rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
         write_json(args.output, {**totals, "classes": rows})
 
 

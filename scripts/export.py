@@ -70,9 +70,7 @@ def open_source(args: argparse.Namespace) -> tuple[Backbone | Classifier, dict[s
     if args.checkpoint:
         trained = load_trained(args.checkpoint, device)
         options = {**trained.options, **dict(args.option)}
-        net = backbones.create(trained.backbone, weights=trained.ema.state_dict(), **options)
-        net.preprocessing = trained.ema.backbone.preprocessing
-        return net, {}
+        return backbones.create(trained.backbone, weights=args.checkpoint, **options), {}
     return backbones.create(args.backbone, weights=args.weights, **dict(args.option)), {}
 
 

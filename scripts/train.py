@@ -50,13 +50,15 @@ from utils.training.checkpoint import load_trained
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     preset = Parser(None, add_help=False)
-    preset.add_argument("--recipe", default="imagenet", choices=recipe.RECIPES, help="the preset")
+    preset.add_argument("--recipe", default="imagenet", choices=recipe.RECIPES,
+        help="the preset (default: %(default)s)")  # fmt: skip
     chosen = preset.parse_known_args(argv)[0].recipe
     parser = Parser(__doc__, parents=[preset])
     add, count = parser.add_argument, int_at_least(1)
-    add("--data-dir", required=True, help="folder with train/ and val/, or shards: a brace pattern")
+    add("--data-dir", required=True, help="folder with train/ and val/, or with a folder "
+        "per class for --val-share, or shards: a brace pattern")  # fmt: skip
     add("--val-share", type=share, default=0.0, metavar="SHARE", help="hold out this share of each "
-        "class for validation, where there is no val/, such as 0.2")  # fmt: skip
+        "class for validation, where there is no val/: 0.2 takes every fifth by name")  # fmt: skip
     add("--output-dir", type=Path, help="folder of the run (default: a new one in runs/)")
     add("--backbone", help="a name of backbones.list_models() (default: cspdarknet19)")
     add("--weights", help="start from these weights of the backbone: a file, such as a run's "
@@ -88,6 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--init-from takes backbone, options and weights from the run: omit them")
     if args.width and "width" in dict(args.option):
         parser.error("--width and --option width=... are the same: give one")
+    args.option = dict(args.option)
+    args.width = args.option.pop("width", args.width)
     args.backbone = args.backbone or (None if args.init_from else "cspdarknet19")
     if args.output_dir is None:
         # All processes, and all restarts, must use the same folder.
@@ -113,14 +117,14 @@ def train(args: argparse.Namespace) -> None:
     if chosen.freeze >= 0 and not (args.weights or args.init_from):
         raise ValueError(f"--freeze {chosen.freeze} would keep random weights: give --weights")
     device = distributed.pick_device(args.device)
-    options = {**chosen.backbone_options, **dict(args.option)}
+    options = {**chosen.backbone_options, **args.option}
     config = {"backbone": args.backbone, "options": options, "weights": args.weights}
     torch.manual_seed(args.seed)
     if args.init_from:
-        path = args.init_from / "last.pt"
+        path = args.init_from / "last.pt" if args.init_from.is_dir() else args.init_from
         source = load_trained(path, device)
         config = {"backbone": source.backbone, "options": source.options}
-        config |= {"init_from": str(args.init_from), "weights_sha256": file_digest(path)}
+        config |= {"init_from": str(args.init_from), "init_from_sha256": file_digest(path)}
         backbone = source.ema.backbone
     else:
         backbone = create(args.backbone, weights=args.weights, **options)
@@ -134,6 +138,8 @@ def train(args: argparse.Namespace) -> None:
             f"{args.data_dir}: other classes than the run's: {summarize(sorted(differing))}; "
             f"--weights {path} starts with a new head"
         )
+    if args.init_from and args.val_share:
+        source.warn_of_other_images(args.data_dir, data.val.digest())
     model = source.ema if args.init_from else Classifier(backbone, len(data.classes))
     keep_freed_memory()  # every step allocates the same
     settings = {
@@ -150,6 +156,8 @@ def train(args: argparse.Namespace) -> None:
         if args.dry_run:
             loop.dry_run(model, data, chosen, name=config["backbone"], **settings)
             return
+        if distributed.rank() == 0:
+            print(data.describe(chosen.batch_size))
         trainer = loop.fit(
             model,
             data,

@@ -52,6 +52,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
         "fixres": statistics.fixres_table(),
         "length": statistics.length_table(),
         "finetune": statistics.finetune_table(),
+        "transfer": statistics.transfer_table(),
         "detection": statistics.detection_table(statistics.read_detection()),
     }
     costs = statistics.read_costs(224)

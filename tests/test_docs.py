@@ -126,7 +126,8 @@ def run_script(place, script, args):
 @pytest.fixture
 def place(tmp_path, monkeypatch, folders):
     """A working directory with everything that the documents' commands name, in small."""
-    for name in ("DATA", "data/imagenette2-224sq", "data/hymenoptera"):
+    sample_dir = "data/sample/ILSVRC/Data/CLS-LOC"
+    for name in ("DATA", "data/imagenette2-224sq", "data/hymenoptera", sample_dir):
         shutil.copytree(folders, tmp_path / name)
     shutil.copytree(folders / "train", tmp_path / "photos")
     for name in ("photo.jpg", "new.jpg"):
@@ -146,9 +147,10 @@ def place(tmp_path, monkeypatch, folders):
     names = dict(vars(definitions))
     exec(blocks("CONTRIBUTING.md", "python")[1], names)
     recipe = replace(TINY, epochs=1, warmup_epochs=0.0)
-    studies = [definitions.STUDIES[name] for name in ("csp_split", "finetune")]
+    studies = [definitions.STUDIES[name] for name in ("csp_split", "finetune", "transfer")]
     for study in (*studies, names["_activation"]()):
-        variants = tuple(replace(variant, recipe={}) for variant in study.variants[:2])
+        changes = {"recipe": {}, "train_share": 1.0}
+        variants = tuple(replace(variant, **changes) for variant in study.variants[:2])
         width = 1.0 if study.name == "finetune" else recipe.width
         small = replace(study, recipe=replace(recipe, width=width), variants=variants)
         monkeypatch.setitem(definitions.STUDIES, study.name, small)

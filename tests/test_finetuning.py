@@ -144,6 +144,27 @@ def test_a_split_is_held_out_where_there_is_no_val(folders, tmp_path):
         open_folders(tmp_path / "a", TINY)
 
 
+def test_images_that_a_run_did_not_hold_out_are_reported(folders, tmp_path, capsys):
+    """One more image moves the split."""
+    photos, first = shutil.copytree(folders / "train", tmp_path / "photos"), tmp_path / "first"
+    data = ["--data-dir", photos, "--val-share", 0.25]
+    assert run("train.py", *data, *SMALL, "--output-dir", first) == 0
+    out = capsys.readouterr().out
+    assert "data: 36 training and 12 validation images, 4 steps of 8 images per epoch; " in out
+    assert "; classes: 3 (n00000000, n00000001, n00000002)" in out
+    shutil.copy(next(photos.glob("n00000000/*")), photos / "n00000000" / "000.JPEG")
+    words = "the run held out other images"
+    evaluation = ["--checkpoint", first / "last.pt", "--workers", 0]
+    more = ["--init-from", first / "last.pt", *TUNE, "--output-dir", tmp_path / "second"]
+    (tmp_path / "again").symlink_to(photos)  # a warning is printed once
+    assert run("evaluate.py", *data, *evaluation) == 0
+    assert run("train.py", "--data-dir", tmp_path / "again", *data[2:], *more) == 0
+    assert capsys.readouterr().err.count(words) == 2
+    (photos / "n00000000" / "000.JPEG").unlink()
+    assert run("evaluate.py", *data, *evaluation) == 0
+    assert words not in capsys.readouterr().err
+
+
 def test_the_normalization_of_weights_is_used_and_kept(folders, tmp_path):
     """Of a run with another one: by what starts from it, and by its own evaluation."""
     half, first = ["--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5], tmp_path / "first"
@@ -193,6 +214,10 @@ def test_a_run_is_started_from_resumes_and_refuses_others(folders, weights, tmp_
     head = "head.1.weight"
     torch.testing.assert_close(states[1]["model"][head], states[0]["ema"][f"module.{head}"])
     assert states[1]["config"]["init_from"] == str(one)
+    capsys.readouterr()
+    weights = ["--weights", one / "last.pt", "--output-dir", tmp_path / "longer"]
+    assert run("train.py", *args, *weights) == 1  # these begin with a new head
+    assert "holds a run with " in capsys.readouterr().err
     assert run("train.py", *longer, "--backbone", "resnet18") == 2
     for each in ("train", "val"):
         shutil.copytree(folders / each, tmp_path / "data" / each)
@@ -239,11 +264,23 @@ def test_weights_are_evaluated_and_predict_with_their_own_classes(
         right[int(image.parent.name[-1])] += known[0]["class"] == image.parent.name
     assert (100 * right / 6).tolist() == pytest.approx(table.top1_pct.tolist())
 
+    for path in (tmp_path / "data" / "val" / "n00000001").iterdir():
+        path.write_bytes(b"x")
+    output = ["--skip-corrupt", "--output", tmp_path / "classes.json"]
+    assert run("evaluate.py", *network, *data, *output) == 0
+    found = json.loads((tmp_path / "classes.json").read_text(), parse_constant=pytest.fail)
+    assert (found["network_classes"], found["crop_px"], found["dtype"]) == (5, 224, "float32")
+    assert [row["top1_pct"] is None for row in found["classes"]] == [False, True, False]
+
 
 def test_weights_of_a_run_bring_its_classes_and_sizes(folders, tmp_path):
     args = ["--data-dir", folders, "--output-dir", tmp_path / "run", *SMALL]
     assert run("train.py", *args) == 0
     options = {"width": 0.125}
-    trained = load_published("cspdarknet19", str(tmp_path / "run" / "last.pt"), options)
-    assert trained.classes == ["n00000000", "n00000001", "n00000002"]
+    names = tmp_path / "names.txt"  # their order is not that of the logits
+    names.write_text("".join(f"n0000000{k} {'abc'[k]}\n" for k in (2, 1, 0)))
+    for path in (None, names):
+        source = "cspdarknet19", str(tmp_path / "run" / "last.pt"), options
+        trained = load_published(*source, class_names=path)
+        assert trained.classes == ["n00000000", "n00000001", "n00000002"]
     assert trained.recipe.eval_crop_px == 32

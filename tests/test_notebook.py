@@ -92,7 +92,7 @@ def test_a_folder_that_is_not_the_layout(tmp_path):
         notebook.data_folder(str(tmp_path))
     (tmp_path / "val" / "a").mkdir(parents=True)
     with pytest.raises(
-        notebook.ParameterError, match="holds one class, a; training needs at least two"
+        notebook.ParameterError, match="holds one class, a; two are the least to choose from"
     ):
         notebook.data_folder(str(tmp_path))
     with pytest.raises(notebook.ParameterError, match="a detector needs boxes in COCO's format"):

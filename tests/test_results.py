@@ -13,7 +13,7 @@ from backbones import create_classifier
 from utils.benchmark import RUN, read_benchmark, speed_table
 from utils.measure import count_parameters
 from utils.recipe import DetectorRecipe
-from utils.studies.definitions import BEST_RATES, FINETUNING, STUDIES
+from utils.studies.definitions import BEST_RATES, FINETUNING, STUDIES, TRANSFER_RATES
 from utils.studies.runner import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,15 +91,20 @@ def test_records_say_how_they_were_made():
         assert not table.isna().any(axis=None), path.name
 
 
-def test_the_rates_of_fine_tuning_are_the_best_of_their_grids():
-    """And not at an edge, unless others are level."""
-    table = pd.read_csv(ROOT / "results" / "study_finetune_rates.csv")
+TUNED = [("finetune", way, rates, BEST_RATES[way]) for way, (_, rates) in FINETUNING.items()] + [
+    ("transfer", f"{start}, {share:.0%}", rates, best)
+    for (start, share), (rates, best) in TRANSFER_RATES.items()
+]
+
+
+@pytest.mark.parametrize(("study", "value", "rates", "best"), TUNED)
+def test_rates_are_the_best_of_their_grids(study, value, rates, best):
+    """And not at an edge."""
+    table = pd.read_csv(ROOT / "results" / f"study_{study}_rates.csv")
     top1_pct = table.groupby("value").top1_ema_pct.mean()
-    for way, (_, rates) in FINETUNING.items():
-        found = top1_pct[[f"{way}, {rate:g}" for rate in rates]]
-        best = BEST_RATES[way]
-        assert found[f"{way}, {best:g}"] == found.max()
-        assert best in rates[1:-1]
+    found = top1_pct[[f"{value}, {rate:g}" for rate in rates]]
+    assert found[f"{value}, {best:g}"] == found.max()
+    assert best in rates[1:-1]
 
 
 def test_the_detection_study_is_recorded_completely():

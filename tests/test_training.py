@@ -395,7 +395,8 @@ def test_dry_run_prints_a_plan_and_writes_nothing(folders, tmp_path, monkeypatch
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith("model: net, 0.25 M parameters with its head, 0.00")
         assert lines[1] == (
-            "data: 3 classes, 48 training and 18 validation images, 6 steps of 8 images per epoch"
+            "data: 48 training and 18 validation images, 6 steps of 8 images per epoch; classes: 3 "
+            "(n00000000, n00000001, n00000002)"
         )
         assert "0.00391 at step 5" in lines[2]  # 0.5 * 8 / 1024, at the end of the warm-up
         epoch_s, eval_s = map(

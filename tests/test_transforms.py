@@ -62,6 +62,15 @@ def test_what_imagenet_contains_is_decoded_as_pillow_does(tmp_path, mode, option
     assert np.array_equal(pixels(opened), np.asarray(Image.open(path).convert("RGB")))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_known_white_are_refused(tmp_path, dtype):
+    """Pillow would clip both; float images are often of 0 to 1, which would be black."""
+    path = tmp_path / "image.tif"
+    Image.fromarray(np.ones((5, 5), dtype)).save(path)
+    with pytest.raises(CorruptImageError, match="whose white is not defined"):
+        pixels(open_image(path))
+
+
 def turned(orientation, format, mode="RGB", size_px=(40, 30), **options):
     """An image file that a viewer shows as `picture(mode, size_px)`."""
     exif, buffer = Image.Exif(), io.BytesIO()

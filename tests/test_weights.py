@@ -478,7 +478,7 @@ def test_one_error_lists_everything_and_nothing_is_loaded():
     with pytest.raises(WeightsError) as caught:
         load_weights(net, state)
     assert str(caught.value) == (
-        "state dict: do not match: 178 tensors match (backbone); 1 missing, first "
+        "state dict: do not match cspdarknet19: 178 tensors match (backbone); 1 missing, first "
         "stages.1.conv.conv.weight; 1 unexpected, first stages.9.extra; 1 misshaped, first "
         "stem.conv.weight [4, 3, 3, 3], here [8, 3, 3, 3]"
     )
@@ -505,10 +505,10 @@ def test_prefixes_are_suggested_and_taken(prefix):
 
 def test_entries_are_suggested_and_taken(tmp_path):
     net, other, path = tiny(), tiny(), tmp_path / "checkpoint.pth"
-    torch.save({"model": tiny().state_dict(), "model_ema": net.state_dict(), "epoch": 3}, path)
-    with pytest.raises(WeightsError, match=r"dict of tensors; those in it: model, model_ema"):
+    torch.save({"teacher": tiny().state_dict(), "student": net.state_dict(), "epoch": 3}, path)
+    with pytest.raises(WeightsError, match=r"dict of tensors; those in it: teacher, student"):
         load_weights(other, path)
-    load_weights(other, path, entry="model_ema")
+    load_weights(other, path, entry="student")
     assert_same(other, net.state_dict())
     with pytest.raises(WeightsError, match="entry='best' is not a state dict of tensors"):
         load_weights(other, path, entry="best")
@@ -516,13 +516,16 @@ def test_entries_are_suggested_and_taken(tmp_path):
 
 @pytest.mark.parametrize("entry", ["model", "state_dict"])
 def test_checkpoints_of_torchvisions_and_timms_training(tmp_path, entry):
-    """Their `args` are a Namespace, which holds values and no code."""
+    """Their `args` are a Namespace, which holds values and no code. EMA weights are taken."""
     net, path = tiny(), tmp_path / "checkpoint.pth"
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     args = argparse.Namespace(lr=0.1, device="cuda", mean=[0.5], model_kwargs={})
     content = {"epoch": 3, entry: net.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save({**content, "args": args}, path)
     assert_same(tiny(weights=path), net.state_dict())
+    ema = AveragedModel(tiny()) if entry == "model" else tiny()  # torchvision's wraps it
+    torch.save({**content, f"{entry}_ema": ema.state_dict(), "args": args}, path)
+    assert_same(tiny(weights=path), getattr(ema, "module", ema).state_dict())
     torch.save({**content, "args": argparse.Namespace(hook=Bomb())}, path)
     with pytest.raises(WeightsError, match="print could run code"):
         tiny(weights=path)

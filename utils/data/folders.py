@@ -262,7 +262,10 @@ class TrainBatches(Sampler[list[Key]]):
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         if batch_size > count:
-            raise ValueError(f"batch_size={batch_size} is more than the {count} training images")
+            raise ValueError(
+                f"batch_size={batch_size} is more than the {count} training images; give a smaller "
+                "--batch-size"
+            )
         if batch_size % world_size():
             raise ValueError(f"batch_size={batch_size} must divide by {world_size()} processes")
         self.count, self.batch_size, self.seed = count, batch_size, seed
@@ -358,6 +361,14 @@ class Splits:
     train: Any
     val: Any
     classes: list[str]
+
+    def describe(self, batch_size: int) -> str:
+        """What a run trains on, in a line."""
+        return (
+            f"data: {len(self.train)} training and {len(self.val)} validation images, "
+            f"{len(self.train) // batch_size} steps of {batch_size} images per epoch; classes: "
+            f"{summarize(self.classes)}"
+        )
 
 
 def open_folders(

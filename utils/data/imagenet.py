@@ -243,7 +243,7 @@ def check_layout(data_dir: str | Path, splits: Sequence[str] = ("train", "val"))
         folder = Path(data_dir) / split
         if not folder.is_dir():
             hint = "; shards are given by a brace pattern" * any(Path(data_dir).glob("*.tar"))
-            if len(splits) == 2:
+            if any(splits):
                 hint += "; with --val-share 0.2 a folder of images per class is enough"
             raise LayoutError(f"{folder} is missing: {data_dir} must hold {wanted}{hint}")
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
@@ -264,8 +264,8 @@ def check_layout(data_dir: str | Path, splits: Sequence[str] = ("train", "val"))
         raise LayoutError(f"{data_dir}: classes in only one of {wanted}: {found}")
     if not common:
         raise LayoutError(f"{data_dir}: no class folders" + f" in {wanted}" * (splits != [""]))
-    if len(common) == 1 and splits != ["val"]:
-        reason = f"one class, {next(iter(common))}; training needs at least two"
+    if len(common) == 1:
+        reason = f"one class, {next(iter(common))}; two are the least to choose from"
         raise LayoutError(f"{data_dir}: holds {reason}, each a folder")
     return sorted(common)
 

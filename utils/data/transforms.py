@@ -151,6 +151,8 @@ def _decode(content: bytes) -> np.ndarray:
         raise ValueError(f"{image.width} x {image.height} pixels, limit of {MAX_PIXELS}")
     image.load()  # turns TIFF files; only then is EXIF data behind the pixels of a PNG file known
     orientation = _orientation(image.info.get("exif", b""))
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise ValueError(f"32-bit pixels of mode {image.mode}, whose white is not defined")
     if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return _turn(np.array(image.convert("RGB")), orientation)

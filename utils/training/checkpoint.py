@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 from backbones import create_classifier
 from backbones.pretrained import Preprocessing
 from utils import distributed
-from utils.cli import DataError, backbone_option, summarize, unicode_hint
+from utils.cli import DataError, backbone_option, summarize, unicode_hint, warn
 from utils.data.imagenet import CLASSES, read_class_names
 from utils.recipe import Recipe
 from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
@@ -98,7 +98,12 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
         json.loads(json.dumps({**each, "recipe": {**defaults, **each.get("recipe", {})}}))
         for each in (found, config)
     )  # in JSON tuples are lists
-    firsts = ["recipe", "weights_sha256", "val_share"]  # others follow from them
+    firsts = [
+        "recipe",
+        "weights_sha256",
+        "init_from_sha256",
+        "val_share",
+    ]  # others follow from them
     for key in [*firsts, *sorted(found.keys() | config.keys())]:
         old, new = found.get(key), config.get(key)
         if key in PROVENANCE or old == new:
@@ -197,6 +202,7 @@ class Trained:
         backbone, options: its arguments of `backbones.create`.
         classes: names of the class folders, in the order of the logits.
         recipe: how it was trained, or at least how images are prepared for it.
+        val_files: the digest of the validation images of its run, if it is known.
     """
 
     raw: nn.Module
@@ -206,6 +212,12 @@ class Trained:
     classes: list[str]
     recipe: Recipe
     device: torch.device
+    val_files: str | None = None
+
+    def warn_of_other_images(self, data_dir: str | Path, digest: str) -> None:
+        """Warns if images that were held out are not those that its run held out."""
+        if self.val_files not in (None, digest):
+            warn(f"{data_dir}: the run held out other images; some of these may be trained on")
 
 
 def load_trained(path: str | Path, device: torch.device | None = None) -> Trained:
@@ -234,7 +246,8 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
         raise RunError(f"{path}: its weights are not all finite; use an earlier checkpoint")
     device = device or distributed.pick_device()
     raw, ema = _prepare(recipe, device, model, ema.module)
-    return Trained(raw, ema, recipe=recipe, device=device, **config)
+    val_files = checkpoint["config"].get("val_files")
+    return Trained(raw, ema, recipe=recipe, device=device, val_files=val_files, **config)
 
 
 def load_published(
@@ -252,7 +265,7 @@ def load_published(
     Args:
         backbone, weights, options: as of `backbones.create_classifier`.
         class_names: a file of `utils.data.imagenet.read_class_names` with the classes in the order
-            of the logits. Defaults to those that the weights record, or to ImageNet's for 1,000
+            of the logits, for weights that do not record theirs. Defaults to ImageNet's for 1,000
             logits.
 
     Raises:
@@ -260,13 +273,14 @@ def load_published(
     """
     model = create_classifier(backbone, weights=weights, **options)
     report = model.backbone.weights_report
-    recorded = None if class_names else report.class_names
-    names = list(recorded or read_class_names(class_names or CLASSES))
-    if not class_names and (report.format == "Darknet" or len(names) != report.classes):
+    names = list(report.class_names or read_class_names(class_names or CLASSES))
+    is_known = report.class_names or class_names
+    if not is_known and (report.format == "Darknet" or len(names) != report.classes):
         reason = f"{report.classes} classes, not those of ImageNet in the order of their wnids"
         raise ValueError(f"{weights}: has {reason}; give --class-names")
     if len(names) != report.classes:
-        raise DataError(f"{class_names}: {len(names)} classes, the weights have {report.classes}")
+        source = weights if report.class_names else class_names
+        raise DataError(f"{source}: {len(names)} class names, but a head for {report.classes}")
     recipe = Recipe(precision="float32", eval_resize_px=256, eval_crop_px=224)
     if images := model.backbone.preprocessing:
         recipe = dataclasses.replace(recipe, **images.as_recipe())

@@ -139,6 +139,8 @@ def evaluate_trained(
     """
     recipe, device = _at_size(trained.recipe, size_px), trained.device
     val = open_val_data(data_dir, trained.classes, recipe, val_share)
+    if val_share:
+        trained.warn_of_other_images(data_dir, val.digest())
     batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
     loader = val.eval_loader(batch_size, workers, device.type == "cuda")
     models = {"raw": trained.raw, "EMA": trained.ema}

@@ -772,8 +772,7 @@ def dry_run(
     lines = [
         f"model: {name}, {count_parameters(model) / 1e6:.2f} M parameters with its head, "
         f"{count_macs(model, crop_px, crop_px) / 1e9:.3g} GMACs at {crop_px} x {crop_px} pixels",
-        f"data: {len(data.classes)} classes, {len(data.train)} training and {len(data.val)} "
-        f"validation images, {steps} steps of {recipe.batch_size} images per epoch",
+        data.describe(recipe.batch_size),
         f"schedule: {recipe.epochs} epochs, {total} steps, learning rate {rates}",
         f"device: {device}, processes: {distributed.world_size()}, workers of each: {workers}",
     ]
