@@ -76,6 +76,52 @@ def _initialization() -> Study:
     return Study(name, "initialization", baseline, recipe, variants, THREE, tuning=True)
 
 
+def _short_recipe() -> Study:
+    """What a run of five epochs needs, one change at a time from SGD and from AdamW."""
+    recipe = replace(
+        SHORT,
+        epochs=5,
+        trivial_augment=False,
+        min_crop_area=0.35,
+        label_smoothing=0.1,
+        nesterov=True,
+        weight_decay=5e-5,
+    )
+    adamw = {"optimizer": "adamw", "nesterov": False, "weight_decay": 0.05, "lr_per_1024": 0.032}
+    bases: dict[str, dict[str, Any]] = {
+        "SGD": {"lr_per_1024": 4.0},
+        "AdamW": {**adamw, "flat_share": 0.7},
+    }
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "SGD": {
+            "half the rate": {"lr_per_1024": 2.0},
+            "twice the rate": {"lr_per_1024": 8.0},
+            "flat 0.7": {"flat_share": 0.7},
+            "without Nesterov": {"nesterov": False},
+            "weight decay 2e-4": {"weight_decay": 2e-4},
+            "TrivialAugment": {"trivial_augment": True},
+        },
+        "AdamW": {
+            "half the rate": {"lr_per_1024": 0.016},
+            "twice the rate": {"lr_per_1024": 0.064},
+            "flat 0": {"flat_share": 0.0},
+            "flat 0.4": {"flat_share": 0.4},
+            "weight decay 0.2": {"weight_decay": 0.2},
+            "crops from 0.2": {"min_crop_area": 0.2},
+            "crops from 0.6": {"min_crop_area": 0.6},
+        },
+    }
+    shared = {"batch 32": {"batch_size": 32}, "no label smoothing": {"label_smoothing": 0.0}}
+    variants = [Variant(name, "vovnet39", {}, base) for name, base in bases.items()]
+    for name, base in bases.items():
+        for title, change in {**changes[name], **shared}.items():
+            variants.append(Variant(f"{name}, {title}", "vovnet39", {}, {**base, **change}))
+    for act in ("silu", "mish"):
+        variants.append(Variant(f"AdamW, {act}", "vovnet39", {"act": act}, bases["AdamW"]))
+    settings = {"tuning": True, "held_out_share": 0.25}
+    return Study("short_recipe", "recipe", "SGD", recipe, tuple(variants), (0, 1), **settings)
+
+
 def _csp_split() -> Study:
     splits = ("separate", "slice", "partial")
     variants = [Variant(split, "cspdarknet53", {"split": split}) for split in splits]
@@ -205,8 +251,8 @@ def _transfer(name: str, tuning: bool) -> Study:
 STUDIES = {
     study.name: study
     for study in (
-        *(_initialization(), _learning_rate(), _csp_split(), _vovnet(), _leave_one_out()),
-        *(_add_one(), _fixres(), _length(), _finetune_rates(), _finetune()),
+        *(_initialization(), _learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
+        *(_leave_one_out(), _add_one(), _fixres(), _length(), _finetune_rates(), _finetune()),
         *(_transfer("transfer_rates", tuning=True), _transfer("transfer", tuning=False)),
     )
 }
