@@ -12,8 +12,9 @@ Fine-tuning starts from published or own weights, with a new head for the classe
 With --dry-run it prints what it would do, takes a few steps, estimates the time of the complete run
 and writes nothing.
 
-The folder holds train/ and val/, each with one folder per class; scripts/imagenet.py sorts
-ImageNet's flat val/. Shards come from scripts/make_shards.py, on a disk or through a command:
+The folder holds train/ and val/, each with one folder per class, or with --val-share only the folders
+of the classes. scripts/imagenet.py sorts ImageNet's flat val/. Shards come from
+scripts/make_shards.py, on a disk or through a command:
 
     --data-dir "shards/{train-{000000..001281},val-{000000..000049}}.tar"
     --data-dir "pipe:aws s3 cp s3://bucket/{train-{000000..001281},val-{000000..000049}}.tar -"

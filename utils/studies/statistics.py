@@ -243,7 +243,9 @@ def _table(
     """Means with what `compare` has found, which has no row for the baseline."""
     title = f"{title} [95 % interval]"
     table = means.assign(**{title: found.apply(interval, axis=1), "verdict": found.verdict, "n": n})
-    table = table.fillna({title: "baseline", "verdict": ""})
+    if "detectable" in found:
+        table["detectable"] = found.detectable.map("{:.1f}".format)
+    table = table.fillna({title: "baseline", "verdict": "", "detectable": ""})
     return table.rename_axis(index=name, columns=None).reset_index()
 
 
@@ -278,8 +280,6 @@ def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
     means = groups[column].agg(mean_std).to_frame("top-1 (%)")
     means.insert(0, "rate per 1024", means.index.map(rates))
     shown = _table(means, found, groups.size(), study.factor)
-    detectable = shown[study.factor].map(found.detectable)
-    shown["detectable"] = detectable.map("{:.1f}".format).replace("nan", "")
     return shown.assign(seconds=groups.time_s.median().round().astype(int).to_numpy())
 
 
