@@ -12,8 +12,8 @@ Fine-tuning starts from published or own weights, with a new head for the classe
 With --dry-run it prints what it would do, takes a few steps, estimates the time of the complete run
 and writes nothing.
 
-The folder holds train/ and val/, each with one folder per class, or with --val-share only the folders
-of the classes. scripts/imagenet.py sorts ImageNet's flat val/. Shards come from
+The folder holds train/ and val/, each with one folder per class, or with --val-share the folders of
+the classes alone. scripts/imagenet.py sorts ImageNet's flat val/. Shards come from
 scripts/make_shards.py, on a disk or through a command:
 
     --data-dir "shards/{train-{000000..001281},val-{000000..000049}}.tar"
@@ -31,6 +31,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
@@ -40,13 +41,15 @@ from utils.cli import DataError, Parser, backbone_option, exit_code, int_at_leas
 import torch
 
 from backbones import create, list_options
+from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.deploy import keep_freed_memory
 from utils import distributed, recipe
 from utils.data import open_data
+from utils.data.folders import Splits
 from utils.records import command_line, file_digest
 from utils.training import loop
-from utils.training.checkpoint import load_trained
+from utils.training.checkpoint import Trained, load_trained
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -110,38 +113,57 @@ def default_workers() -> int:
     return min(8, cores) if torch.cuda.is_available() else int(cores > 2)
 
 
-def train(args: argparse.Namespace) -> None:
+def choose_recipe(args: argparse.Namespace) -> recipe.Recipe:
     takes_width = args.backbone and "width" in list_options(args.backbone)
     if args.width is None and (args.weights or not takes_width):
         args.width = 1.0  # the preset's width is for families that take one, without weights
     chosen = recipe.from_arguments(args, args.recipe)
     if chosen.freeze >= 0 and not (args.weights or args.init_from):
         raise ValueError(f"--freeze {chosen.freeze} would keep random weights: give --weights")
-    device = distributed.pick_device(args.device)
-    options = {**chosen.backbone_options, **args.option}
-    config = {"backbone": args.backbone, "options": options, "weights": args.weights}
+    return chosen
+
+
+def open_backbone(
+    args: argparse.Namespace, chosen: recipe.Recipe, device: torch.device
+) -> tuple[Backbone, Trained | None, dict[str, Any]]:
+    """The backbone, the run that training starts from, if any, and what the config records."""
+    if not args.init_from:
+        options = {**chosen.backbone_options, **args.option}
+        config = {"backbone": args.backbone, "options": options, "weights": args.weights}
+        return create(args.backbone, weights=args.weights, **options), None, config
+    path = args.init_from / "last.pt" if args.init_from.is_dir() else args.init_from
+    source = load_trained(path, device)
+    config = {"backbone": source.backbone, "options": source.options}
+    config |= {"init_from": str(args.init_from), "init_from_sha256": file_digest(path)}
+    return source.ema.backbone, source, config
+
+
+def add_head(
+    args: argparse.Namespace, backbone: Backbone, source: Trained | None, data: Splits
+) -> Classifier:
+    """A new head for the classes of the images, or that of the run that training starts from."""
+    if source is None:
+        return Classifier(backbone, len(data.classes))
+    if differing := set(data.classes) ^ set(source.classes):
+        raise DataError(
+            f"{args.data_dir}: other classes than the run's: {summarize(sorted(differing))}; "
+            "--weights with its last.pt starts with a new head"
+        )
+    if args.val_share:
+        source.warn_of_other_images(args.data_dir, data.val.digest())
+    return source.ema
+
+
+def train(args: argparse.Namespace) -> None:
+    chosen, device = choose_recipe(args), distributed.pick_device(args.device)
     torch.manual_seed(args.seed)
-    if args.init_from:
-        path = args.init_from / "last.pt" if args.init_from.is_dir() else args.init_from
-        source = load_trained(path, device)
-        config = {"backbone": source.backbone, "options": source.options}
-        config |= {"init_from": str(args.init_from), "init_from_sha256": file_digest(path)}
-        backbone = source.ema.backbone
-    else:
-        backbone = create(args.backbone, weights=args.weights, **options)
+    backbone, source, config = open_backbone(args, chosen, device)
     for field in ("mean", "std") if backbone.preprocessing else ():
         if getattr(args, field) is None:
             value = getattr(backbone.preprocessing, field)
             chosen = dataclasses.replace(chosen, **{field: value})
     data = open_data(args.data_dir, chosen, args.seed, args.val_share)
-    if args.init_from and (differing := set(data.classes) ^ set(source.classes)):
-        raise DataError(
-            f"{args.data_dir}: other classes than the run's: {summarize(sorted(differing))}; "
-            f"--weights {path} starts with a new head"
-        )
-    if args.init_from and args.val_share:
-        source.warn_of_other_images(args.data_dir, data.val.digest())
-    model = source.ema if args.init_from else Classifier(backbone, len(data.classes))
+    model = add_head(args, backbone, source, data)
     keep_freed_memory()  # every step allocates the same
     settings = {
         "seed": args.seed,

@@ -129,6 +129,13 @@ def ema_decay_at(updates: int, decay: float) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
+def weights_of_classes(class_images: Tensor | None) -> Tensor:
+    """One over the images of each class, `[num_classes]`, with a mean of 1 over the images."""
+    if class_images is None:
+        raise ValueError("class_weights=True needs class folders: shards are not counted")
+    return (class_images.sum() / (len(class_images) * class_images)).float()
+
+
 class Trainer:
     """The state of a training run: model, EMA model, optimizer, schedule, step and rows.
 
@@ -173,13 +180,10 @@ class Trainer:
                 raise ValueError("freeze and backbone_lr_factor are for a backbones.Classifier")
             if recipe.freeze >= 0:
                 model.backbone.freeze(recipe.freeze)
-        if recipe.class_weights and class_images is None:
-            raise ValueError("class_weights=True needs class folders: shards are not counted")
         self.device = next(model.parameters()).device
         self.class_weights = None
-        if recipe.class_weights:  # a mean of 1 over the training images
-            weights = class_images.sum() / (num_classes * class_images)
-            self.class_weights = weights.float().to(self.device)
+        if recipe.class_weights:
+            self.class_weights = weights_of_classes(class_images).to(self.device)
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=memory_format)
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
