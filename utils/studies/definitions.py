@@ -77,7 +77,7 @@ def _initialization() -> Study:
 
 
 def _short_recipe() -> Study:
-    """What a run of five epochs needs, one change at a time from SGD and from AdamW."""
+    """What a run of five epochs needs, one change at a time from three recipes."""
     recipe = replace(
         SHORT,
         epochs=5,
@@ -91,12 +91,12 @@ def _short_recipe() -> Study:
     bases: dict[str, dict[str, Any]] = {
         "SGD": {"lr_per_1024": 4.0},
         "AdamW": {**adamw, "flat_share": 0.7},
+        "SGD, flat 0.7": {"lr_per_1024": 4.0, "flat_share": 0.7},
     }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "SGD": {
             "half the rate": {"lr_per_1024": 2.0},
             "twice the rate": {"lr_per_1024": 8.0},
-            "flat 0.7": {"flat_share": 0.7},
             "without Nesterov": {"nesterov": False},
             "weight decay 2e-4": {"weight_decay": 2e-4},
             "TrivialAugment": {"trivial_augment": True},
@@ -110,16 +110,26 @@ def _short_recipe() -> Study:
             "crops from 0.2": {"min_crop_area": 0.2},
             "crops from 0.6": {"min_crop_area": 0.6},
         },
+        "SGD, flat 0.7": {
+            "half the rate": {"lr_per_1024": 2.0},
+            "twice the rate": {"lr_per_1024": 8.0},
+            "flat 0.5": {"flat_share": 0.5},
+            "crops from 0.6": {"min_crop_area": 0.6},
+        },
     }
     shared = {"batch 32": {"batch_size": 32}, "no label smoothing": {"label_smoothing": 0.0}}
     variants = [Variant(name, "vovnet39", {}, base) for name, base in bases.items()]
     for name, base in bases.items():
         for title, change in {**changes[name], **shared}.items():
             variants.append(Variant(f"{name}, {title}", "vovnet39", {}, {**base, **change}))
-    for act in ("silu", "mish"):
-        variants.append(Variant(f"AdamW, {act}", "vovnet39", {"act": act}, bases["AdamW"]))
+    for name in ("AdamW", "SGD, flat 0.7"):
+        for act in ("silu", "mish"):
+            variants.append(Variant(f"{name}, {act}", "vovnet39", {"act": act}, bases[name]))
+    for backbone, width in (("resnet18", 1.0), ("cspdarknet53", 0.25)):
+        for name, base in bases.items():
+            variants.append(Variant(f"{backbone}, {name}", backbone, {}, {**base, "width": width}))
     settings = {"tuning": True, "held_out_share": 0.25}
-    return Study("short_recipe", "recipe", "SGD", recipe, tuple(variants), (0, 1), **settings)
+    return Study("short_recipe", "recipe", "SGD", recipe, tuple(variants), (0,), **settings)
 
 
 def _csp_split() -> Study:
