@@ -10,6 +10,7 @@ failed run is a row that says so, and is tried again by the same command.
 """
 
 import argparse
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,7 @@ def ablate(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the runs' processes
     return exit_code(lambda: ablate(args))
 
 
