@@ -48,6 +48,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
     results = {
         "initialization": statistics.initialization_table(),
+        "short_recipe": statistics.short_recipe_table(),
         "recipe": statistics.recipe_table(),
         "fixres": statistics.fixres_table(),
         "length": statistics.length_table(),

@@ -12,7 +12,7 @@ import backbones
 from backbones import create_classifier
 from utils.benchmark import RUN, read_benchmark, speed_table
 from utils.measure import count_parameters
-from utils.recipe import DetectorRecipe
+from utils.recipe import RECIPES, DetectorRecipe
 from utils.studies.definitions import BEST_RATES, FINETUNING, STUDIES, TRANSFER_RATES
 from utils.studies.runner import curves_path
 
@@ -105,6 +105,17 @@ def test_rates_are_the_best_of_their_grids(study, value, rates, best):
     found = top1_pct[[f"{value}, {rate:g}" for rate in rates]]
     assert found[f"{value}, {best:g}"] == found.max()
     assert best in rates[1:-1]
+
+
+def test_the_preset_for_short_runs_is_the_best_recipe_of_its_study():
+    """Of the recipes without a change, for VoVNet-39; image sizes and width differ."""
+    study, preset = STUDIES["short_recipe"], RECIPES["imagenette"]
+    table = pd.read_csv(ROOT / "results" / "study_short_recipe.csv").set_index("value")
+    bases = study.variants[:3]
+    best = max(bases, key=lambda variant: table.top1_raw_pct[variant.value])
+    sizes = ("train_crop_px", "eval_resize_px", "eval_crop_px", "width")
+    sizes = {name: getattr(preset, name) for name in sizes}
+    assert dataclasses.replace(study.recipe_of(best), **sizes) == preset
 
 
 def test_the_detection_study_is_recorded_completely():

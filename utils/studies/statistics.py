@@ -301,6 +301,16 @@ def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
     return shown.assign(n=table.groupby(names[:2]).seed.nunique()).reset_index()
 
 
+def short_recipe_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Top-1 on the held-out slice by change or network, a column per recipe that is changed."""
+    table, bases = read_study("short_recipe", results), ["SGD", "SGD, flat 0.7", "AdamW"]
+    table["base"] = table.value.str.extract("(SGD, flat 0.7|AdamW|SGD)")
+    pairs = zip(table.value, table.base, strict=True)
+    table["change"] = [value.replace(base, "").strip(", ") or "none" for value, base in pairs]
+    means = table.pivot_table("top1_raw_pct", "change", "base", sort=False)[bases]
+    return means.map("{:.1f}".format).replace("nan", "").rename_axis(columns=None).reset_index()
+
+
 def read_detection(results: Path = RESULTS) -> pd.DataFrame:
     """The record of scripts/detect.py on the embedded sample's scenes."""
     return pd.read_csv(results / "detection_sample.csv")
