@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is None:
         return
     rows = [
-        {"weights": weights, "class": name, "name": words[name], **row}  # NaN without images
+        {"weights": weights, "class": name, "name": words[name], **row}
         for weights, result in results.items()
         for name, row in zip(classes, result.pop("classes"), strict=True)
     ]
@@ -84,6 +84,7 @@ def evaluate(args: argparse.Namespace) -> None:
             "dtype": dtype_name(autocast_dtype(trained.device, trained.recipe.precision)),
         }
         totals = {"sha256": digest, **how, "totals": results, "skipped": skipped}
+        # JSON has no NaN, which is the accuracy of a class without images.
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
         write_json(args.output, {**totals, "classes": rows})
 

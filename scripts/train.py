@@ -90,11 +90,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="a few steps and an estimate; nothing is written")
     recipe.add_arguments(parser, chosen)
     args = parser.parse_args(argv)
+    args.option = dict(args.option)
     if args.init_from and (args.backbone or args.weights or args.option or args.width):
         parser.error("--init-from takes backbone, options and weights from the run: omit them")
-    if args.width and "width" in dict(args.option):
+    if args.width and "width" in args.option:
         parser.error("--width and --option width=... are the same: give one")
-    args.option = dict(args.option)
     args.width = args.option.pop("width", args.width)
     args.backbone = args.backbone or (None if args.init_from else "cspdarknet19")
     if args.output_dir is None:

@@ -44,10 +44,10 @@ def test_feature_maps():
 
 def test_a_darknet_stage():
     stage = make("darknet53").stages[2]
-    block = stage.blocks[0]
-    found = (*widths(stage.conv), widths(stage.blocks[-1].conv2)[1])
-    found += (*widths(block.conv1), *(2 * widths(block.conv2)[1:]))
-    assert channels("darknet_stage") == list(found)
+    block, (_, last) = stage.blocks[0], widths(stage.blocks[-1].conv2)
+    _, added = widths(block.conv2)
+    expected = [*widths(stage.conv), last, *widths(block.conv1), added, added]
+    assert channels("darknet_stage") == expected
     assert f"{len(stage.blocks)} {TIMES} block" in texts("darknet_stage")
 
 

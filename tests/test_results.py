@@ -13,7 +13,7 @@ from backbones import create_classifier
 from utils.benchmark import RUN, read_benchmark, speed_table
 from utils.measure import count_parameters
 from utils.recipe import RECIPES, DetectorRecipe
-from utils.studies.definitions import BEST_RATES, FINETUNING, STUDIES, TRANSFER_RATES
+from utils.studies.definitions import FINETUNING, STUDIES, TRANSFER_RATES
 from utils.studies.runner import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def test_records_say_how_they_were_made():
         assert not table.isna().any(axis=None), path.name
 
 
-TUNED = [("finetune", way, rates, BEST_RATES[way]) for way, (_, rates) in FINETUNING.items()] + [
+TUNED = [("finetune", way, rates, best) for way, (_, rates, best) in FINETUNING.items()] + [
     ("transfer", f"{start}, {share:.0%}", rates, best)
     for (start, share), (rates, best) in TRANSFER_RATES.items()
 ]

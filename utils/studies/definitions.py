@@ -186,44 +186,32 @@ def _length() -> Study:
     return Study("length", "recipe and epochs", "small, 6 epochs", SHORT, variants, THREE)
 
 
-# Ways of fine-tuning: what is trained, and at which rates of the head per 1024 images.
-FINETUNING: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "from scratch": ({}, (0.064, 0.256, 1.0, 4.0)),
-    "frozen features": ({"freeze": 5}, (0.032, 0.128, 0.512)),
-    "all layers": ({}, (0.008, 0.032, 0.128)),
-    "discriminative rates": ({"backbone_lr_factor": 0.1}, (0.016, 0.064, 0.256, 1.0)),
-}
-
-BEST_RATES = {
-    "from scratch": 1.0,
-    "frozen features": 0.128,
-    "all layers": 0.032,
-    "discriminative rates": 0.064,
+# Ways of fine-tuning: what is trained, the rates of the head per 1024 images, and the best of them.
+FINETUNING: dict[str, tuple[dict[str, Any], tuple[float, ...], float]] = {
+    "from scratch": ({}, (0.064, 0.256, 1.0, 4.0), 1.0),
+    "frozen features": ({"freeze": 5}, (0.032, 0.128, 0.512), 0.128),
+    "all layers": ({}, (0.008, 0.032, 0.128), 0.032),
+    "discriminative rates": ({"backbone_lr_factor": 0.1}, (0.016, 0.064, 0.256, 1.0), 0.064),
 }
 
 
-def _tuned(value: str, way: str, rate: float) -> Variant:
-    recipe = {**FINETUNING[way][0], "lr_per_1024": rate}
-    return Variant(value, "mobilenet_v2", recipe=recipe, pretrained=way != "from scratch")
-
-
-def _finetune_rates() -> Study:
-    """The learning rate of each way of fine-tuning, on a quarter of the training images."""
+def _finetune(name: str, tuning: bool) -> Study:
+    """Ways of fine-tuning, each at its best rate; those are chosen on a quarter of the images."""
     variants = tuple(
-        _tuned(f"{way}, {rate:g}", way, rate)
-        for way, (_, rates) in FINETUNING.items()
-        for rate in rates
+        Variant(
+            f"{way}, {rate:g}" if tuning else way,
+            "mobilenet_v2",
+            recipe={**settings, "lr_per_1024": rate},
+            pretrained=way != "from scratch",
+        )
+        for way, (settings, rates, best) in FINETUNING.items()
+        for rate in (rates if tuning else (best,))
     )
-    name, recipe = "finetune_rates", RECIPES["finetune"]
-    settings = {"tuning": True, "held_out_share": 0.25}
-    return Study(name, "fine-tuning", variants[0].value, recipe, variants, (0,), **settings)
-
-
-def _finetune() -> Study:
-    """Ways of fine-tuning, each at the best rate of `_finetune_rates`."""
-    variants = tuple(_tuned(way, way, rate) for way, rate in BEST_RATES.items())
-    name, recipe = "finetune", RECIPES["finetune"]
-    return Study(name, "fine-tuning", "frozen features", recipe, variants, FIVE)
+    baseline = variants[0].value if tuning else "frozen features"
+    options = {"tuning": True, "held_out_share": 0.25} if tuning else {}
+    seeds = (0,) if tuning else FIVE
+    recipe = RECIPES["finetune"]
+    return Study(name, "fine-tuning", baseline, recipe, variants, seeds, **options)
 
 
 # Training on a share of Imagenette's images, from random weights or those of a backbone trained on
@@ -262,7 +250,8 @@ STUDIES = {
     study.name: study
     for study in (
         *(_initialization(), _learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
-        *(_leave_one_out(), _add_one(), _fixres(), _length(), _finetune_rates(), _finetune()),
+        *(_leave_one_out(), _add_one(), _fixres(), _length()),
+        *(_finetune("finetune_rates", tuning=True), _finetune("finetune", tuning=False)),
         *(_transfer("transfer_rates", tuning=True), _transfer("transfer", tuning=False)),
     )
 }

@@ -98,12 +98,8 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
         json.loads(json.dumps({**each, "recipe": {**defaults, **each.get("recipe", {})}}))
         for each in (found, config)
     )  # in JSON tuples are lists
-    firsts = [
-        "recipe",
-        "weights_sha256",
-        "init_from_sha256",
-        "val_share",
-    ]  # others follow from them
+    # Other entries follow from these.
+    firsts = ["recipe", "weights_sha256", "init_from_sha256", "val_share"]
     for key in [*firsts, *sorted(found.keys() | config.keys())]:
         old, new = found.get(key), config.get(key)
         if key in PROVENANCE or old == new:
