@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from utils.data.folders import (
     begin,
     eval_batches,
     load_batch,
+    make_loader,
     open_folders,
     readable,
 )
@@ -282,3 +284,19 @@ def test_each_batch_is_mixed_by_one_of_the_two():
         images, _ = both(RAW)
         pasted += bool(((images == plain) | (images == plain.roll(1, 0))).all())
     assert 10 <= pasted <= 30
+
+
+class Reporting(torch.utils.data.IterableDataset):
+    """Reports an error as multiprocessing's threads do."""
+
+    def __iter__(self):
+        sys.excepthook(EOFError, EOFError("the other end was closed"), None)
+        yield os.getpid()
+
+
+def test_threads_of_workers_print_no_tracebacks(capfd):
+    (pid,) = make_loader(Reporting(), None, workers=1)
+    assert pid != os.getpid()
+    assert capfd.readouterr().err == ""
+    assert list(make_loader(Reporting(), None, workers=0)) == [os.getpid()]
+    assert "EOFError" in capfd.readouterr().err

@@ -12,6 +12,7 @@ import multiprocessing.util
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -294,7 +295,7 @@ def eval_batches(count: int, batch_size: int) -> BatchSampler:
 
 class _Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
-        """Starts workers with signals blocked: none may reach one before `_ignore_signals`."""
+        """Starts workers with signals blocked: none may reach one before `_quiet_worker`."""
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -329,7 +330,7 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         timeout=timeout_s if workers else 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_quiet_worker,
         generator=torch.Generator(),  # else every epoch would draw from the global one
     )
 
@@ -339,8 +340,14 @@ def begin(loader: DataLoader, epoch: int, first_step: int = 0) -> None:
     (loader.batch_sampler or loader.dataset).begin(epoch, first_step)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Terminals and job managers signal every process; only the trainer reacts, by saving."""
+def _quiet_worker(worker: int) -> None:
+    """Leaves signals and errors to the trainer.
+
+    Terminals and job managers signal every process; only the trainer reacts, by saving. PyTorch
+    hands a worker's errors to the trainer; what is left for the hook is multiprocessing's thread
+    that shares memory, when the trainer closes its end.
+    """
+    sys.excepthook = lambda *error: None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
