@@ -96,6 +96,9 @@ def test_rows_of_a_record_are_finished_runs_without_their_folders(finished, fold
         again = run_study(study, folders, tmp_path / "runs", tmp_path / "tiny.csv")
         pd.testing.assert_frame_equal(again, table, check_dtype=False)
         assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == before
+    partial = table.assign(lr_per_1024=table.lr_per_1024.where(table.seed > 0))
+    partial.to_csv(tmp_path / "tiny.csv", index=False)  # older rows did not have this column
+    assert len(run_study(TINY, folders, tmp_path / "runs", tmp_path / "tiny.csv")) == len(table)
     assert not (tmp_path / "runs").exists()
 
 

@@ -245,10 +245,11 @@ def _read_runs(output: str | Path, study: str) -> dict[RunKey, list[Row]]:
 def _validate(output: str | Path, row: Row, known: Row) -> None:
     """Raises ValueError if a recorded run has other settings, as far as it names them."""
     for name, value in known.items():
-        if row.get(name, value) != value:
+        found = row.get(name)
+        if pd.notna(found) and found != value:
             raise ValueError(
                 f"{output}: {row['value']!r} with seed {row['seed']} was recorded with "
-                f"{name}={row[name]!r}, not {value!r}; choose another output"
+                f"{name}={found!r}, not {value!r}; choose another output"
             )
 
 
