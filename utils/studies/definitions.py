@@ -53,14 +53,26 @@ def _learning_rate() -> Study:
     return Study(name, "learning rate", baseline, SHORT, variants, (0,), tuning=True)
 
 
-def _initialization() -> Study:
+# Initial weights of each block's last norm: the rates per 1024 images that were tried, and the best
+# of them for each network.
+STARTS: dict[float, tuple[tuple[float, ...], dict[str, float]]] = {
+    1.0: (
+        (2.0, 0.8, 0.3, 0.1, 0.03),
+        {"darknet53": 0.1, "cspdarknet53": 0.8, "vovnet57": 0.8},
+    ),
+    0.2: (
+        (8.0, 4.0, 2.0, 0.8, 0.3, 0.1),
+        {"darknet53": 0.8, "cspdarknet53": 4.0, "vovnet57": 2.0},
+    ),
+    0.05: (
+        (4.0, 2.0, 0.8, 0.3),
+        {"darknet53": 0.8, "cspdarknet53": 0.8, "vovnet57": 2.0},
+    ),
+}
+
+
+def _initialization(name: str, tuning: bool) -> Study:
     """The initial weight of each block's last norm, with its own learning rate."""
-    recipe = replace(SHORT, epochs=4, trivial_augment=False, min_crop_area=0.35)
-    rates = {
-        1.0: (2.0, 0.8, 0.3, 0.1, 0.03),
-        0.2: (4.0, 2.0, 0.8, 0.3, 0.1),
-        0.05: (4.0, 2.0, 0.8, 0.3),
-    }
     variants = tuple(
         Variant(
             f"{backbone}, last norm {start}, {rate:g}",
@@ -69,11 +81,12 @@ def _initialization() -> Study:
             {"lr_per_1024": rate},
         )
         for backbone in ("darknet53", "cspdarknet53", "vovnet57")
-        for start in rates
-        for rate in rates[start]
+        for start, (rates, best) in STARTS.items()
+        for rate in (rates if tuning else (best[backbone],))
     )
-    name, baseline = "initialization", variants[0].value
-    return Study(name, "initialization", baseline, recipe, variants, THREE, tuning=True)
+    recipe = replace(SHORT, epochs=4, trivial_augment=False, min_crop_area=0.35)
+    seeds, baseline = (0,) if tuning else FIVE, variants[0].value
+    return Study(name, "last norm", baseline, recipe, variants, seeds, "raw", tuning=tuning)
 
 
 def _short_recipe() -> Study:
@@ -249,7 +262,9 @@ def _transfer(name: str, tuning: bool) -> Study:
 STUDIES = {
     study.name: study
     for study in (
-        *(_initialization(), _learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
+        _initialization("initialization_rates", tuning=True),
+        _initialization("initialization", tuning=False),
+        *(_learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
         *(_leave_one_out(), _add_one(), _fixres(), _length()),
         *(_finetune("finetune_rates", tuning=True), _finetune("finetune", tuning=False)),
         *(_transfer("transfer_rates", tuning=True), _transfer("transfer", tuning=False)),
