@@ -20,7 +20,7 @@ from utils.cli import Parser, exit_code
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 from utils import plotting
@@ -46,16 +46,9 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     }
     speed = speed_table(read_benchmark(statistics.RESULTS / "benchmark.csv"))
     compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
-    results = {
-        "initialization": statistics.initialization_table(),
-        "short_recipe": statistics.short_recipe_table(),
-        "recipe": statistics.recipe_table(),
-        "fixres": statistics.fixres_table(),
-        "length": statistics.length_table(),
-        "finetune": statistics.finetune_table(),
-        "transfer": statistics.transfer_table(),
-        "detection": statistics.detection_table(statistics.read_detection()),
-    }
+    names = ["initialization", "initialization_rates", "short_recipe", "recipe", "fixres", "length"]
+    names += ["finetune", "transfer", "detection"]
+    results = {name: getattr(statistics, f"{name}_table")() for name in names}
     costs = statistics.read_costs(224)
     for name in ("csp_split", "vovnet"):
         table = statistics.read_study(name)
@@ -70,8 +63,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
 def replace_block(text: str, name: str, table: pd.DataFrame) -> str:
     """`text` with the table in Markdown between `<!-- name -->` and `<!-- end of name -->`."""
     cells = table.astype(str)
-    is_number = [cells[column].str.fullmatch(r"[\d.,]+").all() for column in cells]
-    sides = ["right" if number else "left" for number in is_number]
+    sides = ["right" if cells[c].str.fullmatch(r"[\d.,]+").all() else "left" for c in cells]
     content = cells.to_markdown(index=False, disable_numparse=True, colalign=sides)
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -102,8 +94,6 @@ def draw_picture(checkpoint: Path, path: Path) -> None:
     drawn = ImageOps.fit(drawn, (288, 224))
     maps = net(normalize(pil_to_tensor(drawn).float(), MEAN_RGB, STD_RGB)[None])
     plotting.save(plotting.plot_components(drawn, maps, net.strides), path)
-    # A palette needs a third of the bytes and looks the same.
-    Image.open(path).convert("RGB").quantize(255).save(path, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> int:

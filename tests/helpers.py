@@ -57,7 +57,7 @@ def run_check(notebook, **values):
     code = [cell for cell in cells if cell.cell_type == "code"]
     tagged = ["parameters" in cell.metadata.get("tags", []) for cell in code].index(True)
     names = {}
-    exec(re.sub(r"(?m)^%.*$", "", code[1].source), names)
+    exec(re.sub(r"(?m)^ *[%!].*$", "", code[0].source), names)
     exec(code[tagged].source, names)
     assert values.keys() <= names.keys(), "not a parameter of this notebook"
     names |= values

@@ -11,7 +11,7 @@ from backbones import create_classifier
 from utils.data.folders import Batch, Preprocess
 from utils.data.transforms import CorruptImageError
 from utils.recipe import RECIPES
-from utils.training.evaluation import autocast_dtype, confused_pairs, evaluate, over_chance, predict
+from utils.training.evaluation import autocast_dtype, evaluate, over_chance, predict
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(CPU, RECIPES["small"])
@@ -74,7 +74,7 @@ def test_evaluate_counts_readable_images_only():
         evaluate({"a": Fixed(logits)}, [unreadable], PREPROCESS, 3)
 
 
-def test_predictions_and_confused_pairs():
+def test_predictions():
     logits = 3 * torch.eye(3)
     first_pixels = torch.tensor([0, 0, 1, 1, 1, 2], dtype=torch.uint8)
     images = first_pixels[:, None, None, None].expand(6, 3, 2, 2)
@@ -85,12 +85,6 @@ def test_predictions_and_confused_pairs():
     assert probabilities.max(1).values.tolist() == pytest.approx(
         [math.exp(3) / (math.exp(3) + 2)] * 6
     )
-    table = confused_pairs(labels, probabilities.argmax(1), ["a", "b", "c"])
-    assert table.to_dict("records") == [
-        {"true": "c", "predicted": "b", "images": 2, "share_pct": pytest.approx(200 / 3)},
-        {"true": "a", "predicted": "c", "images": 1, "share_pct": 50.0},
-        {"true": "c", "predicted": "a", "images": 1, "share_pct": pytest.approx(100 / 3)},
-    ]
 
 
 @pytest.mark.parametrize(

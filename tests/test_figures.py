@@ -9,7 +9,8 @@ import torch
 from helpers import ROOT
 
 import backbones
-from utils.recipe import RECIPES
+from backbones.detection import Pyramid
+from utils.recipe import RECIPES, DetectorRecipe
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 FIGURES = sorted((ROOT / "docs" / "figures").glob("*.svg"))
@@ -51,6 +52,41 @@ def test_a_darknet_stage():
     assert f"{len(stage.blocks)} {TIMES} block" in texts("darknet_stage")
 
 
+def test_a_cspdarknet():
+    net, px = make("cspdarknet19", width=0.25), 64
+    stage, shapes = net.stages[2], zip(net.channels, net.strides, strict=True)
+    sizes = [(net.stem.conv.out_channels, px), *((c, px // s) for c, s in shapes)]
+    cubes = [f"{c} {TIMES} {n} {TIMES} {n}" for c, n in sizes]
+    halves = widths(stage.shortcut_conv)[1], widths(stage.blocks[0].conv1)[0]
+    path = [*widths(stage.conv), *halves, *widths(stage.out_conv)]
+    expected = [*cubes, str(net.channels[-1]), "10 logits", *map(str, path)]
+    assert texts("cspdarknet", "channels") == expected
+    assert len(stage.blocks) == 1
+
+
+def test_a_receptive_field():
+    """Of three convolutions; the pixels that are marked in the image are the last one's field."""
+    field, jump, fields = 1, 1, []
+    for stride in (1, 2, 1):
+        field, jump = field + 2 * jump, jump * stride
+        fields.append(field)
+    assert sorted(channels("receptive_field")) == fields
+    root = ElementTree.parse(ROOT / "docs" / "figures" / "receptive_field.svg").getroot()
+    marked = [each.get("y") for each in root.iter() if each.get("class") == "big"]
+    assert [marked.count(y) for y in sorted(set(marked), key=float)] == [1, 3, 7, 9]
+
+
+def test_the_input_pipeline():
+    recipe, found = RECIPES["imagenet"], " ".join(filter(None, texts("input_pipeline")))
+    low, px = round(100 * recipe.min_crop_area), recipe.train_crop_px
+    assert f"{low} to 100 % of the area" in found
+    assert f"N {TIMES} 3 {TIMES} {px} {TIMES} {px}" in found
+    assert recipe.trivial_augment
+    assert recipe.cutmix_alpha > 0 < recipe.mixup_alpha
+    assert "a tenth of the images" in found
+    assert recipe.random_erasing == 0.1
+
+
 def test_csp_splits():
     """Per split: into the stage, the strided convolution, both halves, the blocks, and the end."""
     expected = []
@@ -85,6 +121,26 @@ def test_the_taps_of_an_inverted_residual():
     assert channels("inverted_residual") == [*taps, taps[1], projected]
     for tap in taps:
         assert f"{tap} channels, stride {narrow.strides[2]}" in texts("inverted_residual")
+
+
+def test_a_feature_pyramid():
+    net, px = make("cspdarknet19", width=0.25, out_indices=(2, 3, 4)), 128
+    with torch.device("meta"):
+        levels = Pyramid(net, DetectorRecipe().out_channels)(torch.zeros(1, 3, px, px))
+    expected = []
+    for stride, c, level in zip(net.strides, net.channels, levels.values(), strict=True):
+        assert f"stride {stride}" in texts("feature_pyramid")
+        sizes = (c, px // stride, px // stride), level.shape[1:]
+        expected += [f" {TIMES} ".join(map(str, size)) for size in sizes]
+    assert texts("feature_pyramid", "channels") == expected
+    assert px == DetectorRecipe().image_px
+
+
+def test_what_fine_tuning_trains():
+    count = make("mobilenet_v2").num_stages
+    stages = ["stem", *(f"stage {k + 1}" for k in range(count)), "head"]
+    rows = [("from scratch", *stages), ("frozen features", *stages), ("all layers", *stages)]
+    assert texts("finetune")[: 3 * (count + 3)] == [text for row in rows for text in row]
 
 
 def test_fixres():

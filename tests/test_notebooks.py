@@ -2,7 +2,6 @@
 
 import ast
 import re
-from base64 import b64decode
 
 import nbformat
 import pytest
@@ -41,28 +40,49 @@ def test_outputs_are_compared_and_no_cell_is_skipped(code):
     assert sum("nbval-ignore-output" in each for each in tags) <= len(code) / 5
     assert {tag for each in tags for tag in each} <= {"nbval-ignore-output", "parameters"}
     assert not re.search(r"NBVAL_|nbval", "\n".join(cell.source for cell in code))
-    # After Colab's cell, the imports and the versions, which differ between machines.
-    assert [index for index, each in enumerate(tags) if "parameters" in each] == [3]
-    assert "nbval-ignore-output" in tags[2]
+    assert [index for index, each in enumerate(tags) if "parameters" in each] == [1]
 
 
 def test_cells_are_short_and_import_in_one_place(code):
     for index, cell in enumerate(code):
-        assert len(cell.source.splitlines()) <= 15 or index == 1, cell.source
+        written_out = re.search(r"^class |\.backward\(\)", cell.source, re.MULTILINE)
+        assert len(cell.source.splitlines()) <= (25 if written_out else 15) or not index, (
+            cell.source
+        )
         for node in ast.walk(ast.parse(re.sub(r"(?m)^ *[%!].*$", "", cell.source))):
-            assert not isinstance(node, ast.ClassDef), cell.source
-            assert not isinstance(node, ast.Import | ast.ImportFrom) or index < 2, cell.source
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 5, cell.source
+            assert not isinstance(node, ast.Import | ast.ImportFrom) or not index, cell.source
+
+
+def test_the_first_screen_answers_the_question(path, cells, code):
+    """Its question is README's; its numbers are printed or drawn as a table below."""
+    (question,) = re.findall(r"\*\*(.+?\?)\*\*", cells[0].source)
+    assert f"({path.relative_to(ROOT)}) | {question} |" in (ROOT / "README.md").read_text()
+    assert re.search(r"!\[[^\]]{20,}\]\(\.\./docs/[\w/]+\.(svg|png)\)", cells[0].source)
+    assert re.search(r"Last run: [1-9]\d* s on (one core|two cores)", cells[0].source)
+    answers = re.findall(r"(?m)^- (?:.+\n)+?(?=- |\n)", cells[0].source)
+    assert len(answers) >= 3
+    outputs = str([output for cell in code for output in cell.outputs])
+    for number in re.findall(r"(?<![\w.-])[+-]?\d[\d.,]*\d(?![\w-])", "".join(answers)):
+        assert number in outputs, number
+
+
+def test_pictures_have_captions(cells):
+    """Which scripts/run_notebooks.py makes their alt texts."""
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            for kind in {"image/png", "image/jpeg"} & set(output.get("data", {})):
+                assert output.metadata[kind].alt
 
 
 def test_text_has_its_parts_and_no_measured_numbers(path, cells):
     """Percentages and rates of a run are printed by cells."""
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert re.match(rf"# {path.name[:2]} \w", text)
-    assert "## What this does not show" in text
-    assert not re.search(r"\d+(\.\d+)? ?(%|images/s)", text)
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    assert re.match(rf"# {path.name[:2]} \w", texts[0])
+    titles = ["What we found", "What this does not show", "Exercises"]
+    assert re.findall(r"(?m)^## (.+)$", texts[-1]) == titles
+    assert texts[-1].count("<details><summary>Hint</summary>") == 2
+    assert not re.search(r"\d+(\.\d+)? ?(%|images/s)", "\n".join(texts[1:]))
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", "\n".join(texts))
     assert links
     assert all((path.parent / link).exists() for link in links)
 
@@ -77,8 +97,9 @@ def test_the_colab_badge(path, cells):
 
 def test_the_first_cell_sets_up_colab(code):
     """The same in every notebook: clones this repository, installs what Colab lacks of `lab`."""
-    first = nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
-    assert (code[0].source, code[0].outputs) == (first, [])
+    first, end = nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source, '"retina"\n\n'
+    assert code[0].source.startswith(first[: first.index(end) + len(end)])
+    assert not code[0].outputs
     assert re.search(rf"!git clone .*{URL}$", first, re.MULTILINE)
     (packages,) = re.findall(r"%pip install -q -e \.\. (.*)", first)
     lab = {Requirement(line).name for line in PROJECT["optional-dependencies"]["lab"]}
@@ -91,13 +112,12 @@ def test_outputs_read_well(path, code):
     pictures = 0
     for output in (output for cell in code for output in cell.outputs):
         data = output.get("data", {})
-        assert set(data) <= {"text/plain", "text/html", "image/png"}
+        assert set(data) <= {"text/plain", "text/html", "image/png", "image/jpeg"}
         assert not re.search(r"/(home|root|Users|tmp|work)/", str(output))
         text = data.get("text/plain", "") if len(data) == 1 else output.get("text", "")
         assert not re.search(r"<Figure size|<[^>]* at 0x|^None$|^\[<", text), text
         assert not re.search(r"<tbody>\s*<tr>\s*<th>0</th>", data.get("text/html", ""))
-        assert len(b64decode(data.get("image/png", ""))) < 400_000
-        pictures += "image/png" in data
+        pictures += bool({"image/png", "image/jpeg"} & set(data))
     page, _ = HTMLExporter().from_filename(path)
-    assert len(re.findall(r"<img[^>]*data:image/png", page)) == pictures
+    assert len(re.findall(r"<img[^>]*data:image/", page)) == pictures
     assert re.search(rf"<h1[^>]*>{path.name[:2]} ", page)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import matplotlib
 import pandas as pd
 import pytest
 import torch
@@ -12,7 +13,7 @@ from utils import plotting
 
 def test_costs_have_a_point_per_model_and_the_names_asked_for():
     rows = [("a", "X", 2e6, 0.5), ("b", "X", 4e6, 1.0), ("c", "Y", 8e6, 2.0)]
-    columns = ["name", "family", "parameters", "gmacs_224"]
+    columns = ["name", "family", "parameters", "gmacs"]
     table = pd.DataFrame(rows, columns=columns).set_index("name")
     (axes,) = plotting.plot_costs(table, {"left": ["a"], "above": ["c"]}).axes
     points = {tuple(point) for line in axes.lines for point in line.get_xydata()}
@@ -51,6 +52,14 @@ def test_bands_go_from_min_to_max_through_the_mean():
     corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices}
     assert corners >= {(1, 5), (1, 7), (2, 8), (2, 9)}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "top-1 (%)")
+
+
+def test_confusion_of_the_classes_with_the_most_errors():
+    labels, guesses = torch.tensor([0, 2, 1, 2, 2, 3]), torch.tensor([0, 0, 1, 1, 1, 3])
+    (axes,) = plotting.plot_confusion(labels, guesses, ["a", "b", "c", "d"], max_classes=3).axes
+    texts = {(*text.get_position(), text.get_text()) for text in axes.texts}
+    assert texts == {(0, 0, "1"), (1, 1, "1"), (0, 2, "1"), (1, 2, "2")}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
 
 
 def test_effects_whose_interval_holds_zero_are_hollow():
@@ -101,10 +110,13 @@ def test_boxes_are_drawn_where_they_are_and_named_inside_the_picture():
     labels, scores = torch.tensor([1, 2, 1, 2]), torch.tensor([0.9, 0.8, 0.7, 0.6])
     found = {"boxes": corners, "labels": labels, "scores": scores}
     image, names = torch.zeros(3, 64, 64, dtype=torch.uint8), ["heart", "flower"]
-    (seen,) = plotting.plot_boxes([image], [found], names, [found], columns=1).axes
+    truth = {"boxes": corners, "labels": torch.tensor([1, 2, 1, 1])}
+    (seen,) = plotting.plot_boxes([image], [truth], names, [found], columns=1).axes
     (named,) = plotting.plot_boxes([image], [found], names, columns=1).axes
     assert [len(axes.patches) for axes in (seen, named)] == [8, 4]
     assert [text.get_text() for text in seen.texts][:2] == ["heart 0.90", "flower 0.80"]
+    colours = [matplotlib.colors.to_hex(patch.get_edgecolor()).upper() for patch in seen.patches]
+    assert colours == ["#FFFFFF"] * 4 + [plotting.TRAIN] * 3 + [plotting.EMA]  # one is wrong
     assert [text.get_text() for text in named.texts] == ["heart", "flower"] * 2
     assert seen.patches[-1].get_bbox().extents.tolist() == [43.5, 43.5, 63.5, 63.5]
     for axes in (seen, named):

@@ -169,12 +169,13 @@ def test_gains_show_whether_a_difference_grows():
     assert found.verdict == "higher"
 
 
-def test_the_table_of_detectors_pairs_seeds():
+def test_the_table_of_detectors_pairs_seeds(tmp_path):
     """Differences of 10 and 14 points: 12, with Student's interval of two pairs."""
     rows = [("from scratch", 0, 20.0), ("trained", 0, 30.0), ("from scratch", 1, 22.0)]
     table = pd.DataFrame([*rows, ("trained", 1, 36.0)], columns=["value", "seed", "map_pct"])
     table = table.assign(status="done", map50_pct=2 * table.map_pct)
-    first, second = statistics.detection_table(table).values.tolist()
+    table.to_csv(tmp_path / "detection_sample.csv")
+    first, second = statistics.detection_table(tmp_path).values.tolist()
     assert first == ["from scratch", "21.0 ± 1.4", "42.0 ± 2.8", "baseline", "", 2]
     half = 12.706 * 2  # Student's t for one degree of freedom, times the standard error
     expected = f"+12.0 [{12 - half:+.1f}, {12 + half:+.1f}]"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from utils.records import write_atomic
 
@@ -106,6 +107,33 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     return figure
 
 
+def plot_confusion(
+    labels: Tensor, guesses: Tensor, names: Sequence[str], max_classes: int = 20
+) -> Figure:
+    """Numbers of images by their class and the predicted one; of many classes the most confused.
+
+    Args:
+        labels, guesses: true and predicted class of each image, `[N]`.
+        names: names of all classes.
+    """
+    count = len(names)
+    images = torch.bincount(labels * count + guesses, minlength=count**2).view(count, count)
+    errors = images.sum(0) + images.sum(1) - 2 * images.diagonal()
+    shown = errors.argsort(descending=True, stable=True)[:max_classes].sort().values
+    images, names = images[shown][:, shown], [names[k] for k in shown]
+    figure = Figure(figsize=(1.5 + 0.45 * len(names), 1 + 0.38 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(images.numpy(), cmap="Blues", aspect="auto")
+    for row, column in images.nonzero().tolist():
+        number = images[row, column].item()
+        colour = "white" if number > images.max() / 2 else "black"
+        axes.text(column, row, number, ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    return figure
+
+
 def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
     """Ratios with their ranges over rounds on a log axis, a marker per implementation.
 
@@ -173,11 +201,11 @@ def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figu
     """Parameters over multiply-accumulates, a point per model, a colour and marker per family.
 
     Args:
-        table: columns `family` (at most ten), `parameters` and `gmacs_224`; names are the index.
+        table: columns `family` (at most ten), `parameters` and `gmacs`; names are the index.
         labels: "left", "right" or "above" to the names that are written there.
     """
     points = table.assign(mean=table.parameters / 1e6)
-    panels = {"gmacs_224": "multiply-accumulates at 224 px (GMACs)"}
+    panels = {"gmacs": "multiply-accumulates (GMACs)"}
     figure = plot_trade_offs(points, panels, "parameters (millions)", by="family", scale="log")
     figure.set_figheight(5.6)
     (axes,) = figure.axes
@@ -186,7 +214,7 @@ def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figu
     axes.margins(0.08)
     for side, names in labels.items():
         shift, align = LABEL_SIDES[side]
-        for name, x, y in points.loc[list(names), ["gmacs_224", "mean"]].itertuples():
+        for name, x, y in points.loc[list(names), ["gmacs", "mean"]].itertuples():
             axes.annotate(name, (x, y), shift, textcoords="offset points", size=9, **align)
     return figure
 
@@ -228,15 +256,20 @@ def plot_images(images: Sequence, titles: Sequence[str], columns: int = 6) -> Fi
     Args:
         images: PIL images, or tensors `[3, H, W]`, uint8 or floats from 0 to 1.
     """
-    rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(7.2, 7.2 / columns * rows * 1.18), layout="constrained")
+    rows, width = max(1, -(-len(images) // columns)), 9 / columns  # in inches
+    wrapped = [
+        "\n".join(textwrap.fill(line, 140 // columns) for line in title.splitlines())
+        for title in titles
+    ]
+    text_height = 0.15 * max((len(title.splitlines()) for title in wrapped), default=0)
+    figure = Figure(figsize=(9, rows * (width + text_height)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
         axes.set_anchor("N")  # aligns the titles of a row
-    for axes, image, title in zip(figure.axes, images, titles, strict=False):
+    for axes, image, title in zip(figure.axes, images, wrapped, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image)
-        lines = [textwrap.fill(line, 120 // columns) for line in title.splitlines()]
-        axes.set_title("\n".join(lines), fontsize=8)  # as wide as its column
+        axes.set_title(title, fontsize=8, pad=3)
     return figure
 
 
@@ -249,6 +282,8 @@ def plot_boxes(
 ) -> Figure:
     """A grid of images with the true boxes dashed; they are named if nothing is `found`.
 
+    A detection is green if a true box of its class overlaps it by half (IoU), and orange if not.
+
     Args:
         images: uint8 `[3, H, W]`.
         truth: for each image `boxes` `[n, 4]` as x1, y1, x2, y2 in pixels, and `labels`.
@@ -260,9 +295,12 @@ def plot_boxes(
         for box, label in zip(objects["boxes"].tolist(), objects["labels"], strict=True):
             _draw_box(axes, box, "" if found else names[label - 1], color="white", ls="--")
         if found:
-            columns = (found[k][key].tolist() for key in ("boxes", "labels", "scores"))
-            for box, label, score in zip(*columns, strict=True):
-                _draw_box(axes, box, f"{names[label - 1]} {score:.2f}", color=EMA)
+            boxes, labels, scores = (found[k][key] for key in ("boxes", "labels", "scores"))
+            same = labels[:, None] == objects["labels"]
+            right = (same & (box_iou(boxes, objects["boxes"]) >= 0.5)).any(1)
+            for box, label, score, hit in zip(boxes.tolist(), labels, scores, right, strict=True):
+                text = f"{names[label - 1]} {score:.2f}"
+                _draw_box(axes, box, text, color=TRAIN if hit else EMA)
     return figure
 
 
@@ -273,7 +311,8 @@ def _draw_box(axes: Axes, box: list[float], text: str, **look: Any) -> None:
     x, shift, side = (x1, 1.5, "left")
     if x1 + x2 > sum(axes.get_xlim()):
         x, shift, side = (x2, -1.5, "right")
-    background = {"color": EMA if look["color"] == EMA else "black", "pad": 0.6, "lw": 0}
+    colour = "black" if look["color"] == "white" else look["color"]
+    background = {"color": colour, "pad": 0.6, "lw": 0}
     style = {"size": 6, "color": "white", "ha": side, "va": "top", "bbox": background}
     if text:
         axes.annotate(text, (x, y1), (shift, -1.5), textcoords="offset points", **style)

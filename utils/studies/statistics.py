@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
+from backbones.layers import LAST_NORM
 from utils.studies.definitions import STUDIES
 from utils.studies.runner import Study, finished
 
@@ -228,8 +229,9 @@ def pairs_table(
     return _table(means.add_suffix(", top-1 (%)"), found, found.n, by)
 
 
-def detection_table(table: pd.DataFrame) -> pd.DataFrame:
+def detection_table(results: Path = RESULTS) -> pd.DataFrame:
     """Precision of detectors on an untrained and a trained backbone, paired by seed."""
+    table = read_detection(results)
     groups = table.groupby("value", sort=False)
     means = groups[["map_pct", "map50_pct"]].agg(mean_std)
     means.columns = ["mAP (%)", "mAP at IoU 0.5 (%)"]
@@ -238,7 +240,11 @@ def detection_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table(
-    means: pd.DataFrame, found: pd.DataFrame, n: pd.Series, name: str, title: str = "difference"
+    means: pd.DataFrame,
+    found: pd.DataFrame,
+    n: pd.Series,
+    name: str | list[str],
+    title: str = "difference",
 ) -> pd.DataFrame:
     """Means with what `compare` has found, which has no row for the baseline."""
     title = f"{title} [95 % interval]"
@@ -290,15 +296,30 @@ def transfer_table(results: Path = RESULTS) -> pd.DataFrame:
     return pairs_table(table, share, STUDIES["transfer"].top1_column, compare_by_dunnett)
 
 
+LAST_NORM_VALUE = r"(?P<network>.*), last norm (?P<start>.*), (?P<rate>.*)"
+
+
 def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Starts of the last norm, each at its best rate, and their differences to the default."""
+    column, table = STUDIES["initialization"].top1_column, read_study("initialization", results)
+    parts = table.value.str.extract(LAST_NORM_VALUE).rename(columns={"start": "value"})
+    table = table.assign(**parts)
+    found = differences_within(table, "network", str(LAST_NORM), column, compare_by_dunnett)
+    groups = table.groupby(["network", "value"])
+    means = groups[column].agg(mean_std).to_frame("top-1 (%)")
+    means.insert(0, "rate per 1024", groups.rate.first())
+    return _table(means, found, groups.size(), ["network", "last norm"])
+
+
+def initialization_rates_table(results: Path = RESULTS) -> pd.DataFrame:
     """Top-1 on the held-out slice by network and last norm, a column per learning rate."""
-    table = read_study("initialization", results)
-    names = ["network", "last norm", "rate"]
-    parts = table.value.str.extract(r"(.*), last norm (.*), (.*)").set_axis(names, axis=1)
-    table = table.drop(columns="network").join(parts.astype({"last norm": float, "rate": float}))
-    means = table.groupby(names).top1_raw_pct.mean().unstack().sort_index(axis=1)
+    table = read_study("initialization_rates", results)
+    parts = table.value.str.extract(LAST_NORM_VALUE).astype({"start": float, "rate": float})
+    names = ["network", "last norm"]
+    table = table.assign(**parts).rename(columns={"start": names[1]})
+    means = table.pivot_table("top1_raw_pct", names, "rate")
     shown = means.map("{:.1f}".format).replace("nan", "").add_prefix("rate ")
-    return shown.assign(n=table.groupby(names[:2]).seed.nunique()).reset_index()
+    return shown.rename_axis(columns=None).reset_index()
 
 
 def short_recipe_table(results: Path = RESULTS) -> pd.DataFrame:

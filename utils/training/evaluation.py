@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -230,22 +229,3 @@ def over_chance(top1_pct: float, classes: int) -> float:
     """A top-1 accuracy rescaled so that chance is 0 and 100 % is 1."""
     chance_pct = 100 / classes
     return (top1_pct - chance_pct) / (100 - chance_pct)
-
-
-def confused_pairs(labels: Tensor, guesses: Tensor, names: list[str]) -> pd.DataFrame:
-    """Pairs of classes by how often the first is predicted as the second, in descending order.
-
-    Args:
-        labels, guesses: true and predicted class of each image, `[N]`.
-
-    Returns:
-        Columns `true`, `predicted`, `images` and `share_pct`, the share of the true class.
-    """
-    table = pd.crosstab(pd.Series(labels.numpy()), pd.Series(guesses.numpy())).stack()
-    rows = [
-        (names[true], names[guess], count, 100 * count / int((labels == true).sum()))
-        for (true, guess), count in table.items()
-        if true != guess and count
-    ]
-    frame = pd.DataFrame(rows, columns=["true", "predicted", "images", "share_pct"])
-    return frame.sort_values("images", ascending=False, kind="stable", ignore_index=True)
