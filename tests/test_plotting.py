@@ -63,8 +63,8 @@ def test_confusion_of_the_classes_with_the_most_errors():
 
 
 def test_effects_whose_interval_holds_zero_are_hollow():
-    columns = ["difference", "low", "high", "n", "verdict"]
-    rows = [(2.0, 1.0, 3.0, 5, "higher"), (-1.0, -3.0, 1.0, 5, "no difference seen")]
+    columns = ["difference", "low", "high", "n"]
+    rows = [(2.0, 1.0, 3.0, 5), (-1.0, -3.0, 1.0, 5)]
     found = pd.DataFrame(rows, columns=columns, index=["x", "y"])
     other = found[::-1].assign(difference=0.5)  # rows are found by name
     left, right = plotting.plot_effects({"here": found, "there": other}, "points").axes

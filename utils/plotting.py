@@ -26,7 +26,6 @@ LINES = [
     {"color": colour, "marker": marker, "ls": style}
     for colour, marker, style in zip(COLOURS, "os^DvPX*<>", STYLES, strict=True)
 ]
-EFFECTS = {"higher": "#0072B2", "lower": "#D55E00"}  # other verdicts are grey
 LABEL_SIDES = {  # where the name of a point is: offset in points, alignment
     "left": ((-7, 0), {"ha": "right", "va": "center"}),
     "right": ((7, 0), {"ha": "left", "va": "center"}),
@@ -98,9 +97,10 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
     figure, all_axes = _panels(len(found), height, grid="x", sharex=True, sharey=True)
     for axes, (title, table) in zip(all_axes, found.items(), strict=True):
         rows, y = table.loc[names], range(len(names))
-        colours = rows.verdict.map(EFFECTS).fillna(GREY)
+        excludes_zero = [rows.low > 0, rows.high < 0]
+        colours = np.select(excludes_zero, [RAW, EMA], GREY)
         axes.hlines(y, rows.low, rows.high, colors=colours, lw=2)
-        fills = rows.verdict.map(EFFECTS).fillna("white")
+        fills = np.select(excludes_zero, [RAW, EMA], "white")
         axes.scatter(rows.difference, y, edgecolors=colours, color=fills, zorder=3)
         axes.set(title=title)
         _label_rows(axes, names, x_label, reference=0)

@@ -1,6 +1,5 @@
 """What studies found: means over seeds, differences with their intervals, accuracy and cost."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -38,56 +37,42 @@ def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return accuracy.join(groups[["parameters", "gmacs"]].first())
 
 
-def compare(table: pd.DataFrame, baseline: str | int, column: str) -> pd.DataFrame:
-    """Differences to the baseline, paired over seeds, with Student's 95 % interval.
+def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
+    """Differences to the baseline by Dunnett's test, with simultaneous 95 % intervals.
+
+    It pools the variance over all values and corrects for their number; seeds are not paired.
 
     Args:
         table: the rows of one study and one test size; failed runs are left out.
         baseline: the value that the others are compared with.
 
     Returns:
-        Indexed by value: `difference`, `low` and `high` (of the interval), `n` (pairs), `verdict`:
-        "higher", "lower", "no difference seen" where the interval holds zero, or "too few seeds".
-    """
-    by_seed = finished(table).pivot(index="seed", columns="value", values=column)
-    others = [value for value in finished(table).value.unique() if value != baseline]
-    gains = by_seed[others].sub(by_seed.get(baseline, float("nan")), axis=0)
-    mean, n = gains.mean(), gains.count()
-    half = gains.sem() * stats.t.ppf(0.975, n - 1)
-    found = pd.DataFrame({"difference": mean, "low": mean - half, "high": mean + half, "n": n})
-    verdict = pd.Series("no difference seen", found.index)
-    verdict[found.low > 0], verdict[found.high < 0] = "higher", "lower"
-    return found.assign(verdict=verdict.mask(n < 2, "too few seeds"))
-
-
-def compare_by_dunnett(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
-    """Differences to the baseline by Dunnett's test, with simultaneous 95 % intervals.
-
-    It pools the variance over all values and corrects for their number; seeds are not paired.
-
-    Returns:
-        As `compare`, and `detectable`: the difference that the study would have found with a
-        probability of 80 %, to a normal approximation.
+        Indexed by value: `difference`, `low` and `high` (of the interval), `n` (the smaller number
+        of seeds), and `detectable`: the difference that the study would have found with a
+        probability of 80 %, to a normal approximation. Without repeated seeds, or without the
+        baseline, there are no intervals (NaN).
     """
     groups = {key: rows[column] for key, rows in finished(table).groupby("value", sort=False)}
-    control = groups.pop(baseline)
-    result = stats.dunnett(*groups.values(), control=control, random_state=0)
-    low, high = result.confidence_interval(0.95)
-    found = pd.DataFrame({"low": low, "high": high}, index=pd.Index(groups, name="value"))
+    control = groups.pop(baseline, pd.Series(dtype=float))
+    found = pd.DataFrame(index=pd.Index(groups, name="value"))
     found["difference"] = [values.mean() - control.mean() for values in groups.values()]
+    found[["low", "high"]] = float("nan")
     found["n"] = [min(len(values), len(control)) for values in groups.values()]
-    error = found.difference / result.statistic
-    found["detectable"] = (high - low) / 2 + stats.norm.ppf(0.8) * error
-    verdict = pd.Series("no difference seen", found.index)
-    verdict[found.low > 0], verdict[found.high < 0] = "higher", "lower"
-    return found.assign(verdict=verdict)
+    found["detectable"] = float("nan")
+    runs = len(control) + sum(map(len, groups.values()))
+    if len(control) and groups and runs > 1 + len(groups):
+        result = stats.dunnett(*groups.values(), control=control, random_state=0)
+        found["low"], found["high"] = result.confidence_interval(0.95)
+        error = found.difference / result.statistic
+        found["detectable"] = (found.high - found.low) / 2 + stats.norm.ppf(0.8) * error
+    return found
 
 
 def differences(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Differences of top-1 accuracy to the study's baseline, in points, as `compare` gives them.
 
     Each of the study's extra evaluations is a row, such as EMA weights or another test size: the
-    runs are those of the baseline.
+    runs are those of the baseline, whose interval is too wide, as they are not independent.
     """
     column, parts = study.top1_column, [at_own_size(table)]
     for value, (weights, crop_px) in study.extra_evaluations.items():
@@ -96,9 +81,7 @@ def differences(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     return compare(pd.concat(parts), study.baseline, column)
 
 
-def differences_within(
-    table: pd.DataFrame, by: str, baseline: str, column: str, compare: Callable = compare
-) -> pd.DataFrame:
+def differences_within(table: pd.DataFrame, by: str, baseline: str, column: str) -> pd.DataFrame:
     """`compare` among the rows of each value of column `by`; indexed by both."""
     groups = {key: compare(group, baseline, column) for key, group in table.groupby(by)}
     return pd.concat(groups, names=[by])
@@ -107,17 +90,6 @@ def differences_within(
 def by_length(table: pd.DataFrame) -> pd.DataFrame:
     """The study of lengths with the recipe's name alone ("small", "full") as its value."""
     return table.assign(value=table.value.str.split(",").str[0])
-
-
-def gains(table: pd.DataFrame, by: str, baseline: str, other: str, column: str) -> pd.DataFrame:
-    """The gain of `other` over `baseline` as a study of `by`, so that `compare` shows if it grows.
-
-    Returns:
-        A row per value of `by`, which is the new `value`, and seed; the difference is `gain`.
-    """
-    pairs = table.pivot(index=[by, "seed"], columns="value", values=column)
-    gain = (pairs[other] - pairs[baseline]).rename("gain").reset_index()
-    return gain.assign(value=gain[by], status="done")
 
 
 def trick_effects(results: Path = RESULTS) -> dict[str, pd.DataFrame]:
@@ -192,18 +164,8 @@ def mean_std(values: pd.Series) -> str:
     return f"{values.mean():.1f} ± {values.std():.1f}"
 
 
-def sentences(found: pd.DataFrame, baseline: str | int) -> list[str]:
-    """A line per difference: what was compared, the interval, the seeds, the verdict."""
-    lines = []
-    for key, row in found.iterrows():
-        name = ", ".join(map(str, key)) if isinstance(key, tuple) else key
-        text = f"{interval(row)} points, n = {row.n}: {row.verdict}"
-        lines.append(f"{name} against {baseline}: {text}")
-    return lines
-
-
 def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Every value of a study: accuracy, difference to the baseline, verdict and times.
+    """Every value of a study: accuracy, difference to the baseline, and times.
 
     Args:
         costs: a record of `read_costs` at full width. Times are those of a round over the
@@ -219,18 +181,16 @@ def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.Da
     return shown
 
 
-def pairs_table(
-    table: pd.DataFrame, by: str, column: str, compare: Callable = compare
-) -> pd.DataFrame:
+def pairs_table(table: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
     """The two values of a study and their difference, for each value of `by`."""
     baseline, other = table.value.unique()
-    found = differences_within(table, by, baseline, column, compare).droplevel("value")
+    found = differences_within(table, by, baseline, column).droplevel("value")
     means = table.pivot_table(column, by, "value", mean_std)[[baseline, other]]
     return _table(means.add_suffix(", top-1 (%)"), found, found.n, by)
 
 
 def detection_table(results: Path = RESULTS) -> pd.DataFrame:
-    """Precision of detectors on an untrained and a trained backbone, paired by seed."""
+    """Precision of detectors on an untrained and a trained backbone."""
     table = read_detection(results)
     groups = table.groupby("value", sort=False)
     means = groups[["map_pct", "map50_pct"]].agg(mean_std)
@@ -248,10 +208,9 @@ def _table(
 ) -> pd.DataFrame:
     """Means with what `compare` has found, which has no row for the baseline."""
     title = f"{title} [95 % interval]"
-    table = means.assign(**{title: found.apply(interval, axis=1), "verdict": found.verdict, "n": n})
-    if "detectable" in found:
-        table["detectable"] = found.detectable.map("{:.1f}".format)
-    table = table.fillna({title: "baseline", "verdict": "", "detectable": ""})
+    detectable = found.detectable.map("{:.1f}".format)
+    table = means.assign(**{title: found.apply(interval, axis=1), "n": n, "detectable": detectable})
+    table = table.fillna({title: "baseline", "detectable": ""})
     return table.rename_axis(index=name, columns=None).reset_index()
 
 
@@ -261,7 +220,8 @@ def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
     columns = {}
     for name, found in trick_effects(results).items():
         columns[f"{titles[name]} [95 % interval]"] = found.apply(interval, axis=1)
-        columns |= {f"n, {name}": found.n, f"verdict, {name}": found.verdict}
+        columns |= {f"n, {name}": found.n}
+        columns[f"detectable, {name}"] = found.detectable.map("{:.1f}".format)
     return pd.DataFrame(columns).rename_axis("trick").reset_index()
 
 
@@ -281,7 +241,7 @@ def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
     """Each way of fine-tuning: its learning rate, accuracy, difference and time."""
     study, table = STUDIES["finetune"], read_study("finetune", results)
     groups, column = table.groupby("value", sort=False), study.top1_column
-    found = compare_by_dunnett(table, study.baseline, column)
+    found = compare(table, study.baseline, column)
     rates = {each.value: study.recipe_of(each).lr_per_1024 for each in study.variants}
     means = groups[column].agg(mean_std).to_frame("top-1 (%)")
     means.insert(0, "rate per 1024", means.index.map(rates))
@@ -293,7 +253,7 @@ def transfer_table(results: Path = RESULTS) -> pd.DataFrame:
     """The embedded sample's weights compared with random ones, for each share of the images."""
     table, share = read_study("transfer", results), "share of the images"
     table[["value", share, "rate"]] = table.value.str.split(", ", expand=True)
-    return pairs_table(table, share, STUDIES["transfer"].top1_column, compare_by_dunnett)
+    return pairs_table(table, share, STUDIES["transfer"].top1_column)
 
 
 LAST_NORM_VALUE = r"(?P<network>.*), last norm (?P<start>.*), (?P<rate>.*)"
@@ -304,7 +264,7 @@ def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
     column, table = STUDIES["initialization"].top1_column, read_study("initialization", results)
     parts = table.value.str.extract(LAST_NORM_VALUE).rename(columns={"start": "value"})
     table = table.assign(**parts)
-    found = differences_within(table, "network", str(LAST_NORM), column, compare_by_dunnett)
+    found = differences_within(table, "network", str(LAST_NORM), column)
     groups = table.groupby(["network", "value"])
     means = groups[column].agg(mean_std).to_frame("top-1 (%)")
     means.insert(0, "rate per 1024", groups.rate.first())
