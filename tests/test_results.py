@@ -13,7 +13,7 @@ from backbones import create_classifier
 from utils.benchmark import RUN, read_benchmark, speed_table
 from utils.measure import count_parameters
 from utils.recipe import RECIPES, DetectorRecipe
-from utils.studies.definitions import FINETUNING, STUDIES, TRANSFER_RATES
+from utils.studies.definitions import FINETUNING, STARTS, STUDIES, TRANSFER_RATES
 from utils.studies.runner import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,9 +91,17 @@ def test_records_say_how_they_were_made():
         assert not table.isna().any(axis=None), path.name
 
 
-TUNED = [("finetune", way, rates, best) for way, (_, rates, best) in FINETUNING.items()] + [
-    ("transfer", f"{start}, {share:.0%}", rates, best)
-    for (start, share), (rates, best) in TRANSFER_RATES.items()
+TUNED = [
+    *(("finetune", way, rates, best) for way, (_, rates, best) in FINETUNING.items()),
+    *(
+        ("transfer", f"{start}, {share:.0%}", rates, best)
+        for (start, share), (rates, best) in TRANSFER_RATES.items()
+    ),
+    *(
+        ("initialization", f"{backbone}, last norm {start}", rates, best)
+        for start, (rates, by_backbone) in STARTS.items()
+        for backbone, best in by_backbone.items()
+    ),
 ]
 
 
@@ -101,7 +109,7 @@ TUNED = [("finetune", way, rates, best) for way, (_, rates, best) in FINETUNING.
 def test_rates_are_the_best_of_their_grids(study, value, rates, best):
     """And not at an edge."""
     table = pd.read_csv(ROOT / "results" / f"study_{study}_rates.csv")
-    top1_pct = table.groupby("value").top1_ema_pct.mean()
+    top1_pct = table.groupby("value")[STUDIES[study].top1_column].mean()
     found = top1_pct[[f"{value}, {rate:g}" for rate in rates]]
     assert found[f"{value}, {best:g}"] == found.max()
     assert best in rates[1:-1]

@@ -273,8 +273,12 @@ STUDIES = {
 
 
 def networks() -> dict[str, Variant]:
-    """A variant for each network that the studies compare, by the network's name."""
-    found, compared = {}, [study for study in STUDIES.values() if not study.tuning]
+    """A variant for each network that the studies compare, by the network's name.
+
+    Without those that differ in their start alone, which costs nothing.
+    """
+    others = [study for study in STUDIES.values() if study.name != "initialization"]
+    found, compared = {}, [study for study in others if not study.tuning]
     for variant in (variant for study in compared for variant in study.variants):
         found.setdefault(variant.network, variant)
     return found
