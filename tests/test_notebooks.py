@@ -46,9 +46,8 @@ def test_outputs_are_compared_and_no_cell_is_skipped(code):
 def test_cells_are_short_and_import_in_one_place(code):
     for index, cell in enumerate(code):
         written_out = re.search(r"^class |\.backward\(\)", cell.source, re.MULTILINE)
-        assert len(cell.source.splitlines()) <= (25 if written_out else 15) or not index, (
-            cell.source
-        )
+        max_lines = 25 if written_out else 15
+        assert len(cell.source.splitlines()) <= max_lines or not index, cell.source
         for node in ast.walk(ast.parse(re.sub(r"(?m)^ *[%!].*$", "", cell.source))):
             assert not isinstance(node, ast.Import | ast.ImportFrom) or not index, cell.source
 

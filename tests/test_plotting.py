@@ -22,16 +22,6 @@ def test_costs_have_a_point_per_model_and_the_names_asked_for():
     assert {family.get_label() for family in axes.containers} == {"X", "Y"}
 
 
-def test_maps_have_a_panel_per_channel():
-    maps = [torch.rand(1, 8, 16, 12), torch.rand(1, 3, 8, 6)]
-    figure = plotting.plot_maps(Image.new("RGB", (24, 32)), maps, (2, 4), columns=4)
-    panels = [image for axes in figure.axes for image in axes.images]
-    assert len(panels) == 1 + 4 + 3
-    shown = torch.as_tensor(panels[2].get_array().data)
-    assert torch.equal(shown, maps[0][0, 1])
-    assert "8 ch." in figure.axes[1].get_ylabel()
-
-
 def test_components_tell_features_apart_and_nothing_else():
     """Two features on noise a thousand times weaker: two colours, whatever the channels are."""
     torch.manual_seed(0)

@@ -318,38 +318,6 @@ def _draw_box(axes: Axes, box: list[float], text: str, **look: Any) -> None:
         axes.annotate(text, (x, y1), (shift, -1.5), textcoords="offset points", **style)
 
 
-def plot_maps(
-    image: Image.Image, maps: Sequence[Tensor], strides: Sequence[int], columns: int = 6
-) -> Figure:
-    """An image and the first channels of its feature maps, a row per map.
-
-    Each channel has its own colour scale, from its minimum to its 99th percentile.
-
-    Args:
-        maps: `[1, C, H, W]` each, fine to coarse.
-        strides: strides of the maps.
-    """
-    figure = Figure(
-        figsize=(9, 1.02 * len(maps) * image.height / image.width + 0.3), layout="constrained"
-    )
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 3.2))
-    whole = left.subplots()
-    whole.imshow(image)
-    whole.set_title(f"image\n{image.height} x {image.width}", fontsize=8)
-    rows = right.subplots(len(maps), columns, squeeze=False)
-    for axes, found, stride in zip(rows, maps, strides, strict=True):
-        _, channels, height, width = found.shape
-        text = f"stride {stride}\n{channels} ch.\n{height} x {width}"
-        axes[0].set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
-        for panel, channel in zip(axes, found[0], strict=False):
-            bright = channel.quantile(0.99).item()  # a single peak would darken the rest
-            panel.imshow(channel.numpy(), cmap="viridis", interpolation="nearest", vmax=bright)
-    for axes in (whole, *rows.flat):
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    return figure
-
-
 def plot_components(image: Image.Image, maps: Sequence[Tensor], strides: Sequence[int]) -> Figure:
     """An image and its feature maps in a row, each map in colours.
 

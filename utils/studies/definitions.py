@@ -277,8 +277,8 @@ def networks() -> dict[str, Variant]:
 
     Without those that differ in their start alone, which costs nothing.
     """
-    others = [study for study in STUDIES.values() if study.name != "initialization"]
-    found, compared = {}, [study for study in others if not study.tuning]
+    found, compared = {}, [study for study in STUDIES.values() if not study.tuning]
     for variant in (variant for study in compared for variant in study.variants):
-        found.setdefault(variant.network, variant)
+        if "last_norm" not in variant.options:
+            found.setdefault(variant.network, variant)
     return found

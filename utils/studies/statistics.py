@@ -71,8 +71,8 @@ def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
 def differences(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Differences of top-1 accuracy to the study's baseline, in points, as `compare` gives them.
 
-    Each of the study's extra evaluations is a row, such as EMA weights or another test size: the
-    runs are those of the baseline, whose interval is too wide, as they are not independent.
+    Each of the study's extra evaluations is a row, such as EMA weights or another test size. Its
+    runs are those of the baseline, so its interval, which takes them as independent, is too wide.
     """
     column, parts = study.top1_column, [at_own_size(table)]
     for value, (weights, crop_px) in study.extra_evaluations.items():
@@ -220,7 +220,7 @@ def recipe_table(results: Path = RESULTS) -> pd.DataFrame:
     columns = {}
     for name, found in trick_effects(results).items():
         columns[f"{titles[name]} [95 % interval]"] = found.apply(interval, axis=1)
-        columns |= {f"n, {name}": found.n}
+        columns[f"n, {name}"] = found.n
         columns[f"detectable, {name}"] = found.detectable.map("{:.1f}".format)
     return pd.DataFrame(columns).rename_axis("trick").reset_index()
 
