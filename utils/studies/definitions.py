@@ -90,7 +90,7 @@ def _initialization(name: str, tuning: bool) -> Study:
 
 
 def _short_recipe() -> Study:
-    """What a run of five epochs needs, one change at a time from three recipes."""
+    """What a run of five epochs needs, one change at a time from four recipes."""
     recipe = replace(
         SHORT,
         epochs=5,
@@ -101,10 +101,12 @@ def _short_recipe() -> Study:
         weight_decay=5e-5,
     )
     adamw = {"optimizer": "adamw", "nesterov": False, "weight_decay": 0.05, "lr_per_1024": 0.032}
+    muon = {**adamw, "optimizer": "muon", "momentum": 0.95, "lr_per_1024": 0.128}
     bases: dict[str, dict[str, Any]] = {
         "SGD": {"lr_per_1024": 4.0},
         "AdamW": {**adamw, "flat_share": 0.7},
         "SGD, flat 0.7": {"lr_per_1024": 4.0, "flat_share": 0.7},
+        "Muon": {**muon, "flat_share": 0.7},
     }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "SGD": {
@@ -129,13 +131,25 @@ def _short_recipe() -> Study:
             "flat 0.5": {"flat_share": 0.5},
             "crops from 0.6": {"min_crop_area": 0.6},
         },
+        "Muon": {
+            "a quarter of the rate": {"lr_per_1024": 0.032},
+            "half the rate": {"lr_per_1024": 0.064},
+            "twice the rate": {"lr_per_1024": 0.256},
+            "four times the rate": {"lr_per_1024": 0.512},
+            "momentum 0.9": {"momentum": 0.9},
+            "flat 0": {"flat_share": 0.0},
+            "flat 0.4": {"flat_share": 0.4},
+            "weight decay 0.2": {"weight_decay": 0.2},
+            "crops from 0.2": {"min_crop_area": 0.2},
+            "crops from 0.6": {"min_crop_area": 0.6},
+        },
     }
     shared = {"batch 32": {"batch_size": 32}, "no label smoothing": {"label_smoothing": 0.0}}
     variants = [Variant(name, "vovnet39", {}, base) for name, base in bases.items()]
     for name, base in bases.items():
         for title, change in {**changes[name], **shared}.items():
             variants.append(Variant(f"{name}, {title}", "vovnet39", {}, {**base, **change}))
-    for name in ("AdamW", "SGD, flat 0.7"):
+    for name in ("AdamW", "SGD, flat 0.7", "Muon"):
         for act in ("silu", "mish"):
             variants.append(Variant(f"{name}, {act}", "vovnet39", {"act": act}, bases[name]))
     for backbone, width in (("resnet18", 1.0), ("cspdarknet53", 0.25)):

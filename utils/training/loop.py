@@ -39,6 +39,7 @@ from utils.recipe import Recipe
 from utils.records import describe_machine, write_json
 from utils.training.checkpoint import DIVERGED, RunError, finish_save, open_run, save_checkpoint
 from utils.training.evaluation import autocast, autocast_dtype, dtype_name, evaluate
+from utils.training.muon import Muon
 
 # By type, never by name: a layer called "bn_head" may be linear.
 NORM_LAYERS = (
@@ -115,6 +116,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         ],
         "fused": next(model.parameters()).device.type in ("cpu", "cuda"),  # one pass over them
     }
+    if recipe.optimizer == "muon":
+        dtype = autocast_dtype(next(model.parameters()).device, recipe.precision)
+        return Muon(momentum=recipe.momentum, dtype=dtype or torch.float32, **options)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(betas=(recipe.momentum, 0.999), **options)
     return torch.optim.SGD(momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
