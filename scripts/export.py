@@ -51,6 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--opset", type=int_at_least(1), help="of ONNX (default: PyTorch's)")
     add("--fp16", action="store_true", help="weights in half precision; images and outputs stay "
         "float32")  # fmt: skip
+    add("--optimize", action="store_true", help="fold BatchNorm and merge split convolutions, as "
+        "backbones.deploy.optimize does; not for .safetensors")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     if args.weights and args.checkpoint:
@@ -77,7 +79,8 @@ def open_source(args: argparse.Namespace) -> tuple[Backbone | Classifier, dict[s
 def export(args: argparse.Namespace) -> None:
     net, classes = open_source(args)
     metadata = {**exporting.describe(net), **classes}
-    settings = {key: getattr(args, key) for key in ("overwrite", "shape", "opset", "fp16")}
+    names = ("overwrite", "shape", "opset", "fp16", "optimize")
+    settings = {key: getattr(args, key) for key in names}
     source = NamedOutputs(net).eval().to(memory_format=torch.contiguous_format)  # the files' layout
     print(exporting.export(source, args.output, metadata=metadata, **settings))
     if not (args.checkpoint or args.weights):

@@ -17,6 +17,7 @@ from torchvision.models import EfficientNet_B0_Weights
 
 import backbones
 from backbones import create_classifier
+from backbones.darknet import CSPStage
 from backbones.deploy import NamedOutputs
 from backbones.pretrained import published
 from backbones.weights import WeightsError, load_weights
@@ -106,6 +107,23 @@ def test_the_file_gives_what_the_network_gives(tmp_path, suffix, make, names):
     assert str(ROOT).encode() not in path.read_bytes()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+@torch.no_grad()
+def test_an_optimized_graph_has_no_norms_and_merged_splits(tmp_path):
+    """Convolutions by hand: a CSP stage has one less, and BatchNorm is in their weights."""
+    net, images = classifier(), torch.randn(1, 3, 70, 130)
+    files = [tmp_path / "plain.pt2", tmp_path / "optimized.pt2"]
+    found = []
+    for path, optimized in zip(files, (False, True), strict=True):
+        export(NamedOutputs(net).eval(), path, optimize=optimized)
+        names = [str(node.target) for node in torch.export.load(path).graph.nodes]
+        found.append([sum(word in name for name in names) for word in ("conv2d", "batch_norm")])
+    stages = sum(isinstance(module, CSPStage) for module in net.modules())
+    (convs, norms), optimized = found
+    assert norms == convs
+    assert optimized == [convs - stages, 0]
+    torch.testing.assert_close(run_pt2(files[1], images)["logits"], net(images))
 
 
 @torch.no_grad()
@@ -252,7 +270,9 @@ def test_nothing_is_replaced_unasked(tmp_path):
         export(Scaled(), tmp_path / "net.pth")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         export(Scaled(), tmp_path / "nowhere" / "net.onnx")
-    for suffix, field in ((".pt2", "fp16"), (".pt2", "opset"), (".safetensors", "shape")):
+    for suffix, field in (
+        (".pt2", "fp16"), (".pt2", "opset"), (".safetensors", "shape"), (".safetensors", "optimize")
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"new{suffix}: --{field} is for .* alone"):
             export(Scaled(), tmp_path / f"new{suffix}", **{field: 1})
     with pytest.raises(ValueError, match=r"^--opset 99: this network needs another, such as 18$"):

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from backbones.base import Backbone
 from backbones.classifier import Classifier
+from backbones.deploy import NamedOutputs, optimize
 from backbones.weights import load_weights
 from utils.cli import DataError, import_optional
 from utils.records import write_atomic
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     shape: Sequence[int] | None = None  # number, height and width of all images; None: any
     opset: int | None = None  # version of ONNX's operators; None: PyTorch's default
     fp16: bool = False  # weights in half precision; images and outputs stay float32
+    optimize: bool = False  # export the graph of `backbones.deploy.optimize`
     metadata: Mapping[str, Any] = {}
 
     def texts(self) -> dict[str, str]:
@@ -96,7 +98,7 @@ def export(source: nn.Module, path: str | Path, *, overwrite: bool = False, **se
 
     def write_checked(temporary: Path) -> tuple[str, float]:
         temporary.touch()  # a folder that is not writable shows before minutes of tracing
-        files = write(source, chosen)
+        files = write(_optimized(source) if chosen.optimize else source, chosen)
         run = functools.cache(lambda: read(files, source))  # a runtime may refuse the file
         result = _compare(path, source, lambda images: run()(images), chosen)
         temporary.write_bytes(files[0])
@@ -118,7 +120,7 @@ def _validate(path: Path, settings: Settings, overwrite: bool) -> list[Path]:
     """The files to write, that of `path` first."""
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: must end in {' or '.join(FORMATS)}, which is the format")
-    for name in ("shape", "opset", "fp16"):
+    for name in ("shape", "opset", "fp16", "optimize"):
         suffixes = [suffix for suffix, (*_, names) in FORMATS.items() if name in names]
         if getattr(settings, name) and path.suffix not in suffixes:
             raise ValueError(f"{path}: --{name} is for {', '.join(suffixes)} alone")
@@ -129,6 +131,12 @@ def _validate(path: Path, settings: Settings, overwrite: bool) -> list[Path]:
         if each.exists() and not (overwrite and each.is_file()):
             raise FileExistsError(f"{each}: exists already; --overwrite replaces files")
     return paths
+
+
+def _optimized(source: NamedOutputs) -> NamedOutputs:
+    """Folded and merged, in the memory layout of the files."""
+    net = optimize(source.net).net.to(memory_format=torch.contiguous_format)
+    return NamedOutputs(net).eval()
 
 
 @torch.no_grad()
@@ -259,8 +267,8 @@ def _read_safetensors(files: list[bytes], source: nn.Module) -> Run:
 
 # suffix: how it is written and read, and which settings it has
 FORMATS = {
-    ".onnx": (_to_onnx, _read_onnx, ("shape", "opset", "fp16")),
-    ".pt2": (_to_pt2, _read_pt2, ("shape",)),
-    ".xml": (_to_openvino, _read_openvino, ("shape", "fp16")),
+    ".onnx": (_to_onnx, _read_onnx, ("shape", "opset", "fp16", "optimize")),
+    ".pt2": (_to_pt2, _read_pt2, ("shape", "optimize")),
+    ".xml": (_to_openvino, _read_openvino, ("shape", "fp16", "optimize")),
     ".safetensors": (_to_safetensors, _read_safetensors, ("fp16",)),
 }
