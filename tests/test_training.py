@@ -26,13 +26,9 @@ from utils.training.loop import (
     DivergedError,
     Trainer,
     dry_run,
-    ema_decay_at,
     fit,
-    lr_factor,
-    make_optimizer,
-    param_groups,
 )
-from utils.training.muon import Muon
+from utils.training.optimizer import Muon, ema_decay_at, lr_factor, make_optimizer, param_groups
 
 CPU = torch.device("cpu")
 
@@ -117,35 +113,29 @@ def test_optimizers_are_pytorchs(fields, reference):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_muon_is_pytorchs_for_kernels_and_adamw_for_the_rest():
+def test_muon_is_pytorchs_for_kernels_and_adamws_for_the_rest():
     """torch.optim.Muon takes matrices alone, and orthogonalizes in bfloat16."""
-    ours, theirs = (
-        [nn.Parameter(torch.ones(s)) for s in ((6, 3, 3, 3), (32, 3, 1, 1))] for _ in "ab"
-    )
-    vectors = [nn.Parameter(torch.ones(4, 1, 3, 3)) for _ in range(2)]  # a depthwise kernel
+    shapes = (6, 3, 3, 3), (32, 3, 1, 1), (4, 1, 3, 3)  # the last one is depthwise
+    ours = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    *matrices, depthwise = [nn.Parameter(torch.ones(shape).flatten(1)) for shape in shapes]
     options = {"lr": 0.1, "weight_decay": 0.1}
-    mine = Muon([*ours, vectors[0]], 0.9, torch.bfloat16, **options)
-    matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in theirs]
-    muon = torch.optim.Muon(matrices, momentum=0.9, adjust_lr_fn="match_rms_adamw", **options)
-    adamw = torch.optim.AdamW([vectors[1]], betas=(0.9, 0.999), **options)
+    optimizers = [
+        Muon(ours, 0.9, torch.bfloat16, fused=True, **options),
+        torch.optim.Muon(matrices, momentum=0.9, adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW([depthwise], betas=(0.9, 0.999), **options),
+    ]
     for step in range(3):
-        if step == 1:  # a resumed run
-            state, mine = (
-                mine.state_dict(),
-                Muon([*ours, vectors[0]], 0.9, torch.bfloat16, **options),
-            )
-            mine.load_state_dict(state)
-        generator = torch.Generator().manual_seed(step)
-        for kernel, matrix in zip(ours, matrices, strict=True):
-            kernel.grad = torch.randn(kernel.shape, generator=generator)
+        torch.manual_seed(step)
+        for kernel, matrix in zip(ours, [*matrices, depthwise], strict=True):
+            kernel.grad = torch.randn(kernel.shape)
             matrix.grad = kernel.grad.flatten(1).clone()
-        vectors[0].grad = torch.randn(4, 1, 3, 3, generator=generator)
-        vectors[1].grad = vectors[0].grad.clone()
-        for optimizer in (mine, muon, adamw):
+        for optimizer in optimizers:
             optimizer.step()
-    for kernel, matrix in zip(ours, matrices, strict=True):
+        state = optimizers[0].state_dict()  # of a run that is resumed
+        optimizers[0] = Muon(ours, 0.9, torch.bfloat16, fused=True, **options)
+        optimizers[0].load_state_dict(state)
+    for kernel, matrix in zip(ours, [*matrices, depthwise], strict=True):
         torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0.02, atol=0.002)
-    torch.testing.assert_close(*vectors)
 
 
 def test_weight_decay_spares_norms_and_biases_by_type():

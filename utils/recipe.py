@@ -10,7 +10,7 @@ models using TorchVision's latest primitives"). What differs, by intention:
 - Biases are not decayed; `--norm-weight-decay 0` of torchvision spares norms alone.
 - EMA weights are updated in every step: torchvision's decay of 0.99998 every 32 steps of 1024
   images over 100 epochs, rescaled by its own rule, is 0.9998 per step. At the start the decay rises
-  (`utils.training.loop.ema_decay_at`); torchvision copies the weights until its warm-up ends.
+  (`utils.training.optimizer.ema_decay_at`); torchvision copies the weights until its warm-up ends.
 - An incomplete last batch is dropped. torchvision trains on it.
 - RandomErasing writes the mean colour, rounded to 1/255; torchvision writes 0 after normalising.
 - bfloat16 autocast without loss scaling; torchvision's `--amp` is float16 on GPUs.

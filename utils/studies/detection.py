@@ -34,7 +34,8 @@ from utils.distributed import pick_device
 from utils.recipe import DetectorRecipe, Recipe
 from utils.records import command_line, describe_machine, lock, provenance
 from utils.studies.runner import Result, Row, RunKey, Variant, record_runs, train_classifier
-from utils.training.loop import PROGRESS_STEPS, DivergedError, lr_factor, param_groups
+from utils.training.loop import PROGRESS_STEPS, DivergedError
+from utils.training.optimizer import lr_factor, param_groups
 
 SCRATCH, PRETRAINED = "from scratch", "pretrained"
 

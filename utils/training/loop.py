@@ -1,4 +1,4 @@
-"""The training loop: parameter groups, schedule, EMA, one epoch, `fit` and the dry run.
+"""The training loop: the state of a run, one epoch, `fit` and the dry run.
 
 `fit` takes any classifier from images `[N, 3, H, W]` to logits `[N, num_classes]`.
 """
@@ -39,16 +39,8 @@ from utils.recipe import Recipe
 from utils.records import describe_machine, write_json
 from utils.training.checkpoint import DIVERGED, RunError, finish_save, open_run, save_checkpoint
 from utils.training.evaluation import autocast, autocast_dtype, dtype_name, evaluate
-from utils.training.muon import Muon
+from utils.training.optimizer import ema_decay_at, lr_factor, make_optimizer
 
-# By type, never by name: a layer called "bn_head" may be linear.
-NORM_LAYERS = (
-    nn.modules.batchnorm._NormBase,  # every BatchNorm and InstanceNorm
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
 PROGRESS_STEPS = 20  # steps between two reads of the loss, which wait for the device
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_S = 2  # job managers and torchrun may both send one SIGTERM, within this time
@@ -65,72 +57,6 @@ class DivergedError(ArithmeticError):
     def __init__(self, text: str, step: int | None = None, indices: Sequence[int] = ()) -> None:
         super().__init__(text)
         self.step, self.indices = step, indices
-
-
-def param_groups(
-    model: nn.Module, weight_decay: float, norm_weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weights first, then normalization layers and biases.
-
-    A parameter that two modules share counts once, as a weight if either holds it as one. Frozen
-    parameters are left out.
-    """
-    decayed, plain = {}, {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                is_plain = isinstance(module, NORM_LAYERS) or name == "bias"
-                (plain if is_plain else decayed)[id(parameter)] = parameter
-    plain = {key: parameter for key, parameter in plain.items() if key not in decayed}
-    return [
-        {"params": list(decayed.values()), "weight_decay": weight_decay},
-        {"params": list(plain.values()), "weight_decay": norm_weight_decay},
-    ]
-
-
-def lr_factor(step: int, warmup_steps: int, total_steps: int, flat_share: float = 0.0) -> float:
-    """Learning rate of step 0, 1, ... as a share of the peak: linear warm-up, then cosine to 0.
-
-    The last step of the warm-up has the peak; the cosine would reach 0 at `total_steps`.
-
-    Args:
-        flat_share: share of the steps after the warm-up that stay at the peak, before the cosine.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    falling = max(0.0, progress - flat_share) / (1 - flat_share)
-    return 0.5 * (1 + math.cos(math.pi * falling))
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer for the parameters that are not frozen."""
-    parts = [(model, 1.0)]
-    if recipe.backbone_lr_factor != 1:
-        parts = [(model.backbone, recipe.backbone_lr_factor), (model.head, 1.0)]
-    options = {
-        "params": [
-            {**group, "lr": recipe.peak_lr * factor}
-            for part, factor in parts
-            for group in param_groups(part, recipe.weight_decay, recipe.norm_weight_decay)
-        ],
-        "fused": next(model.parameters()).device.type in ("cpu", "cuda"),  # one pass over them
-    }
-    if recipe.optimizer == "muon":
-        dtype = autocast_dtype(next(model.parameters()).device, recipe.precision)
-        return Muon(momentum=recipe.momentum, dtype=dtype or torch.float32, **options)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(betas=(recipe.momentum, 0.999), **options)
-    return torch.optim.SGD(momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
-
-
-def ema_decay_at(updates: int, decay: float) -> float:
-    """Decay of the EMA weights after `updates` updates: (1 + n) / (10 + n), at most `decay`.
-
-    The warm-up of TensorFlow's ExponentialMovingAverage(num_updates): the average covers the last
-    ninth of the run so far, so that a short run does not stay near its initial weights.
-    """
-    return min(decay, (1 + updates) / (10 + updates))
 
 
 def weights_of_classes(class_images: Tensor | None) -> Tensor:
