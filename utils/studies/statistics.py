@@ -284,7 +284,7 @@ def initialization_rates_table(results: Path = RESULTS) -> pd.DataFrame:
 
 def short_recipe_table(results: Path = RESULTS) -> pd.DataFrame:
     """Top-1 on the held-out slice by change or network, a column per recipe that is changed."""
-    table, bases = read_study("short_recipe", results), ["SGD", "SGD, flat 0.7", "AdamW"]
+    table, bases = read_study("short_recipe", results), ["SGD", "SGD, flat 0.7", "AdamW", "Muon"]
     table["base"] = table.value.str.extract(f"({'|'.join(reversed(bases))})")  # the longer first
     pairs = zip(table.value, table.base, strict=True)
     table["change"] = [value.replace(base, "").strip(", ") or "none" for value, base in pairs]
