@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
@@ -66,6 +67,20 @@ def test_several_differences_have_the_width_of_dunnetts_table():
     half = 2.86 * math.sqrt(variance * 2 / 3)
     assert (found.high - found.low).tolist() == pytest.approx([2 * half] * 2, abs=0.02)
     assert found.difference.tolist() == pytest.approx([5, -0.1])
+
+
+def test_the_noise_floor_of_normal_noise():
+    """The interval and the power by simulation; every test raises false alarms at its level."""
+    rng = np.random.default_rng(1)
+    samples = rng.normal(60, 2, (4000, 25))
+    low, high = np.array([statistics.std_interval(sample)[1:] for sample in samples]).T
+    assert ((low < 2) & (high > 2)).mean() == pytest.approx(0.95, abs=0.015)
+    for n in (3, 5, 25):
+        shifted = samples[:2000, :n] + statistics.detectable(2, n)
+        power = stats.ttest_ind(shifted, samples[2000:, :n], axis=1).pvalue < 0.05
+        assert power.mean() == pytest.approx(0.8, abs=0.03)
+    rates = statistics.false_alarms(*rng.normal(60, 2, (2, 400)), draws=800)
+    assert list(rates.values()) == pytest.approx([0.05] * 3, abs=0.025)
 
 
 def test_failed_runs_are_left_out_and_single_seeds_have_no_interval():

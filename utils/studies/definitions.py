@@ -203,6 +203,15 @@ def _networks(name: str, tuning: bool) -> Study:
     return Study(name, "network", baseline, NARROW, variants, seeds, "raw", **settings)
 
 
+def _noise_floor() -> Study:
+    """Two forms of one function (`backbones.darknet.convert_split`): all differences are noise."""
+    recipe = replace(NARROW, lr_per_1024=BEST_RATES["CSPDarknet-53"])
+    variants = tuple(
+        Variant(split, "cspdarknet53", {"split": split}) for split in ("separate", "slice")
+    )
+    return Study("noise_floor", "split", "separate", recipe, variants, tuple(range(25)), "raw")
+
+
 def _csp_split() -> Study:
     splits = ("separate", "slice", "partial")
     variants = [Variant(split, "cspdarknet53", {"split": split}) for split in splits]
@@ -323,6 +332,7 @@ STUDIES = {
         _initialization("initialization_rates", tuning=True),
         _initialization("initialization", tuning=False),
         *(_networks("networks_rates", tuning=True), _networks("networks", tuning=False)),
+        _noise_floor(),
         *(_learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
         *(_leave_one_out(), _add_one(), _fixres(), _length()),
         *(_finetune("finetune_rates", tuning=True), _finetune("finetune", tuning=False)),

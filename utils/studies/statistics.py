@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -104,6 +105,44 @@ def trick_effects(results: Path = RESULTS) -> dict[str, pd.DataFrame]:
         effects = differences(STUDIES[name], table)
         found[title] = effects.set_axis(effects.index.str.removeprefix(prefix))
     return found | {"in full": found["in full"].loc[found["added"].index]}
+
+
+# ---- the noise between seeds ---------------------------------------------------------------------
+
+
+def std_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Standard deviation of normal values and the ends of its 95 % interval (chi-squared)."""
+    free = len(values) - 1
+    std = values.std(ddof=1)
+    return std, *(std * np.sqrt(free / stats.chi2.ppf((0.975, 0.025), free)))
+
+
+def detectable(std: float, n: int) -> float:
+    """The difference that Student's test of n and n seeds finds with a probability of 80 %."""
+    free = 2 * n - 2
+    return float(std * np.sqrt(2 / n) * (stats.t.ppf(0.975, free) + stats.t.ppf(0.8, free)))
+
+
+def false_alarms(first: np.ndarray, second: np.ndarray, draws: int = 1000) -> dict[str, float]:
+    """How often tests at 5 % find a difference between runs of one function, by resampling.
+
+    Args:
+        first, second: accuracies of the seeds of both, in the same order of seeds.
+    """
+    rng, together = np.random.default_rng(0), np.concatenate((first, second))
+    counts = dict.fromkeys(("paired t, n = 3", "Welch, n = 5", "Dunnett, n = 6, four values"), 0)
+    for _ in range(draws):
+        seeds = rng.choice(len(first), 3, replace=False)
+        sides = [rng.choice(side, 5, replace=False) for side in (first, second)]
+        control, *others = rng.choice(together, (4, 6), replace=False)
+        p_values = (
+            stats.ttest_rel(first[seeds], second[seeds]).pvalue,
+            stats.ttest_ind(*sides, equal_var=False).pvalue,
+            stats.dunnett(*others, control=control, random_state=0).pvalue.min(),
+        )
+        for name, p_value in zip(counts, p_values, strict=True):
+            counts[name] += p_value < 0.05
+    return {name: count / draws for name, count in counts.items()}
 
 
 # ---- cost ----------------------------------------------------------------------------------------
