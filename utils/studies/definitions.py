@@ -212,6 +212,13 @@ def _noise_floor() -> Study:
     return Study("noise_floor", "split", "separate", recipe, variants, tuple(range(25)), "raw")
 
 
+def _imagenette(epochs: int) -> Study:
+    """Full width at 128 pixels, by the rules of Imagenette's leaderboard: five seeds."""
+    variant = Variant("VoVNet-39", "vovnet39", {"act": "silu"})
+    recipe = replace(RECIPES["imagenette"], epochs=epochs)
+    return Study(f"imagenette_{epochs}", "network", variant.value, recipe, (variant,), FIVE)
+
+
 def _csp_split() -> Study:
     splits = ("separate", "slice", "partial")
     variants = [Variant(split, "cspdarknet53", {"split": split}) for split in splits]
@@ -332,7 +339,7 @@ STUDIES = {
         _initialization("initialization_rates", tuning=True),
         _initialization("initialization", tuning=False),
         *(_networks("networks_rates", tuning=True), _networks("networks", tuning=False)),
-        _noise_floor(),
+        *(_imagenette(5), _imagenette(20), _noise_floor()),
         *(_learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
         *(_leave_one_out(), _add_one(), _fixres(), _length()),
         *(_finetune("finetune_rates", tuning=True), _finetune("finetune", tuning=False)),
