@@ -14,8 +14,9 @@ The network takes float32 images [batch, channels, height, width] of any batch a
 file's metadata has the backbone and its options, strides, channels, classes and, where it is known,
 what the weights expect of images: RGB from 0 to 1, minus mean, divided by std.
 
-The file is read back and compared with its source, at other batch and image sizes unless --shape
-is given. Existing files are replaced only with --overwrite.
+With --optimize BatchNorm is folded into the convolutions, and the two 1x1 convolutions that split a
+CSP stage are one. The file is read back and compared with the network, at other batch and image
+sizes unless --shape is given. Existing files are replaced only with --overwrite.
 """
 
 import argparse
@@ -51,8 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--opset", type=int_at_least(1), help="of ONNX (default: PyTorch's)")
     add("--fp16", action="store_true", help="weights in half precision; images and outputs stay "
         "float32")  # fmt: skip
-    add("--optimize", action="store_true", help="fold BatchNorm and merge split convolutions, as "
-        "backbones.deploy.optimize does; not for .safetensors")  # fmt: skip
+    add("--optimize", action="store_true", help="export the graph of backbones.deploy.optimize")
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     if args.weights and args.checkpoint:

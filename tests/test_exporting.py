@@ -79,21 +79,27 @@ RUN = {".onnx": run_onnx, ".pt2": run_pt2, ".xml": run_openvino}
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("suffix", "make", "names"),
+    ("suffix", "make", "names", "settings"),
     [
-        (".pt2", backbone, STRIDES),
-        (".onnx", lambda: backbone(out_indices=(0, 2), in_channels=1), ["stride_2", "stride_8"]),
-        (".pt2", classifier, ["logits"]),
-        pytest.param(".xml", backbone, STRIDES, marks=needs_openvino),
+        (".pt2", backbone, STRIDES, {}),
+        (
+            ".onnx",
+            lambda: backbone(out_indices=(0, 2), in_channels=1),
+            ["stride_2", "stride_8"],
+            {},
+        ),
+        (".onnx", lambda: classifier().backbone, STRIDES, {"optimize": True}),
+        (".pt2", classifier, ["logits"], {}),
+        pytest.param(".xml", backbone, STRIDES, {}, marks=needs_openvino),
     ],
-    ids=["backbone", "two maps of grey, ONNX", "classifier", "backbone, OpenVINO"],
+    ids=["backbone", "two maps of grey, ONNX", "optimized, ONNX", "classifier", "OpenVINO"],
 )
-def test_the_file_gives_what_the_network_gives(tmp_path, suffix, make, names):
+def test_the_file_gives_what_the_network_gives(tmp_path, suffix, make, names, settings):
     """At a batch and a size that neither the export nor its check have seen."""
     net, path = make(), tmp_path / f"net{suffix}"
     before = {key: value.clone() for key, value in net.state_dict().items()}
     source = NamedOutputs(net).eval()
-    line = export(source, path)
+    line = export(source, path, **settings)
     names_left = {".xml": {"net.xml", "net.bin"}}.get(suffix, {path.name})
     assert {each.name for each in tmp_path.iterdir()} == names_left
     assert line.startswith(f"{path}: ")
@@ -132,7 +138,7 @@ def test_a_fixed_shape_in_half_precision(tmp_path, suffix):
     """Half of the bytes, inputs and outputs in float32, and for ONNX the opset."""
     net, path, shape = classifier(), tmp_path / f"net{suffix}", (2, 48, 80)
     opset = {"opset": 20} if suffix == ".onnx" else {}
-    line = export(NamedOutputs(net).eval(), path, shape=shape, fp16=True, **opset)
+    line = export(NamedOutputs(net).eval(), path, shape=shape, fp16=True, optimize=True, **opset)
     assert "MB, float16 weights, images float32 [2, 3, 48, 80] to logits (7); " in line
     images = torch.randn(2, 3, 48, 80)
     (found,), expected = RUN[suffix](path, images).values(), net(images)

@@ -29,12 +29,16 @@ def test_the_runs_on_imagenette_are_quoted_from_their_record():
         assert f"| {size_px} px | {' | '.join(cells)} | {rows.seed.nunique()} |" in RESULTS
 
 
+PENDING = ("networks_rates", "networks", "imagenette_5", "imagenette_20", "noise_floor")
+
+
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 def test_a_study_is_recorded_completely(study):
     """Every value with the same seeds, at least three, at its test sizes, and every epoch of it."""
     path = ROOT / "results" / f"study_{study.name}.csv"
-    if not path.exists():
-        pytest.skip(f"{study.name} is declared and not recorded yet")
+    if study.name in PENDING:
+        assert not path.exists(), f"{path.name} is recorded: remove {study.name} from PENDING"
+        pytest.skip("declared and not recorded yet")
     table, curves = pd.read_csv(path), pd.read_csv(curves_path(path))
     seeds = study.seeds[: table.seed.nunique()]
     assert study.tuning or len(seeds) >= 3

@@ -116,9 +116,10 @@ def test_optimizers_are_pytorchs(fields, reference):
 def test_muon_is_pytorchs_for_kernels_and_adamws_for_the_rest():
     """torch.optim.Muon takes matrices alone, and orthogonalizes in bfloat16."""
     shapes = (6, 3, 3, 3), (32, 3, 1, 1), (4, 1, 3, 3)  # the last one is depthwise
-    ours = [nn.Parameter(torch.ones(shape)) for shape in shapes]
-    *matrices, depthwise = [nn.Parameter(torch.ones(shape).flatten(1)) for shape in shapes]
-    options = {"lr": 0.1, "weight_decay": 0.1}
+    *matrices, depthwise = [nn.Parameter(torch.full(s, 0.1).flatten(1)) for s in shapes]
+    ours = [nn.Parameter(torch.full(shape, 0.1)) for shape in shapes]
+    ours[0].data = ours[0].data.contiguous(memory_format=torch.channels_last)
+    options = {"lr": 0.1, "weight_decay": 0.5}
     optimizers = [
         Muon(ours, 0.9, torch.bfloat16, fused=True, **options),
         torch.optim.Muon(matrices, momentum=0.9, adjust_lr_fn="match_rms_adamw", **options),
@@ -135,7 +136,8 @@ def test_muon_is_pytorchs_for_kernels_and_adamws_for_the_rest():
         optimizers[0] = Muon(ours, 0.9, torch.bfloat16, fused=True, **options)
         optimizers[0].load_state_dict(state)
     for kernel, matrix in zip(ours, [*matrices, depthwise], strict=True):
-        torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0.02, atol=0.002)
+        difference, moved = kernel.flatten(1) - matrix, matrix - 0.1
+        assert difference.norm() < 0.06 * moved.norm()  # the iterations amplify rounding
 
 
 def test_weight_decay_spares_norms_and_biases_by_type():
@@ -366,11 +368,16 @@ def test_epochs_without_evaluation_train_the_same(folders, tmp_path):
     assert found[0] == found[1] == found[3]
 
 
-@pytest.mark.parametrize("checkpoint_steps", [0, 2], ids=["an epoch's end", "its middle"])
-def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, checkpoint_steps):
+@pytest.mark.parametrize(
+    ("checkpoint_steps", "optimizer"),
+    [(0, "sgd"), (2, "muon")],
+    ids=["an epoch's end", "its middle"],
+)
+def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, checkpoint_steps, optimizer):
     """Stopped in the middle of an epoch and started again with other workers: the same bits."""
-    data = open_folders(folders, TINY, seed=3)
-    fit(make_model(), data, TINY, tmp_path / "whole", seed=3)
+    recipe = dataclasses.replace(TINY, optimizer=optimizer)
+    data = open_folders(folders, recipe, seed=3)
+    fit(make_model(), data, recipe, tmp_path / "whole", seed=3)
     train_step, steps = Trainer.train_step, 9
     options = {"seed": 3, "checkpoint_steps": checkpoint_steps}
 
@@ -381,11 +388,11 @@ def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, checkpoint_ste
 
     monkeypatch.setattr(Trainer, "train_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fit(make_model(), data, TINY, tmp_path / "parts", **options)
+        fit(make_model(), data, recipe, tmp_path / "parts", **options)
     monkeypatch.setattr(Trainer, "train_step", train_step)
     torch.manual_seed(99)
     torch.rand(7)
-    fit(make_model(seed=8), data, TINY, tmp_path / "parts", **options, workers=2)
+    fit(make_model(seed=8), data, recipe, tmp_path / "parts", **options, workers=2)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 

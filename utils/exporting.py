@@ -49,7 +49,7 @@ class Settings(NamedTuple):
     shape: Sequence[int] | None = None  # number, height and width of all images; None: any
     opset: int | None = None  # version of ONNX's operators; None: PyTorch's default
     fp16: bool = False  # weights in half precision; images and outputs stay float32
-    optimize: bool = False  # export the graph of `backbones.deploy.optimize`
+    optimize: bool = False  # the graph of `backbones.deploy.optimize`, of a `NamedOutputs`
     metadata: Mapping[str, Any] = {}
 
     def texts(self) -> dict[str, str]:

@@ -91,9 +91,11 @@ class Recipe(_Checked):
     batch_size: int = _field(1024, "images per step, over all processes", AT_LEAST_1)
     accumulate: int = _field(1, "gradient accumulation steps per update", AT_LEAST_1)
     lr_per_1024: float = _field(0.5, "peak learning rate per 1024 images of batch size", ABOVE_0)
-    optimizer: Literal["sgd", "adamw", "muon"] = _field("sgd", "optimizer")
-    momentum: float = _field(0.9, "momentum; of AdamW beta1, with a beta2 of 0.999", BELOW_1)
-    nesterov: bool = _field(False, "Nesterov momentum, of SGD alone")
+    optimizer: Literal["sgd", "adamw", "muon"] = _field(
+        "sgd", "muon is for kernels of convolutions, with AdamW for the rest"
+    )
+    momentum: float = _field(0.9, "of SGD and Muon; beta1 of AdamW, whose beta2 is 0.999", BELOW_1)
+    nesterov: bool = _field(False, "Nesterov momentum of SGD; Muon always has it")
     weight_decay: float = _field(2e-5, "weight decay of conv and linear weights", AT_LEAST_0)
     norm_weight_decay: float = _field(0.0, "weight decay of norms and biases", AT_LEAST_0)
     warmup_epochs: float = _field(5.0, "epochs of linear warm-up before the cosine", AT_LEAST_0)

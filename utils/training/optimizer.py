@@ -92,7 +92,7 @@ def ema_decay_at(updates: int, decay: float) -> float:
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Moves all singular values of a matrix near 1 (0.7 to 1.2) by Newton-Schulz iterations."""
+    """Moves singular values above 0.002 of the matrix's norm to 0.7 to 1.2 (Newton-Schulz)."""
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
     x = x / x.norm().clamp(min=1e-7)
@@ -105,11 +105,11 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.AdamW):
     """Muon for the kernels of convolutions, AdamW for all other parameters.
 
-    A kernel `[out, in, height, width]` counts as a matrix of `out` rows. Depthwise kernels are
-    vectors, so AdamW updates them.
+    A kernel `[out, in, height, width]` counts as a matrix of `out` rows, also that of a grouped
+    convolution. AdamW updates kernels with one input channel, such as depthwise ones.
 
     Args:
-        momentum: decay of the mean gradient, with Nesterov's step; for AdamW, beta1.
+        momentum: decay of the mean gradient, with Nesterov's step; beta1 of AdamW.
         dtype: type of the orthogonalization.
         options: as of AdamW.
     """
