@@ -1,10 +1,11 @@
-r"""Measures this project against timm, torchvision and ONNX Runtime, interleaved on this machine.
+r"""Measures this project against timm and torchvision, interleaved on this machine.
 
     python scripts/benchmark.py --task inference --backbones vovnet39 --batch-size 8 1 --compile
     python scripts/benchmark.py --task step input --batch-size 16 --image-px 176 --memory
     python scripts/benchmark.py --task costs --width 0.25 --batch-size 64 --image-px 64 --memory
 
-    inference  feature maps by deploy.optimize, against timm, torchvision and ONNX Runtime
+    inference  feature maps by deploy.optimize, against timm and torchvision; on CPUs also both in
+               ONNX Runtime and, where it is installed, OpenVINO
     step       a training step, against the training scripts of torchvision and timm
     input      JPEG files of 500 x 375 pixels to batches on one core, against torchvision's preset
     costs      time, memory, parameters and GMACs of the networks of scripts/ablate.py

@@ -1,4 +1,4 @@
-"""Interleaved timing against timm, torchvision and ONNX Runtime; training time to an accuracy.
+"""Interleaved timing against timm and torchvision in four runtimes; training time to an accuracy.
 
 The trainers of the baselines are in `utils.baselines`, written after the projects' training
 scripts, which their packages lack.
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ COMPILED = [
     for dtype in ("float32", "bfloat16")
     for whose in ("ours", "timm channels_last")
 ]
+EXPORTED = [
+    f"{whose} {runtime}"
+    for runtime in ("ONNX Runtime float32", "OpenVINO float32", "OpenVINO bfloat16")
+    for whose in ("ours", "timm")
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ def run(case: Case, rounds: int, compile: bool = False, peaks: bool = False) -> 
     if case.task == "inference":
         names += COMPILED if compile else []
         names += ["torchvision float32"] if case.network.startswith("resnet") else []
-        names += ["ONNX Runtime float32"] if case.device == "cpu" else []
+        if case.device == "cpu":
+            has_openvino = find_spec("openvino") is not None
+            names += [name for name in EXPORTED if has_openvino or "OpenVINO" not in name]
     if autocast_dtype(torch.device(case.device), "bf16") is None:  # emulated, so slow
         names = dict.fromkeys(name.replace("bfloat16", "float32") for name in names)
     torch.compiler.reset()  # a ninth graph of timm's forward would silently run uncompiled
@@ -156,7 +164,8 @@ def measure_cases(
     unit, rows = "ms" if quantity == "latency" else "ms/image", []
     for case in cases:
         rows += tidy(case, quantity, unit, [1e3 * t / case.batch_size for t in times_s[case]])
-        if peak_calls and not {"compiled", "ONNX"} & set(case.implementation.split()):
+        words = set(case.implementation.split())
+        if peak_calls and not {"compiled", "ONNX", "OpenVINO"} & words:
             peak = partial(measure.peak_memory, prepare, case, calls=peak_calls)
             peaks = [peak() / 2**20 for _ in range(PEAK_ROUNDS)]
             rows += tidy(case, f"{quantity} peak", "MiB", peaks)
@@ -179,6 +188,8 @@ def inference_call(case: Case) -> measure.Call:
     if case.task == "costs":
         net, images = (x.to(memory_format=torch.channels_last) for x in (classifier(case), images))
         return measure.forward(net, images, autocast_dtype(images.device, case.recipe.precision))
+    if {"ONNX", "OpenVINO"} & set(words):
+        return exported_call(case, images)
     if "ours" in words:
         net = optimize(create(name, **SHARED[name][1]), case.dtype, "compiled" in words)
         return measure.forward(net, images)
@@ -186,11 +197,20 @@ def inference_call(case: Case) -> measure.Call:
         nodes = ["relu", "layer1", "layer2", "layer3", "layer4"]
         return measure.forward(create_feature_extractor(models.get_model(name), nodes), images)
     net = timm_network(case, features_only=True)
-    if "ONNX" in words:
-        return measure.onnx_forward(net.eval(), images)
     if "channels_last" in words:
         net, images = (x.to(case.dtype, memory_format=torch.channels_last) for x in (net, images))
     return measure.forward(net, images, compile="compiled" in words)
+
+
+def exported_call(case: Case, images: Tensor) -> measure.Call:
+    """Our optimized graph, or timm's, in ONNX Runtime or OpenVINO."""
+    net = timm_network(case, features_only=True)
+    if case.implementation.startswith("ours"):
+        net = optimize(create(case.network, **SHARED[case.network][1])).net
+        net = net.to(memory_format=torch.contiguous_format)
+    if "OpenVINO" in case.implementation:
+        return measure.openvino_forward(net, images, case.dtype)
+    return measure.onnx_forward(net, images)
 
 
 def timm_network(case: Case, **options: Any) -> nn.Module:

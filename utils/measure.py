@@ -76,6 +76,19 @@ def onnx_forward(net: nn.Module, images: Tensor) -> Call:
     return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})
 
 
+def openvino_forward(net: nn.Module, images: Tensor, dtype: torch.dtype) -> Call:
+    """Returns a forward pass in OpenVINO that computes in `dtype`, with PyTorch's threads."""
+    openvino = import_optional("openvino", "to compare with it")
+    model = openvino.convert_model(torch.export.export(net.eval(), (images,)))
+    config = {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype is torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    run = openvino.Core().compile_model(model, "CPU", config)
+    return partial(run, images.numpy())
+
+
 def time_interleaved(
     calls: Mapping[Any, Call],
     rounds: int,
