@@ -56,12 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="inference under torch.compile, too: minutes each")
     add("--memory", action="store_true", help="peak memory, too, of CPUs under Linux")
     add("--rounds", type=count, default=7, help="timed rounds (default: 7)")
-    add(
-        "--threads",
-        type=count,
-        default=2,
-        help="threads; input uses 1 (default: 2)",
-    )
+    add("--threads", type=count, default=2, help="threads; input uses 1 (default: 2)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--output", type=Path, help="CSV file in which rows are added or replaced (default: "
         "runs/benchmark.csv, or runs/accuracy.csv)")  # fmt: skip
