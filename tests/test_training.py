@@ -22,12 +22,7 @@ from backbones.classifier import Classifier
 from utils import distributed
 from utils.data.folders import Batch, CorruptImageError, open_folders
 from utils.plotting import plot_curves
-from utils.training.loop import (
-    DivergedError,
-    Trainer,
-    dry_run,
-    fit,
-)
+from utils.training.loop import DivergedError, Trainer, dry_run, fit
 from utils.training.optimizer import Muon, ema_decay_at, lr_factor, make_optimizer, param_groups
 
 CPU = torch.device("cpu")

@@ -38,6 +38,7 @@ from utils.baselines import (
 from utils.data import sample
 from utils.data.folders import Batch, ImageFiles, Preprocess, hold_out, open_folders
 from utils.data.transforms import train_transform
+from utils.exporting import optimized_graph
 from utils.recipe import RECIPES, Recipe
 from utils.records import write_table
 from utils.studies.definitions import networks
@@ -204,10 +205,10 @@ def inference_call(case: Case) -> measure.Call:
 
 def exported_call(case: Case, images: Tensor) -> measure.Call:
     """Our optimized graph, or timm's, in ONNX Runtime or OpenVINO."""
-    net = timm_network(case, features_only=True)
     if case.implementation.startswith("ours"):
-        net = optimize(create(case.network, **SHARED[case.network][1])).net
-        net = net.to(memory_format=torch.contiguous_format)
+        net = optimized_graph(create(case.network, **SHARED[case.network][1]))
+    else:
+        net = timm_network(case, features_only=True)
     if "OpenVINO" in case.implementation:
         return measure.openvino_forward(net, images, case.dtype)
     return measure.onnx_forward(net, images)

@@ -98,7 +98,8 @@ def export(source: nn.Module, path: str | Path, *, overwrite: bool = False, **se
 
     def write_checked(temporary: Path) -> tuple[str, float]:
         temporary.touch()  # a folder that is not writable shows before minutes of tracing
-        files = write(_optimized(source) if chosen.optimize else source, chosen)
+        graph = NamedOutputs(optimized_graph(source.net)).eval() if chosen.optimize else source
+        files = write(graph, chosen)
         run = functools.cache(lambda: read(files, source))  # a runtime may refuse the file
         result = _compare(path, source, lambda images: run()(images), chosen)
         temporary.write_bytes(files[0])
@@ -133,10 +134,9 @@ def _validate(path: Path, settings: Settings, overwrite: bool) -> list[Path]:
     return paths
 
 
-def _optimized(source: NamedOutputs) -> NamedOutputs:
-    """Folded and merged, in the memory layout of the files."""
-    net = optimize(source.net).net.to(memory_format=torch.contiguous_format)
-    return NamedOutputs(net).eval()
+def optimized_graph(net: Backbone | Classifier) -> Backbone | Classifier:
+    """`net` as `backbones.deploy.optimize` folds and merges it, in the memory layout of files."""
+    return optimize(net).net.to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

@@ -128,11 +128,8 @@ class Recipe(_Checked):
         super().__post_init__()
         is_larger = self.eval_resize_px >= self.eval_crop_px
         self._check("eval_resize_px", is_larger, "at least eval_crop_px")
-        self._check(
-            "nesterov",
-            self.optimizer == "sgd" or not self.nesterov,
-            "False unless optimizer is sgd",
-        )
+        is_sgd = self.optimizer == "sgd"
+        self._check("nesterov", is_sgd or not self.nesterov, "False unless optimizer is sgd")
 
     @property
     def peak_lr(self) -> float:

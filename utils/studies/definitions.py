@@ -88,24 +88,35 @@ def _initialization(name: str, tuning: bool) -> Study:
     return Study(name, "last norm", baseline, recipe, variants, seeds, "raw", tuning=tuning)
 
 
+# Five epochs of SGD, from which the study short_recipe departs.
+FIVE_EPOCHS = replace(
+    SHORT,
+    epochs=5,
+    trivial_augment=False,
+    min_crop_area=0.35,
+    label_smoothing=0.1,
+    nesterov=True,
+    weight_decay=5e-5,
+    lr_per_1024=4.0,
+)
+
+
 def _short_recipe() -> Study:
     """What a run of five epochs needs, one change at a time from four recipes."""
-    recipe = replace(
-        SHORT,
-        epochs=5,
-        trivial_augment=False,
-        min_crop_area=0.35,
-        label_smoothing=0.1,
-        nesterov=True,
-        weight_decay=5e-5,
-    )
-    adamw = {"optimizer": "adamw", "nesterov": False, "weight_decay": 0.05, "lr_per_1024": 0.032}
-    muon = {**adamw, "optimizer": "muon", "momentum": 0.95, "lr_per_1024": 0.128}
+    flat = {"flat_share": 0.7}
+    adamw = {**flat, "optimizer": "adamw", "nesterov": False, "weight_decay": 0.05}
     bases: dict[str, dict[str, Any]] = {
-        "SGD": {"lr_per_1024": 4.0},
-        "AdamW": {**adamw, "flat_share": 0.7},
-        "SGD, flat 0.7": {"lr_per_1024": 4.0, "flat_share": 0.7},
-        "Muon": {**muon, "flat_share": 0.7},
+        "SGD": {},
+        "AdamW": {**adamw, "lr_per_1024": 0.032},
+        "SGD, flat 0.7": flat,
+        "Muon": {**adamw, "optimizer": "muon", "momentum": 0.95, "lr_per_1024": 0.128},
+    }
+    of_both: dict[str, dict[str, Any]] = {  # of AdamW and Muon
+        "flat 0": {"flat_share": 0.0},
+        "flat 0.4": {"flat_share": 0.4},
+        "weight decay 0.2": {"weight_decay": 0.2},
+        "crops from 0.2": {"min_crop_area": 0.2},
+        "crops from 0.6": {"min_crop_area": 0.6},
     }
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "SGD": {
@@ -118,11 +129,7 @@ def _short_recipe() -> Study:
         "AdamW": {
             "half the rate": {"lr_per_1024": 0.016},
             "twice the rate": {"lr_per_1024": 0.064},
-            "flat 0": {"flat_share": 0.0},
-            "flat 0.4": {"flat_share": 0.4},
-            "weight decay 0.2": {"weight_decay": 0.2},
-            "crops from 0.2": {"min_crop_area": 0.2},
-            "crops from 0.6": {"min_crop_area": 0.6},
+            **of_both,
         },
         "SGD, flat 0.7": {
             "half the rate": {"lr_per_1024": 2.0},
@@ -136,11 +143,7 @@ def _short_recipe() -> Study:
             "twice the rate": {"lr_per_1024": 0.256},
             "four times the rate": {"lr_per_1024": 0.512},
             "momentum 0.9": {"momentum": 0.9},
-            "flat 0": {"flat_share": 0.0},
-            "flat 0.4": {"flat_share": 0.4},
-            "weight decay 0.2": {"weight_decay": 0.2},
-            "crops from 0.2": {"min_crop_area": 0.2},
-            "crops from 0.6": {"min_crop_area": 0.6},
+            **of_both,
         },
     }
     shared = {"batch 32": {"batch_size": 32}, "no label smoothing": {"label_smoothing": 0.0}}
@@ -155,7 +158,7 @@ def _short_recipe() -> Study:
         for name, base in bases.items():
             variants.append(Variant(f"{backbone}, {name}", backbone, {}, {**base, "width": width}))
     settings = {"tuning": True, "held_out_share": 0.25}
-    return Study("short_recipe", "recipe", "SGD", recipe, tuple(variants), (0,), **settings)
+    return Study("short_recipe", "recipe", "SGD", FIVE_EPOCHS, tuple(variants), (0,), **settings)
 
 
 # The tuned recipe at a quarter of the width and 64 pixels; torchvision's networks have full width.
@@ -207,8 +210,7 @@ def _noise_floor() -> Study:
 
     With SGD: Muon orthogonalizes whole kernels, of which "separate" has two for one of "slice".
     """
-    sgd = {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 5e-5}
-    recipe = replace(NARROW, **sgd, lr_per_1024=4.0)  # the best rate in initialization_rates
+    recipe = replace(FIVE_EPOCHS, flat_share=0.7)  # its rate is the best in initialization_rates
     variants = tuple(
         Variant(split, "cspdarknet53", {"split": split}) for split in ("separate", "slice")
     )
@@ -231,7 +233,7 @@ def _csp_split() -> Study:
 
 def _vovnet() -> Study:
     versions: dict[str, dict[str, Any]] = {
-        "V1": {"residual": False, "ese": False},
+        "V1": V1,
         "V1 + residual": {"residual": True, "ese": False},
         "V1 + eSE": {"residual": False, "ese": True},
         "V2": {"residual": True, "ese": True},

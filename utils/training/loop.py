@@ -122,7 +122,8 @@ class Trainer:
         self.net = distributed.data_parallel(self.model, self.device, sync_batchnorm)
         if compile:  # self.model, and so the checkpoints, stay as they are
             self.net = torch.compile(self.net)
-        self.optimizer = make_optimizer(self.model, recipe)
+        self.dtype = autocast_dtype(self.device, recipe.precision)
+        self.optimizer = make_optimizer(self.model, recipe, self.dtype)
         self.lr_factor = functools.partial(
             lr_factor,
             warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
@@ -130,7 +131,6 @@ class Trainer:
             flat_share=recipe.flat_share,
         )
         self.schedule = LambdaLR(self.optimizer, self.lr_factor)
-        self.dtype = autocast_dtype(self.device, recipe.precision)
         self.eval_preprocess = Preprocess(self.device, recipe)
         self.preprocess = Preprocess(self.device, recipe, mix_classes=num_classes)
         self.skip_corrupt = skip_corrupt

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from utils.recipe import Recipe
-from utils.training.evaluation import autocast_dtype
 
 # By type, never by name: a layer called "bn_head" may be linear.
 NORM_LAYERS = (
@@ -61,8 +60,14 @@ def lr_factor(step: int, warmup_steps: int, total_steps: int, flat_share: float 
     return 0.5 * (1 + math.cos(math.pi * falling))
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer for the parameters that are not frozen."""
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer for the parameters that are not frozen.
+
+    Args:
+        dtype: type of Muon's orthogonalization; None is float32.
+    """
     parts = [(model, 1.0)]
     if recipe.backbone_lr_factor != 1:
         parts = [(model.backbone, recipe.backbone_lr_factor), (model.head, 1.0)]
@@ -75,7 +80,6 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         "fused": next(model.parameters()).device.type in ("cpu", "cuda"),  # one pass over them
     }
     if recipe.optimizer == "muon":
-        dtype = autocast_dtype(next(model.parameters()).device, recipe.precision)
         return Muon(momentum=recipe.momentum, dtype=dtype or torch.float32, **options)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(betas=(recipe.momentum, 0.999), **options)
