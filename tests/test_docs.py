@@ -57,7 +57,8 @@ exec 3> calls
 """
 SLURM = dict.fromkeys(("SLURM_CPUS_PER_TASK", "SLURM_NNODES", "SLURM_JOB_ID"), "4")
 SLURM["SLURM_JOB_NODELIST"] = "hosts"
-NOT_RUN = ("conda", "git", "kaggle", "pip", "pytest", "ruff", "scontrol", "tar", "unzip")
+NOT_RUN = ("conda", "git", "kaggle", "pip", "pytest", "ruff", "scontrol", "sha256sum")
+NOT_RUN += ("tar", "unzip")
 COMMANDS = ("make ", "python ", "scripts/", ".venv/bin/", "conda ", "pip ")
 
 

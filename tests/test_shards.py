@@ -139,8 +139,6 @@ def flip(path, place):
 
 
 def test_a_second_run_packs_damaged_shards_only(images, packed, copied, capsys):
-    verify = ["--verify", "--output-dir", str(copied)]
-    assert main(verify) == 0
     before = mtimes_of(copied, os.listdir(copied))
     damage = {
         THREE: lambda path: path.write_bytes(b""),  # not even its index is left
@@ -149,8 +147,6 @@ def test_a_second_run_packs_damaged_shards_only(images, packed, copied, capsys):
     }
     for name, change in damage.items():
         change(copied / name)
-        assert main(verify) == 1
-        assert f"{name}: missing or damaged" in capsys.readouterr().err
         assert main(command(images, copied)) == 0
         assert "13 shards: packed 1, 12 were there already" in capsys.readouterr().out
     assert files_of(copied) == files_of(packed)

@@ -103,7 +103,10 @@ def plot_effects(found: Mapping[str, pd.DataFrame], x_label: str) -> Figure:
         fills = np.select(excludes_zero, [RAW, EMA], "white")
         axes.scatter(rows.difference, y, edgecolors=colours, color=fills, zorder=3)
         axes.set(title=title)
-        _label_rows(axes, names, x_label, reference=0)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_xlabel(x_label)
+        axes.set_yticks(y, names)
+        axes.set_ylim(len(names) - 0.5, -0.5)  # from the top
     return figure
 
 
@@ -132,36 +135,6 @@ def plot_confusion(
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted class", ylabel="true class")
     return figure
-
-
-def plot_ratios(rows: pd.DataFrame, by: str, x_label: str) -> Figure:
-    """Ratios with their ranges over rounds on a log axis, a marker per implementation.
-
-    Args:
-        rows: the result of `utils.benchmark.ratios`.
-        by: the column whose values are the figure's rows.
-    """
-    names, groups = list(rows[by].unique()), rows.groupby("implementation", sort=False)
-    height = 1 + 0.2 * len(names) * len(groups)
-    figure, (axes,) = _panels(1, height, width=8, grid="x")
-    for k, ((label, points), style) in enumerate(_styled(groups)):
-        y = points[by].map(names.index) + 0.8 * ((k + 0.5) / len(groups) - 0.5)
-        x = points.ratio_median
-        reach = [x - points.ratio_min, points.ratio_max - x]
-        axes.errorbar(x, y, xerr=reach, label=label, **{**style, "ls": "", "ms": 5})
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    _legend(figure, "median, min to max over rounds")
-    _label_rows(axes, names, x_label, reference=1)
-    return figure
-
-
-def _label_rows(axes: Axes, names: Sequence[str], x_label: str, reference: float) -> None:
-    """Names the rows of an interval plot, from the top, and draws the line without effect."""
-    axes.axvline(reference, color="black", lw=0.8)
-    axes.set_xlabel(x_label)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def plot_trade_offs(
@@ -220,10 +193,10 @@ def plot_costs(table: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> Figu
 
 
 def _panels(
-    count: int, height: float, width: float = 9, grid: str = "both", **share: bool
+    count: int, height: float, grid: str = "both", **share: bool
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of that size in inches, with `count` panels beside each other."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    """A figure 9 inches wide, of that height in inches, with `count` panels beside each other."""
+    figure = Figure(figsize=(9, height), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False, **share)[0]
     for axes in panels:
         axes.grid(alpha=0.3, axis=grid)

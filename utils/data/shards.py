@@ -1,4 +1,4 @@
-"""Images in WebDataset tar files ("shards"): loading, packing and verifying them.
+"""Images in WebDataset tar files ("shards"): loading and packing them.
 
 Every shard describes its complete split, so that one from a pipe needs no other file:
 
@@ -254,20 +254,6 @@ def _pack(index: Sample, images: folders.ImageFiles, part: np.ndarray, path: Pat
             name, label = bytes(images.names[image]), images.labels[image]
             sample = {"jpg": images.path(image).read_bytes(), "cls": label, "path": name}
             tar.write({"__key__": f"{key:09d}", **sample})
-
-
-def verify_shards(output_dir: Path) -> str:
-    """Compares all shards with their checksums and returns a summary.
-
-    Raises:
-        DataError: a shard is missing or damaged, or packing has not ended yet.
-    """
-    if not (sums := _read_sums(output_dir)):
-        raise DataError(f"{output_dir / SUMS}: missing, or lists no shard; pack the folder again")
-    for name in progress_bar(sums, unit=" shards"):
-        if not (path := output_dir / name).exists() or file_digest(path) != sums[name]:
-            raise DataError(f"{path}: missing or damaged; pack the folder again")
-    return f"{len(sums)} shards: all match their checksums"
 
 
 def _read_sums(output_dir: Path) -> dict[str, str]:
