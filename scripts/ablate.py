@@ -5,8 +5,8 @@
 Without --output the record is the repository's results/study_<name>.csv, which holds the runs of
 one machine: choose another for your own.
 
-Interrupted, the same command resumes. Finished runs, the rows of the record, are not repeated. A
-failed run is a row that says so, and is tried again by the same command.
+Interrupted, the same command resumes. Finished runs, the rows of the record, are not repeated.
+Failed runs are recorded as such, and repeated by the same command.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="the CSV (default: the repository's results/study_<study>.csv)")
     add("--weights", help="for studies of fine-tuning: a file, or a published name")
     add("--processes", type=int, help="runs at a time (default: one, or one per device)")
-    add("--seeds", type=int, help="the first seeds of the study, how many (default: all)")
+    add("--seeds", type=int, help="how many of the study's seeds, from the first (default: all)")
     add("--devices", default="", help="assigned to the runs in turn, such as cuda:0,cuda:1")
     return parser.parse_args(argv)
 

@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", nargs="+", default=compared, choices=[*compared, "costs", "accuracy"],
         help="what to measure (default: inference step input)")  # fmt: skip
     add("--backbones", nargs="+", default=["cspdarknet53", "resnet50"], choices=benchmark.SHARED,
-        metavar="NAME", help="not of input and costs (default: cspdarknet53 resnet50)")  # fmt: skip
+        metavar="NAME", help="not input and costs (default: cspdarknet53 resnet50)")  # fmt: skip
     add("--batch-size", type=count, nargs="+", help="images per call (default: 8; accuracy: 64)")
     add("--image-px", type=count,
         help="side of the images (default: 224; accuracy: the recipe's)")  # fmt: skip

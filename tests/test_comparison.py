@@ -146,7 +146,7 @@ def metadata(path):
     assert holds(of_timm(out_indices=(1, 3)))
     yield yes(error_of(our_resnet, out_indices=(3, 1)))
     swapped = not holds(of_timm(out_indices=(3, 1)))
-    yield "yes, swapped for indices out of order" if swapped else "yes"
+    yield "yes, in the wrong order if indices are not sorted" if swapped else "yes"
     words = ("channel", "stride", "reduction", "info")
     yield yes(any(word in name for name in dir(extractor()) for word in words))
 
@@ -185,7 +185,7 @@ def freezing(path):
     net = extractor()
     for module in (net.conv1, net.bn1, net.layer1, net.layer2):
         module.requires_grad_(False).eval()
-    yield "yes" if holds(net) else "by hand, statistics move on .train()"
+    yield "yes" if holds(net) else "manual; .train() updates the statistics again"
 
 
 @row("gradient checkpointing by one option")
@@ -199,7 +199,7 @@ def checkpointing(path):
             backward(every[-1])
         assert near(*every)
         assert near(*([p.grad for p in net.parameters()] for net in (plain, checked)))
-        return f"yes, statistics move {'twice' if changed(checked, state_of(plain)) else 'once'}"
+        return f"yes, statistics updated {'twice' if changed(checked, state_of(plain)) else 'once'}"
 
     yield check(our_resnet(), our_resnet(gradient_checkpointing=True))
     (checked := of_timm()).set_grad_checkpointing(True)

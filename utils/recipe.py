@@ -92,14 +92,14 @@ class Recipe(_Checked):
     accumulate: int = _field(1, "gradient accumulation steps per update", AT_LEAST_1)
     lr_per_1024: float = _field(0.5, "peak learning rate per 1024 images of batch size", ABOVE_0)
     optimizer: Literal["sgd", "adamw", "muon"] = _field(
-        "sgd", "muon is for kernels of convolutions, with AdamW for the rest"
+        "sgd", "muon: Muon for kernels of convolutions, AdamW for the rest"
     )
     momentum: float = _field(0.9, "of SGD and Muon; beta1 of AdamW, whose beta2 is 0.999", BELOW_1)
     nesterov: bool = _field(False, "Nesterov momentum of SGD; Muon always has it")
     weight_decay: float = _field(2e-5, "weight decay of conv and linear weights", AT_LEAST_0)
     norm_weight_decay: float = _field(0.0, "weight decay of norms and biases", AT_LEAST_0)
     warmup_epochs: float = _field(5.0, "epochs of linear warm-up before the cosine", AT_LEAST_0)
-    flat_share: float = _field(0.0, "share of the steps after it at the peak rate", BELOW_1)
+    flat_share: float = _field(0.0, "share of the steps after warm-up at the peak rate", BELOW_1)
     label_smoothing: float = _field(0.1, "share of the target spread over all classes", BELOW_1)
     train_crop_px: int = _field(176, "side of the training crops, pixels", PIXELS)
     min_crop_area: float = _field(0.08, "smallest training crop, share of area", POSITIVE_SHARE)
@@ -114,12 +114,12 @@ class Recipe(_Checked):
         (0.485, 0.456, 0.406), "subtracted from RGB of 0 to 1", SHARE
     )
     std: tuple[float, float, float] = _field(
-        (0.229, 0.224, 0.225), "RGB is divided by it after that", POSITIVE_SHARE
+        (0.229, 0.224, 0.225), "RGB is divided by it after subtracting mean", POSITIVE_SHARE
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = _field("bilinear", "of validation images")
     freeze: int = _field(-1, "stages to freeze, with the stem; -1: nothing", AT_LEAST_MINUS_1)
     backbone_lr_factor: float = _field(1.0, "factor on the backbone's learning rate", ABOVE_0)
-    class_weights: bool = _field(False, "weight the loss of a class by 1 / its images")
+    class_weights: bool = _field(False, "weight the loss by 1 / images of the class")
     width: float = _field(1.0, "factor on the channels of Darknet and VoVNet", ABOVE_0)
     precision: Literal["bf16", "float32"] = _field("bf16", "autocast type, where the device has it")
     channels_last: bool = _field(True, "channels_last memory format")
