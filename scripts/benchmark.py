@@ -2,13 +2,11 @@ r"""Measures this project against timm and torchvision, interleaved on this mach
 
     python scripts/benchmark.py --task inference --backbones vovnet39 --batch-size 8 1 --compile
     python scripts/benchmark.py --task step input --batch-size 16 --image-px 176 --memory
-    python scripts/benchmark.py --task costs --width 0.25 --batch-size 64 --image-px 64 --memory
 
     inference  feature maps by deploy.optimize, against timm and torchvision; on CPUs also both in
                ONNX Runtime and, where it is installed, OpenVINO
     step       a training step, against the training scripts of torchvision and timm
     input      JPEG files of 500 x 375 pixels to batches on one core, against torchvision's preset
-    costs      time, memory, parameters and GMACs of the networks of scripts/ablate.py
     accuracy   training time until a held-out tenth of the training images reaches an accuracy
 
 Ratios say how many times as fast as the first implementation each one is, within each round.
@@ -45,14 +43,13 @@ from utils.records import command_line, describe_machine, provenance
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add, count, compared = parser.add_argument, int_at_least(1), list(benchmark.IMPLEMENTATIONS)
-    add("--task", nargs="+", default=compared, choices=[*compared, "costs", "accuracy"],
+    add("--task", nargs="+", default=compared, choices=[*compared, "accuracy"],
         help="what to measure (default: inference step input)")  # fmt: skip
     add("--backbones", nargs="+", default=["cspdarknet53", "resnet50"], choices=benchmark.SHARED,
-        metavar="NAME", help="not input and costs (default: cspdarknet53 resnet50)")  # fmt: skip
+        metavar="NAME", help="not of input (default: cspdarknet53 resnet50)")  # fmt: skip
     add("--batch-size", type=count, nargs="+", help="images per call (default: 8; accuracy: 64)")
     add("--image-px", type=count,
         help="side of the images (default: 224; accuracy: the recipe's)")  # fmt: skip
-    add("--width", type=float, default=1.0, help="factor on the channels, for costs (default: 1)")
     add("--compile", action="store_true", help="inference under torch.compile, too: minutes each")
     add("--memory", action="store_true", help="peak memory, too, of CPUs under Linux")
     add("--rounds", type=count, default=7, help="timed rounds (default: 7)")
@@ -100,12 +97,11 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(facts["threads"])
         names = args.backbones if task in ("inference", "step") else ["none"]
         for name, batch_size in itertools.product(names, args.batch_size):
-            width = args.width if task == "costs" else 1.0
-            case = benchmark.Case(task, name, batch_size, args.image_px, width, args.device)
+            case = benchmark.Case(task, name, batch_size, args.image_px, args.device)
             rows = benchmark.run(case, args.rounds, args.compile, args.memory)
             rows = [{**row, **facts} for row in rows]
             benchmark.save(args.output, rows)
-            table = benchmark.ratios(pd.DataFrame(rows)).drop(columns=["width", "hardware"])
+            table = benchmark.ratios(pd.DataFrame(rows)).drop(columns="hardware")
             print(table.round(3).to_string(index=False), flush=True)
 
 
@@ -116,7 +112,7 @@ def train(args: argparse.Namespace, facts: dict[str, Any]) -> None:
     seeds, finals = range(args.seeds), []
     for *setting, seed, who in itertools.product(*lists, seeds, args.implementations):
         name, batch_size, epochs, lr = setting
-        case = ("accuracy", name, batch_size, args.image_px, 1.0, args.device, who)
+        case = ("accuracy", name, batch_size, args.image_px, args.device, who)
         run = benchmark.TrainingRun(*case, epochs, lr, args.recipe, seed, args.workers)
         rows = [{**row, **facts} for row in benchmark.learning_curve(run, args.data_dir)]
         benchmark.save(args.output, rows, benchmark.CURVE)

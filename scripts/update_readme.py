@@ -49,10 +49,8 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     names = ["initialization", "initialization_rates", "short_recipe", "recipe", "fixres", "length"]
     names += ["finetune", "transfer", "detection"]
     results = {name: getattr(statistics, f"{name}_table")() for name in names}
-    costs = statistics.read_costs(224)
     for name in ("csp_split", "vovnet"):
-        table = statistics.read_study(name)
-        results[name] = statistics.study_table(STUDIES[name], table, costs)
+        results[name] = statistics.study_table(STUDIES[name], statistics.read_study(name))
     return {
         "README.md": {"models": pd.DataFrame(columns), "speed": speed},
         "docs/comparison.md": {"comparison": compared.drop(columns="what was tried")},

@@ -155,22 +155,6 @@ def test_script_compares_implementations(tmp_path, capsys, quick):
 
 
 @needs_linux
-def test_script_measures_costs(tmp_path, monkeypatch, quick):
-    name = "cspdarknet53 split=slice"
-    studied = {name: benchmark.networks()[name]}
-    monkeypatch.setattr(benchmark, "networks", lambda: studied)
-    path = tmp_path / "benchmark.csv"
-    args = ("--task", "costs", "--memory", "--width", 0.125, "--output", path, *SMALL)
-    assert run("benchmark.py", *args) == 0
-    table = pd.read_csv(path).set_index("quantity").value
-    counts = {"parameters": 1, "multiply-accumulates": 1, "inference peak": 1, "training peak": 1}
-    counts |= {"latency": 2, "inference": 2, "training": 2}
-    assert table.index.value_counts().to_dict() == counts
-    net = backbones.create_classifier("cspdarknet53", 10, width=0.125, split="slice")
-    assert table["parameters"] == pytest.approx(count_parameters(net) / 1e6, rel=1e-5)
-
-
-@needs_linux
 def test_peak_memory_is_that_of_the_call():
     ballast = np.ones(25 << 20)  # this process's own does not count
     assert peak_memory(partial, np.ones, 8 << 20, calls=2) / 2**20 == pytest.approx(64, abs=4)
@@ -191,7 +175,7 @@ def record(values, **columns):
 def test_ratios_are_taken_within_rounds():
     """The slow round of the reference does not meet the fast one of ours."""
     values = {"timm": [30.0, 20.0, 80.0], "ours": [10.0, 20.0, 40.0], "ONNX": [10.0, 10.0, 40.0]}
-    table = pd.concat([record(values), record(values, task="costs")])
+    table = pd.concat([record(values), record(values, task="step")])
     found = benchmark.ratios(table).set_index(["task", "implementation"])
     assert found.value.tolist() == [30, 20, 10] * 2
     columns = ["ratio_median", "ratio_min", "ratio_max"]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.measure import count_macs, count_parameters
+from utils.measure import count_activations, count_macs, count_parameters
 
 
 def test_macs_and_parameters_by_hand():
@@ -17,3 +17,10 @@ def test_macs_and_parameters_by_hand():
     assert model.training
     for old, new in zip(before, model.state_dict().values(), strict=True):
         assert torch.equal(old, new)
+
+
+def test_activations_by_hand():
+    """The image, and the outputs of convolution and norm, which an in-place ReLU overwrites."""
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+    statistics = 2 * 8  # mean and deviation of the batch
+    assert count_activations(block, 9, 12) == 4 * (9 * 12 * (3 + 8 + 8) + statistics)

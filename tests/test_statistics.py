@@ -24,24 +24,12 @@ def record(top1=TOP1, **columns):
             "status": "done", "value": value, "seed": seed, "network": f"net {value}",
             "test_crop_px": 64, "top1_raw_pct": top1_pct,
             "top1_ema_pct": top1_pct + (2, 2, 5, 0, 0)[seed],
-            "parameters": 10, "gmacs": 1.0,
+            "parameters": 10, "gmacs": 0.0125, "images_per_s": 100.0 + seed,
         }
         for value, values in top1.items()
         for seed, top1_pct in enumerate(values)
     ]  # fmt: skip
     return pd.DataFrame(rows).assign(**columns)
-
-
-def costs():
-    """Two rounds in which the networks take turns."""
-    values = {"net bare": (10.0, 20.0), "net with x": (5.0, 30.0), "net with y": (10.0, 12.0)}
-    rows = [
-        {"network": name, "quantity": quantity, "unit": "ms/image", "round": k, "value": value}
-        for quantity in ("latency", "inference", "training", "inference peak", "training peak")
-        for name, both in values.items()
-        for k, value in enumerate(both)
-    ]
-    return pd.DataFrame(rows)
 
 
 def first_words(column):
@@ -116,15 +104,12 @@ def test_differences_are_those_of_the_studys_weights_and_test_size():
     assert statistics.differences(ema, table).difference["raw"] == pytest.approx(-3)
 
 
-def test_costs_are_compared_within_rounds_and_stand_beside_the_accuracy():
-    ratios = statistics.ratio_table(STUDY, costs()).loc["with x", "training"]
-    assert ratios.to_dict() == {"median": 1.0, "min": 0.5, "max": 1.5}
-    both = statistics.with_costs(STUDY, record(), costs())
-    assert both["training (ms/image)"].tolist() == [15.0, 17.5, 11.0]
-    table = statistics.study_table(STUDY, record(), costs()).set_index("recipe")
+def test_the_table_of_a_study():
+    table = statistics.study_table(STUDY, record()).set_index("recipe")
     assert table["top-1 (%)"]["with x"] == "56.0 ± 1.0"
     assert table["difference [95 % interval]"]["with x"] == "+5.0 [+3.0, +7.0]"
-    assert table["training time over the baseline's"]["with x"] == "1.00 (0.50 to 1.50)"
+    shown = ["MMACs", "training images/s"]
+    assert table.loc["with x", shown].tolist() == ["12.5", "101 (100 to 102)"]
     shown = ["difference [95 % interval]", "detectable"]
     assert table.loc["bare", shown].tolist() == ["baseline", ""]
 

@@ -8,7 +8,7 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -41,14 +41,13 @@ from utils.data.transforms import train_transform
 from utils.exporting import optimized_graph
 from utils.recipe import RECIPES, Recipe
 from utils.records import write_table
-from utils.studies.definitions import networks
 from utils.studies.runner import HELD_OUT_SHARE
 from utils.training.evaluation import MAX_BATCH_SIZE, autocast_dtype, dtype_name, evaluate
 from utils.training.loop import Trainer
 
 Rows = list[dict[str, Any]]
 # Rows that agree in these columns are measured, and replaced, together.
-RUN = ["task", "network", "quantity", "batch_size", "image_px", "width", "threads", "hardware"]
+RUN = ["task", "network", "quantity", "batch_size", "image_px", "threads", "hardware"]
 # Settings that training runs are compared at, and what identifies a learning curve.
 SETTING = ["network", "batch_size", "train_px", "epochs", "lr_factor", "threads"]
 CURVE = ["implementation", "recipe", *SETTING, "seed", "hardware"]
@@ -95,8 +94,7 @@ class Case:
     """What is measured: columns of a record. Training follows the preset "imagenet" at its sizes.
 
     Args:
-        network: a key of `SHARED`; for costs, of `utils.studies.definitions.networks`.
-        width: factor on the channels, for costs.
+        network: a key of `SHARED`.
         implementation: ends with its dtype.
     """
 
@@ -104,14 +102,13 @@ class Case:
     network: str
     batch_size: int
     image_px: int
-    width: float = 1.0
     device: str = "cpu"
     implementation: str = "ours float32"
 
     @property
     def recipe(self) -> Recipe:
         sizes = {"batch_size": self.batch_size, "train_crop_px": self.image_px}
-        return replace(RECIPES["imagenet"], **sizes, width=self.width)
+        return replace(RECIPES["imagenet"], **sizes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,12 +125,10 @@ def run(case: Case, rounds: int, compile: bool = False, peaks: bool = False) -> 
     """Measures the implementations of a task.
 
     Args:
-        case: gives the task ("inference", "step", "input" or "costs"), the network and the sizes.
+        case: gives the task ("inference", "step" or "input"), the network and the sizes.
         compile: also measure compiled networks.
         peaks: also measure peak memory, on a CPU.
     """
-    if case.task == "costs":
-        return costs(case, rounds, peaks)
     names = list(IMPLEMENTATIONS[case.task])
     if case.task == "inference":
         names += COMPILED if compile else []
@@ -146,30 +141,17 @@ def run(case: Case, rounds: int, compile: bool = False, peaks: bool = False) -> 
     torch.compiler.reset()  # a ninth graph of timm's forward would silently run uncompiled
     cases = [replace(case, implementation=name) for name in names]
     prepare = {"inference": inference_call, "step": step_call, "input": input_call}[case.task]
-    # The second training step needs the most memory: the first has allocated the momentum.
-    return measure_cases(prepare, cases, rounds, case.task, 2 * (peaks and case.task != "input"))
-
-
-def measure_cases(
-    prepare: Callable[[Case], Any], cases: list[Case], rounds: int, quantity: str, peak_calls: int
-) -> Rows:
-    """Times calls in interleaved rounds, and measures their peak memory one after another.
-
-    Args:
-        prepare: a function of a module that returns the call of a case.
-        cases: the first is the reference of `ratios`.
-        peak_calls: calls that a peak is of; 0 measures none. Compiled and exported networks have
-            none: compiler and exporter would change it.
-    """
-    times_s = measure.time_interleaved({case: prepare(case) for case in cases}, rounds)
-    unit, rows = "ms" if quantity == "latency" else "ms/image", []
-    for case in cases:
-        rows += tidy(case, quantity, unit, [1e3 * t / case.batch_size for t in times_s[case]])
-        words = set(case.implementation.split())
-        if peak_calls and not {"compiled", "ONNX", "OpenVINO"} & words:
-            peak = partial(measure.peak_memory, prepare, case, calls=peak_calls)
-            peaks = [peak() / 2**20 for _ in range(PEAK_ROUNDS)]
-            rows += tidy(case, f"{quantity} peak", "MiB", peaks)
+    times_s, rows = measure.time_interleaved({each: prepare(each) for each in cases}, rounds), []
+    for each in cases:
+        times_ms = [1e3 * time_s / each.batch_size for time_s in times_s[each]]
+        rows += tidy(each, case.task, "ms/image", times_ms)
+        # A compiler or exporter would change the peak of the process.
+        words = {"compiled", "ONNX", "OpenVINO"} & set(each.implementation.split())
+        if peaks and case.task != "input" and not words:
+            # The second step needs the most memory: the first has allocated the momentum.
+            peak = partial(measure.peak_memory, prepare, each, calls=2)
+            found = [peak() / 2**20 for _ in range(PEAK_ROUNDS)]
+            rows += tidy(each, f"{case.task} peak", "MiB", found)
     return rows
 
 
@@ -180,15 +162,12 @@ def tidy(case: Case, quantity: str, unit: str, values: Sequence[float]) -> Rows:
 
 
 def inference_call(case: Case) -> measure.Call:
-    """Feature maps of random images by random weights; for costs, logits under autocast.
+    """Feature maps of random images by random weights.
 
     The channels_last forms get images in the memory format of their weights, and timm's in their
     dtype; `optimize` converts them in each call.
     """
     (images, _), name, words = case.batch(), case.network, case.implementation.split()
-    if case.task == "costs":
-        net, images = (x.to(memory_format=torch.channels_last) for x in (classifier(case), images))
-        return measure.forward(net, images, autocast_dtype(images.device, case.recipe.precision))
     if {"ONNX", "OpenVINO"} & set(words):
         return exported_call(case, images)
     if "ours" in words:
@@ -249,13 +228,8 @@ def baseline_step(case: Case, model: nn.Module) -> measure.Call:
 
 
 def classifier(case: Case, num_classes: int = NUM_CLASSES) -> nn.Module:
-    """Our classifier for a network of `SHARED` or of a study."""
-    if case.task == "costs":
-        variant = networks()[case.network]
-        name, options = variant.backbone, {**variant.options, **case.recipe.backbone_options}
-    else:
-        name, options = case.network, SHARED[case.network][1]
-    return create_classifier(name, num_classes, **options).to(case.device)
+    """Our classifier for a network of `SHARED`."""
+    return create_classifier(case.network, num_classes, **SHARED[case.network][1]).to(case.device)
 
 
 def input_call(case: Case) -> measure.Call:
@@ -286,22 +260,6 @@ def draw_jpegs(folder: Path, count: int = 128) -> None:
         pixels = np.asarray(drawn.resize((500, 375), Image.Resampling.BICUBIC))
         pixels = (pixels + rng.normal(0, 6, (375, 500, 1))).clip(0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.JPEG", quality=97)
-
-
-def costs(case: Case, rounds: int, peaks: bool) -> Rows:
-    """Parameters, GMACs, times and peak memory of the studies' networks; `case` gives the sizes."""
-    dtype = dtype_name(autocast_dtype(torch.device(case.device), case.recipe.precision))
-    ours = replace(case, implementation=f"ours {dtype}")
-    cases, rows = [replace(ours, network=name) for name in networks()], []
-    for each in cases:
-        net = classifier(each)
-        macs = measure.count_macs(net, case.image_px, case.image_px)
-        rows += tidy(each, "parameters", "million", [measure.count_parameters(net) / 1e6])
-        rows += tidy(each, "multiply-accumulates", "GMACs", [macs / 1e9])
-    single = [replace(each, batch_size=1) for each in cases]
-    rows += measure_cases(inference_call, single, rounds, "latency", 0)
-    rows += measure_cases(inference_call, cases, rounds, "inference", int(peaks))
-    return rows + measure_cases(step_call, cases, rounds, "training", int(peaks))
 
 
 # ---- training time to an accuracy ----------------------------------------------------------------
@@ -484,7 +442,7 @@ def speed_table(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: the record of `read_benchmark`; of several machines, the last one is shown.
     """
-    table = table[(table.task != "costs") & (table.unit == "ms/image")]
+    table = table[table.unit == "ms/image"]
     found = ratios(table[table.hardware.isin(table.hardware.tail(1))])
     found["text"] = [
         f"{row.implementation}: {row.ratio_median:.2f} ({row.ratio_min:.2f} to "

@@ -1,4 +1,4 @@
-"""Parameters, MACs, interleaved timing and peak memory."""
+"""Parameters, MACs, activations, interleaved timing and peak memory."""
 
 import copy
 import math
@@ -37,13 +37,30 @@ def count_macs(module: nn.Module, height_px: int, width_px: int, channels: int =
     return counter.get_total_flops() // 2
 
 
-def forward(
-    net: nn.Module, images: Tensor, dtype: torch.dtype | None = None, compile: bool = False
-) -> Call:
+def count_activations(module: nn.Module, height_px: int, width_px: int, channels: int = 3) -> int:
+    """Counts the bytes that a training step keeps for the backward pass of one float32 image.
+
+    Runs a copy of `module` on the meta device. Tensors that share memory count once, weights and
+    running statistics not at all.
+    """
+    shadow = copy.deepcopy(module).to("meta").train()
+    own = {tensor.untyped_storage()._cdata for tensor in shadow.state_dict().values()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        shadow(torch.empty(1, channels, height_px, width_px, device="meta"))
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+def forward(net: nn.Module, images: Tensor, compile: bool = False) -> Call:
     """Returns a forward pass in eval mode on the device of the images, which waits for its end.
 
     Args:
-        dtype: type for autocast.
         compile: use `torch.compile` with frozen weights. The first call is made here, because the
             option must be set while it compiles.
     """
@@ -51,7 +68,7 @@ def forward(
     net = net.eval().to(device)
 
     def call() -> object:
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.inference_mode():
             outputs = net(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

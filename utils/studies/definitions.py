@@ -351,15 +351,3 @@ STUDIES = {
         *(_transfer("transfer_rates", tuning=True), _transfer("transfer", tuning=False)),
     )
 }
-
-
-def networks() -> dict[str, Variant]:
-    """A variant for each network that the studies compare, by the network's name.
-
-    Without those that differ in their start alone, which costs nothing, or in their width.
-    """
-    found, compared = {}, [study for study in STUDIES.values() if not study.tuning]
-    for variant in (variant for study in compared for variant in study.variants):
-        if "last_norm" not in variant.options and "width" not in variant.recipe:
-            found.setdefault(variant.network, variant)
-    return found

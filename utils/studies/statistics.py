@@ -24,18 +24,19 @@ def at_own_size(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of each value, and its network's cost.
+    """Mean, standard deviation and number of seeds of each value, and what it costs.
 
     Args:
         table: the record of one study; each run counts once, at the test size of its recipe.
         column: column of the accuracy, such as `Study.top1_column`.
 
     Returns:
-        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs`.
+        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs` of
+        one image at the test size, and the median of `images_per_s` in training.
     """
     groups = at_own_size(table).groupby("value", sort=False)
     accuracy = groups[column].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
-    return accuracy.join(groups[["parameters", "gmacs"]].first())
+    return accuracy.join(groups[["parameters", "gmacs"]].first()).join(groups.images_per_s.median())
 
 
 def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
@@ -149,51 +150,6 @@ def false_alarms(first: np.ndarray, second: np.ndarray, draws: int = 1000) -> di
     return {name: count / draws for name, count in counts.items()}
 
 
-# ---- cost ----------------------------------------------------------------------------------------
-
-
-def read_costs(crop_px: int, results: Path = RESULTS) -> pd.DataFrame:
-    """The rows of scripts/benchmark.py --task costs at a size, in results/benchmark.csv.
-
-    Raises:
-        ValueError: there are none, or those of several machines.
-    """
-    path = results / "benchmark.csv"
-    costs = pd.read_csv(path).query("task == 'costs' and image_px == @crop_px")
-    if costs.hardware.nunique() != 1:
-        machines = sorted(costs.hardware.unique())
-        raise ValueError(f"{path}: costs at {crop_px} px must be of one machine, not {machines}")
-    return costs
-
-
-def ratio_table(study: Study, costs: pd.DataFrame) -> pd.DataFrame:
-    """Costs of each value of a study over the baseline's of the same round.
-
-    Returns:
-        Indexed by value; for each quantity the columns `median`, `min` and `max` over rounds.
-    """
-    networks = {variant.value: variant.network for variant in study.variants}
-    found = {}
-    for quantity in ("latency", "inference", "training", "inference peak", "training peak"):
-        rows = costs[costs.quantity == quantity]
-        by_round = rows.pivot(index="round", columns="network", values="value")
-        ratios = by_round.div(by_round[networks[study.baseline]], axis=0)[list(networks.values())]
-        found[quantity] = ratios.set_axis(list(networks), axis=1).agg(["median", "min", "max"]).T
-    return pd.concat(found, axis=1).rename_axis(study.factor)
-
-
-def with_costs(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """`summarize` of a study, with the medians of its networks' costs over rounds.
-
-    A column per quantity is named with its unit, such as "latency (ms)".
-    """
-    networks = {variant.value: variant.network for variant in study.variants}
-    summary = summarize(table, study.top1_column)
-    costs = costs.assign(quantity=costs.quantity + " (" + costs.unit + ")")
-    medians = costs.pivot_table("value", "network", "quantity", "median", sort=False)
-    return summary.join(medians.loc[summary.index.map(networks)].set_axis(summary.index))
-
-
 # ---- tables to read ------------------------------------------------------------------------------
 
 
@@ -207,21 +163,17 @@ def mean_std(values: pd.Series) -> str:
     return f"{values.mean():.1f} ± {values.std():.1f}"
 
 
-def study_table(study: Study, table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Every value of a study: accuracy, difference to the baseline, and times.
-
-    Args:
-        costs: a record of `read_costs` at full width. Times are those of a round over the
-            baseline's of the same round: the median, and in brackets the range.
-    """
-    groups = at_own_size(table).groupby("value", sort=False)[study.top1_column]
-    means = groups.agg(mean_std).to_frame("top-1 (%)")
-    shown = _table(means, differences(study, table), groups.count(), study.factor)
-    ratios = ratio_table(study, costs)
-    for quantity in ("inference", "training"):
-        text = ratios[quantity].apply("{median:.2f} ({min:.2f} to {max:.2f})".format_map, axis=1)
-        shown[f"{quantity} time over the baseline's"] = shown[study.factor].map(text)
-    return shown
+def study_table(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Every value of a study: what it costs, accuracy, and difference to the baseline."""
+    groups = at_own_size(table).groupby("value", sort=False)
+    speed = groups.images_per_s.agg(["median", "min", "max"])
+    speed = speed.apply("{median:.0f} ({min:.0f} to {max:.0f})".format_map, axis=1)
+    shown = {
+        "MMACs": (1e3 * groups.gmacs.first()).map("{:.1f}".format),
+        "training images/s": speed,
+        "top-1 (%)": groups[study.top1_column].agg(mean_std),
+    }
+    return _table(pd.DataFrame(shown), differences(study, table), groups.size(), study.factor)
 
 
 def pairs_table(table: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
@@ -287,7 +239,7 @@ def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
     found = compare(table, study.baseline, column)
     rates = {each.value: study.recipe_of(each).lr_per_1024 for each in study.variants}
     means = groups[column].agg(mean_std).to_frame("top-1 (%)")
-    means.insert(0, "rate per 1024", means.index.map(rates))
+    means.insert(0, "lr per 1024 images", means.index.map(rates))
     shown = _table(means, found, groups.size(), study.factor)
     return shown.assign(seconds=groups.time_s.median().round().astype(int).to_numpy())
 
@@ -310,7 +262,7 @@ def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
     found = differences_within(table, "network", str(LAST_NORM), column)
     groups = table.groupby(["network", "value"])
     means = groups[column].agg(mean_std).to_frame("top-1 (%)")
-    means.insert(0, "rate per 1024", groups.rate.first())
+    means.insert(0, "lr per 1024 images", groups.rate.first())
     return _table(means, found, groups.size(), ["network", "last norm"])
 
 
