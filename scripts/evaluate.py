@@ -21,6 +21,7 @@ from utils.cli import Parser, exit_code, int_at_least, share
 # isort: split
 from utils.data.imagenet import class_names
 from utils.distributed import pick_device
+from utils.exporting import Exported
 from utils.records import file_digest, write_json, write_table
 from utils.training.checkpoint import add_network_arguments, open_network
 from utils.training.evaluation import autocast_dtype, dtype_name, evaluate_trained
@@ -33,6 +34,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", required=True, help="folder with val/, or shards: a brace pattern")
     add("--val-share", type=share, default=0.0, metavar="SHARE", help="evaluate on the images that "
         "scripts/train.py held out with the same --val-share")  # fmt: skip
+    add("--exported", type=Path, metavar="PATH", help="also evaluate the same classifier as "
+        "scripts/export.py wrote it: .onnx, .pt2 or .xml")  # fmt: skip
     add("--size", type=int_at_least(1), help="side of the center crop (default: that of the run or "
         "the weights, else 224)")  # fmt: skip
     add("--workers", type=int_at_least(0), default=1, help="decoding processes (default: 1)")
@@ -49,6 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> None:
     trained = open_network(args, pick_device(args.device))
     words = dict(zip(trained.classes, class_names(trained.classes, args.class_names), strict=True))
+    others = {args.exported.name: Exported(args.exported)} if args.exported else None
     results, classes, skipped = evaluate_trained(
         trained,
         args.data_dir,
@@ -56,6 +60,7 @@ def evaluate(args: argparse.Namespace) -> None:
         val_share=args.val_share,
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
+        others=others,
     )
     for message in skipped:
         print(f"skipped: {message}")

@@ -14,9 +14,11 @@ The network takes float32 images [batch, channels, height, width] of any batch a
 file's metadata has the backbone and its options, strides, channels, classes and, where it is known,
 what the weights expect of images: RGB from 0 to 1, minus mean, divided by std.
 
-With --optimize BatchNorm is folded into the convolutions, and the two 1x1 convolutions that split a
-CSP stage are one. The file is read back and compared with the network, at other batch and image
-sizes unless --shape is given. Existing files are replaced only with --overwrite.
+With --int8 weights and activations have 8 bits; scripts/evaluate.py --exported measures what that
+costs in accuracy. With --optimize BatchNorm is folded into the convolutions, and the two 1x1
+convolutions that split a CSP stage are one. The file is read back and compared with the network, at
+other batch and image sizes unless --shape is given. Existing files are replaced only with
+--overwrite.
 """
 
 import argparse
@@ -47,16 +49,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="PATH",
         help=f"a new file that ends in {' or '.join(exporting.FORMATS)}")  # fmt: skip
     add("--classifier", action="store_true", help="export the head, too")
+    precision = parser.add_mutually_exclusive_group()
     add("--shape", nargs=3, type=int_at_least(1), metavar=("N", "HEIGHT", "WIDTH"),
         help="of all images (default: any)")  # fmt: skip
     add("--opset", type=int_at_least(1), help="of ONNX (default: PyTorch's)")
-    add("--fp16", action="store_true", help="weights in half precision; images and outputs stay "
-        "float32")  # fmt: skip
+    precision.add_argument("--fp16", action="store_true",
+        help="weights in half precision; images and outputs stay float32")  # fmt: skip
+    precision.add_argument("--int8", type=Path, metavar="IMAGES", help="8-bit weights and "
+        "activations, calibrated on images in and below this folder")  # fmt: skip
     add("--optimize", action="store_true", help="export the graph of backbones.deploy.optimize")
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
     if args.weights and args.checkpoint:
         parser.error("--weights is for --backbone; a checkpoint has its own")
+    if args.int8 and args.shape:
+        parser.error("--int8 is for images of any size: omit --shape")
     if args.class_names and not args.classifier:
         parser.error("--class-names is for --classifier")
     return args
@@ -81,6 +88,7 @@ def export(args: argparse.Namespace) -> None:
     metadata = {**exporting.describe(net), **classes}
     names = ("overwrite", "shape", "opset", "fp16", "optimize")
     settings = {key: getattr(args, key) for key in names}
+    settings["int8"] = exporting.calibration_images(net, args.int8) if args.int8 else None
     source = NamedOutputs(net).eval().to(memory_format=torch.contiguous_format)  # the files' layout
     print(exporting.export(source, args.output, metadata=metadata, **settings))
     if not (args.checkpoint or args.weights):

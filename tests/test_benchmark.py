@@ -163,7 +163,8 @@ def test_peak_memory_is_that_of_the_call():
 
 def record(values, **columns):
     """Rows of a run as the script writes them: implementations with the seconds of their rounds."""
-    facts = dict.fromkeys(benchmark.RUN, "x") | {"task": "inference", "unit": "ms/image", **columns}
+    facts = dict.fromkeys([*benchmark.RUN, "dtype"], "x")
+    facts |= {"task": "inference", "unit": "ms/image", **columns}
     rows = [
         {**facts, "implementation": name, "round": k, "value": value}
         for name, of_name in values.items()
@@ -181,6 +182,7 @@ def test_ratios_are_taken_within_rounds():
     columns = ["ratio_median", "ratio_min", "ratio_max"]
     assert found.loc[("inference", "ours"), columns].tolist() == [2, 1, 3]
     assert found.loc[("inference", "ONNX"), columns].tolist() == [2, 2, 3]
+    table = pd.concat([record(values), record({"ours ONNX int8": [1.0] * 3}, dtype="int8")])
     (row,) = benchmark.speed_table(table).to_dict("records")
     ours, baseline = (row[f"{who}, times the reference"] for who in ("ours", "fastest baseline"))
     assert ours == "ours: 2.00 (1.00 to 3.00), 50.0 images/s"

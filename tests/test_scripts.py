@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
@@ -18,6 +20,9 @@ from safetensors.torch import load_file
 from backbones import create_classifier
 from backbones.weights import load_weights
 from utils.cli import EXIT_CODES, exit_code
+from utils.data.folders import Key, open_folders
+from utils.data.transforms import MEAN_RGB, STD_RGB
+from utils.training.checkpoint import load_trained
 
 TRAIN = ["--data-dir", "data", "--output-dir", "new", *SMALL, "--device", "cpu"]
 EVALUATE = ["--checkpoint", "done/last.pt", "--data-dir", "data", "--workers", 0]
@@ -160,6 +165,25 @@ def test_export_of_a_classifiers_weights_alone(trained, tmp_path):
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
 
+def test_eight_bits_and_what_they_cost(trained, folders, tmp_path, capsys):
+    """Kernels are 8-bit integers; the accuracy of the file is that of its own predictions."""
+    path, checkpoint = tmp_path / "net.onnx", ["--checkpoint", trained / "last.pt"]
+    options = ["--classifier", "--optimize", "--int8", folders / "train", "--output", path]
+    assert run("export.py", *checkpoint, *options) == 0
+    assert "MB, 8 bits, images float32 [batch, 3, height, width] to" in capsys.readouterr().out
+    kernels = [each for each in onnx.load(path).graph.initializer if len(each.dims) == 4]
+    assert {each.data_type for each in kernels} == {onnx.TensorProto.INT8}
+    options = ["--data-dir", folders, "--workers", 0, "--device", "cpu", "--exported", path]
+    assert run("evaluate.py", *checkpoint, *options) == 0
+    (line,) = re.findall(r"net.onnx: top-1 ([\d.]+) %", capsys.readouterr().out)
+    val = open_folders(folders, load_trained(trained / "last.pt").recipe).val
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN_RGB, STD_RGB))
+    images, labels = zip(*(val[Key(0, index)] for index in range(len(val))), strict=True)
+    batch = (torch.stack(images) - mean) / std
+    (logits,) = onnxruntime.InferenceSession(path).run(None, {"images": batch.numpy()})
+    assert float(line) == pytest.approx(100 * (logits.argmax(1) == labels).mean(), abs=0.01)
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 
@@ -253,6 +277,13 @@ MISTAKES = {
     "head": (None, "export.py", [*BY_NAME, "--classifier"], 2, "cspdarknet19 needs --weights"),
     "words of no head": (
         None, "export.py", [*BY_NAME, "--class-names", "words.csv"], 2, "is for --classifier"
+    ),
+    "int8": (None, "export.py", [*BY_NAME, "--int8", "data"], 2, "--int8 is for .onnx alone"),
+    "nothing to calibrate on": (
+        Path("empty").mkdir, "export.py", [*BY_NAME, "--int8", "empty"], 1, "empty: no image in"
+    ),
+    "exported": (
+        None, "evaluate.py", [*EVALUATE, "--exported", "words.csv"], 2, "must end in .onnx, .pt2"
     ),
     "opset": (None, "export.py", [*BY_NAME, "--opset", 18], 2, "--opset is for .onnx alone"),
     "shards": (

@@ -25,7 +25,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from backbones import create, create_classifier
-from backbones.deploy import optimize
+from backbones.deploy import NamedOutputs, optimize
 from utils import measure
 from utils.baselines import (
     REFERENCES,
@@ -38,7 +38,14 @@ from utils.baselines import (
 from utils.data import sample
 from utils.data.folders import Batch, ImageFiles, Preprocess, hold_out, open_folders
 from utils.data.transforms import train_transform
-from utils.exporting import optimized_graph
+from utils.exporting import (
+    Settings,
+    optimized_graph,
+    read_onnx,
+    read_openvino,
+    to_onnx,
+    to_openvino,
+)
 from utils.recipe import RECIPES, Recipe
 from utils.records import write_table
 from utils.studies.runner import HELD_OUT_SHARE
@@ -84,7 +91,12 @@ COMPILED = [
 ]
 EXPORTED = [
     f"{whose} {runtime}"
-    for runtime in ("ONNX Runtime float32", "OpenVINO float32", "OpenVINO bfloat16")
+    for runtime in (
+        "ONNX Runtime float32",
+        "ONNX Runtime int8",
+        "OpenVINO float32",
+        "OpenVINO bfloat16",
+    )
     for whose in ("ours", "timm")
 ]
 
@@ -185,12 +197,26 @@ def inference_call(case: Case) -> measure.Call:
 def exported_call(case: Case, images: Tensor) -> measure.Call:
     """Our optimized graph, or timm's, in ONNX Runtime or OpenVINO."""
     if case.implementation.startswith("ours"):
-        net = optimized_graph(create(case.network, **SHARED[case.network][1]))
+        net = NamedOutputs(optimized_graph(create(case.network, **SHARED[case.network][1])))
     else:
-        net = timm_network(case, features_only=True)
+        net = TimmMaps(timm_network(case, features_only=True))
+    net, (count, _, *sides) = net.eval(), images.shape
+    settings = Settings((count, *sides), int8=images if case.dtype is torch.int8 else None)
     if "OpenVINO" in case.implementation:
-        return measure.openvino_forward(net, images, case.dtype)
-    return measure.onnx_forward(net, images)
+        return partial(read_openvino(to_openvino(net, settings), net, case.dtype), images)
+    return partial(read_onnx(to_onnx(net, settings), net), images)
+
+
+class TimmMaps(nn.Module):
+    """timm's network as `backbones.deploy.NamedOutputs` has ours."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.in_channels = net, 3
+        self.names = [f"map_{k}" for k in range(len(net.feature_info))]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.net(images), strict=True))
 
 
 def timm_network(case: Case, **options: Any) -> nn.Module:
@@ -440,9 +466,10 @@ def speed_table(table: pd.DataFrame) -> pd.DataFrame:
     """README's table: our fastest form and the fastest baseline, each against the run's reference.
 
     Args:
-        table: the record of `read_benchmark`; of several machines, the last one is shown.
+        table: the record of `read_benchmark`; of several machines, the last one is shown, and
+            without 8-bit networks, which compute something else.
     """
-    table = table[table.unit == "ms/image"]
+    table = table[(table.unit == "ms/image") & (table.dtype != "int8")]
     found = ratios(table[table.hardware.isin(table.hardware.tail(1))])
     found["text"] = [
         f"{row.implementation}: {row.ratio_median:.2f} ({row.ratio_min:.2f} to "

@@ -6,15 +6,18 @@ with its source, at batch and image sizes other than the traced ones unless its 
 """
 
 import copy
+import dataclasses
 import functools
 import io
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,9 @@ from backbones.classifier import Classifier
 from backbones.deploy import NamedOutputs, optimize
 from backbones.weights import load_weights
 from utils.cli import DataError, import_optional
+from utils.data.folders import Preprocess, find_images, load_batch
+from utils.data.transforms import eval_transform, open_image
+from utils.recipe import Recipe
 from utils.records import write_atomic
 
 TRACED = (2, 64, 96)  # images, height, width; export takes a 1 or a square for a fixed size
@@ -33,6 +39,8 @@ TOLERANCE = 1e-4  # of an output's largest value: other kernels sum in another o
 # Weights are rounded by up to 5e-4. Measured: 0.016 in the maps of MobileNetV2 with weights of
 # ImageNet, 0.0015 at most in six backbones with random weights.
 FP16_TOLERANCE = 5e-2
+INT8_TOLERANCE = 0.5  # measured: 0.04 in the logits of a trained VoVNet-39
+CALIBRATION_IMAGES = 128
 DYNAMIC = {0: "batch", 2: "height", 3: "width"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -49,6 +57,7 @@ class Settings(NamedTuple):
     shape: Sequence[int] | None = None  # number, height and width of all images; None: any
     opset: int | None = None  # version of ONNX's operators; None: PyTorch's default
     fp16: bool = False  # weights in half precision; images and outputs stay float32
+    int8: Tensor | None = None  # images to calibrate 8-bit weights and activations on
     optimize: bool = False  # the graph of `backbones.deploy.optimize`, of a `NamedOutputs`
     metadata: Mapping[str, Any] = {}
 
@@ -110,10 +119,10 @@ def export(source: nn.Module, path: str | Path, *, overwrite: bool = False, **se
     outputs, error = write_atomic(path, write_checked)
     count, *sides = chosen.shape or ("batch", "height", "width")
     images = ", ".join(map(str, (count, source.in_channels, *sides)))
+    kind = "8 bits" if chosen.int8 is not None else f"float{16 if chosen.fp16 else 32} weights"
     return (
-        f"{path}: {sum(each.stat().st_size for each in paths) / 1e6:.1f} MB"
-        f"{', float16 weights' * chosen.fp16}, images float32 [{images}] to {outputs}; largest "
-        f"error {error:.1g} of an output's largest value"
+        f"{path}: {sum(each.stat().st_size for each in paths) / 1e6:.1f} MB, {kind}, images "
+        f"float32 [{images}] to {outputs}; largest error {error:.1g} of an output's largest value"
     )
 
 
@@ -121,9 +130,10 @@ def _validate(path: Path, settings: Settings, overwrite: bool) -> list[Path]:
     """The files to write, that of `path` first."""
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: must end in {' or '.join(FORMATS)}, which is the format")
-    for name in ("shape", "opset", "fp16", "optimize"):
+    for name in ("shape", "opset", "fp16", "int8", "optimize"):
         suffixes = [suffix for suffix, (*_, names) in FORMATS.items() if name in names]
-        if getattr(settings, name) and path.suffix not in suffixes:
+        unset = any(getattr(settings, name) is each for each in (None, False))
+        if not unset and path.suffix not in suffixes:
             raise ValueError(f"{path}: --{name} is for {', '.join(suffixes)} alone")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
@@ -142,10 +152,13 @@ def optimized_graph(net: Backbone | Classifier) -> Backbone | Classifier:
 @torch.no_grad()
 def _compare(path: Path, source: nn.Module, exported: Run, settings: Settings) -> tuple[str, float]:
     """The outputs with their channels, and their largest error relative to the largest value."""
-    worst = 0.0
+    worst, tolerance = 0.0, FP16_TOLERANCE if settings.fp16 else TOLERANCE
     generator = torch.Generator().manual_seed(0)
-    for shape in [settings.shape] if settings.shape else CHECKED:
-        images = torch.randn(shape[0], source.in_channels, *shape[1:], generator=generator)
+    checked = [settings.shape] if settings.shape else CHECKED
+    batches = [torch.randn(n, source.in_channels, *px, generator=generator) for n, *px in checked]
+    if settings.int8 is not None:  # noise may have other ranges than the images
+        batches, tolerance = [settings.int8[:4]], INT8_TOLERANCE
+    for images in batches:
         expected = source(images)
         prefix = f"{path}: not written: for images {list(images.shape)} the exported network"
         try:
@@ -159,7 +172,7 @@ def _compare(path: Path, source: nn.Module, exported: Run, settings: Settings) -
         for name, value in expected.items():
             largest = value.abs().max().clamp(min=torch.finfo(value.dtype).tiny)
             error = float((found[name] - value).abs().max() / largest)
-            if not error <= (FP16_TOLERANCE if settings.fp16 else TOLERANCE):  # or NaN
+            if not error <= tolerance:  # or NaN
                 raise ExportError(f"{prefix} has an error of {error:.1g} in {name}")
             worst = max(worst, error)
     return ", ".join(f"{name} ({value.shape[1]})" for name, value in expected.items()), worst
@@ -185,7 +198,7 @@ def _read_pt2(files: list[bytes], source: nn.Module) -> Run:
     return torch.export.load(io.BytesIO(files[0])).module()
 
 
-def _to_onnx(source: nn.Module, settings: Settings) -> list[bytes]:
+def to_onnx(source: nn.Module, settings: Settings) -> list[bytes]:
     for package in ONNX_PACKAGES:
         import_optional(package, f"to write ONNX files, which need {', '.join(ONNX_PACKAGES)}")
     from onnx.helper import set_model_props
@@ -211,11 +224,58 @@ def _to_onnx(source: nn.Module, settings: Settings) -> list[bytes]:
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
         model = convert_float_to_float16(model, keep_io_types=True)
+    if settings.int8 is not None:
+        model = _quantize(model, settings.int8)
     set_model_props(model, settings.texts())
     return [model.SerializeToString()]
 
 
-def _read_onnx(files: list[bytes], source: nn.Module) -> Run:
+def calibration_images(net: Backbone | Classifier, folder: str | Path) -> Tensor:
+    """`CALIBRATION_IMAGES` images in and below a folder, prepared as the weights expect them.
+
+    Raises:
+        DataError: there is no image, or one is unreadable.
+    """
+    images = getattr(net, "backbone", net).preprocessing
+    recipe = Recipe(eval_resize_px=256, eval_crop_px=224)
+    recipe = dataclasses.replace(recipe, **(images.as_recipe() if images else {}))
+    names = [name for part in find_images(Path(folder), top=True)[0].values() for name in part]
+    if not names:
+        raise DataError(f"{folder}: no image in or below this folder")
+    picked = np.linspace(0, len(names) - 1, min(CALIBRATION_IMAGES, len(names))).astype(int)
+    paths, transform = (
+        [Path(folder, os.fsdecode(bytes(names[k]))) for k in picked],
+        eval_transform(recipe),
+    )
+    batch = load_batch(lambda path: (transform(open_image(path)), 0), paths)
+    if batch.corrupt:
+        raise batch.corrupt[0]
+    return Preprocess(torch.device("cpu"), recipe)(batch)[0].contiguous()
+
+
+def _quantize(model: Any, images: Tensor) -> Any:
+    """8-bit weights, scaled by output channel, and activations, by their ranges for `images`."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        batches = iter(images.split(16))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{name}.onnx") for name in ("traced", "prepared", "int8")]
+        onnx.save(model, paths[0])
+        quant_pre_process(*paths[:2], skip_symbolic_shape=True)
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(*paths[1:], Reader(), per_channel=True, **kinds)
+        return onnx.load(paths[2])
+
+
+def read_onnx(files: list[bytes], source: nn.Module) -> Run:
     runtime = import_optional("onnxruntime", "to check ONNX files")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -227,7 +287,7 @@ def _read_onnx(files: list[bytes], source: nn.Module) -> Run:
     }
 
 
-def _to_openvino(source: nn.Module, settings: Settings) -> list[bytes]:
+def to_openvino(source: nn.Module, settings: Settings) -> list[bytes]:
     openvino = import_optional("openvino", "to write its .xml and .bin files")
     program = _trace(source, settings.shape)
     shape = settings.shape and [settings.shape[0], source.in_channels, *settings.shape[1:]]
@@ -242,10 +302,12 @@ def _to_openvino(source: nn.Module, settings: Settings) -> list[bytes]:
         return [path.read_bytes(), path.with_suffix(".bin").read_bytes()]
 
 
-def _read_openvino(files: list[bytes], source: nn.Module) -> Run:
+def read_openvino(files: list[bytes], source: nn.Module, dtype: torch.dtype = torch.float32) -> Run:
     core = import_optional("openvino", "to check its files").Core()
     # By default it computes in bfloat16 where the CPU has it.
-    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    precision = "bf16" if dtype is torch.bfloat16 else "f32"
+    threads = torch.get_num_threads()
+    config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     run = core.compile_model(core.read_model(*files), "CPU", config)
     return lambda images: {
         output.any_name: torch.from_numpy(value) for output, value in run(images.numpy()).items()
@@ -267,8 +329,32 @@ def _read_safetensors(files: list[bytes], source: nn.Module) -> Run:
 
 # suffix: how it is written and read, and which settings it has
 FORMATS = {
-    ".onnx": (_to_onnx, _read_onnx, ("shape", "opset", "fp16", "optimize")),
+    ".onnx": (to_onnx, read_onnx, ("shape", "opset", "fp16", "int8", "optimize")),
     ".pt2": (_to_pt2, _read_pt2, ("shape", "optimize")),
-    ".xml": (_to_openvino, _read_openvino, ("shape", "fp16", "optimize")),
+    ".xml": (to_openvino, read_openvino, ("shape", "fp16", "optimize")),
     ".safetensors": (_to_safetensors, _read_safetensors, ("fp16",)),
 }
+
+
+class Exported(nn.Module):
+    """An exported classifier as a module from images to logits, run on the CPU.
+
+    Raises:
+        ValueError: another kind of file, or one without logits.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        if self.path.suffix not in (".onnx", ".pt2", ".xml"):
+            raise ValueError(f"{path}: must end in .onnx, .pt2 or .xml")
+        beside = [self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else []
+        files = [each.read_bytes() for each in (self.path, *beside)]
+        self.run = FORMATS[self.path.suffix][1](files, self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.run(images.cpu().contiguous())
+        if "logits" not in outputs:
+            raise ValueError(f"{self.path}: has no logits; scripts/export.py needs --classifier")
+        return outputs["logits"].to(images.device)

@@ -8,15 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from utils.cli import import_optional
 
 Call = Callable[[], object]
 
@@ -81,29 +78,6 @@ def forward(net: nn.Module, images: Tensor, compile: bool = False) -> Call:
         with config.patch(freezing=True):
             call()
     return call
-
-
-def onnx_forward(net: nn.Module, images: Tensor) -> Call:
-    """Returns a forward pass in ONNX Runtime, with as many threads as PyTorch has."""
-    runtime = import_optional("onnxruntime", "to compare with it")
-    model = torch.onnx.export(net.eval(), (images,), dynamo=True, verbose=False).model_proto
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(model.SerializeToString(), options)
-    return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})
-
-
-def openvino_forward(net: nn.Module, images: Tensor, dtype: torch.dtype) -> Call:
-    """Returns a forward pass in OpenVINO that computes in `dtype`, with PyTorch's threads."""
-    openvino = import_optional("openvino", "to compare with it")
-    model = openvino.convert_model(torch.export.export(net.eval(), (images,)))
-    config = {
-        "INFERENCE_PRECISION_HINT": "bf16" if dtype is torch.bfloat16 else "f32",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    run = openvino.Core().compile_model(model, "CPU", config)
-    return partial(run, images.numpy())
 
 
 def time_interleaved(

@@ -1,6 +1,6 @@
 """Accuracy, predictions and confusions of trained classifiers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ def evaluate_trained(
     val_share: float = 0.0,
     workers: int = 0,
     skip_corrupt: bool = False,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
     """Accuracy of a classifier on `data_dir/val`, which may hold some of its classes alone.
 
@@ -127,6 +128,7 @@ def evaluate_trained(
         size_px: side of the center crop; images are resized in proportion. Defaults to the
             recipe's.
         val_share: the share of the training images that a run held out, without `val/`.
+        others: names of other networks with the same logits, such as exported ones.
 
     Returns:
         The results of `evaluate` for "raw" and "EMA", or for "weights" alone if they are the same;
@@ -145,6 +147,7 @@ def evaluate_trained(
     models = {"raw": trained.raw, "EMA": trained.ema}
     if trained.raw is trained.ema:
         models = {"weights": trained.ema}
+    models |= others or {}
     skipped: dict[str, None] = {}
     results = evaluate(
         models,
