@@ -3,6 +3,7 @@
     python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir data/imagenette2
     python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir DIR --size 288
     python scripts/evaluate.py --backbone resnet50 --weights IMAGENET1K_V2 --data-dir DIR
+    python scripts/evaluate.py --checkpoint runs/NAME/last.pt --data-dir DIR --exported int8.onnx
 
 DIR/val holds a folder per class, for ImageNet's weights one named by its wnid. If these are some
 of the network's classes, it chooses among them alone. Sizes and normalization are those of the run
@@ -52,7 +53,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> None:
     trained = open_network(args, pick_device(args.device))
     words = dict(zip(trained.classes, class_names(trained.classes, args.class_names), strict=True))
-    others = {args.exported.name: Exported(args.exported)} if args.exported else None
+    others = (
+        {args.exported.name: Exported(args.exported, len(trained.classes))}
+        if args.exported
+        else None
+    )
     results, classes, skipped = evaluate_trained(
         trained,
         args.data_dir,
@@ -88,6 +93,8 @@ def evaluate(args: argparse.Namespace) -> None:
             "crop_px": args.size or trained.recipe.eval_crop_px,
             "dtype": dtype_name(autocast_dtype(trained.device, trained.recipe.precision)),
         }
+        if args.exported:
+            how["exported_sha256"] = file_digest(args.exported)
         totals = {"sha256": digest, **how, "totals": results, "skipped": skipped}
         # JSON has no NaN, which is the accuracy of a class without images.
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]

@@ -14,11 +14,10 @@ The network takes float32 images [batch, channels, height, width] of any batch a
 file's metadata has the backbone and its options, strides, channels, classes and, where it is known,
 what the weights expect of images: RGB from 0 to 1, minus mean, divided by std.
 
-With --int8 weights and activations have 8 bits; scripts/evaluate.py --exported measures what that
-costs in accuracy. With --optimize BatchNorm is folded into the convolutions, and the two 1x1
-convolutions that split a CSP stage are one. The file is read back and compared with the network, at
-other batch and image sizes unless --shape is given. Existing files are replaced only with
---overwrite.
+--int8 quantizes weights and activations to 8 bits; scripts/evaluate.py --exported measures what
+that costs in accuracy. --optimize folds BatchNorm into the convolutions, and merges the two 1x1
+convolutions that split a CSP stage. The file is read back and compared with the network, at other
+batch and image sizes unless --shape is given. Existing files are replaced only with --overwrite.
 """
 
 import argparse
@@ -45,18 +44,17 @@ from utils.training.checkpoint import add_network_arguments, load_trained, open_
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_network_arguments(parser)
-    add = parser.add_argument
+    add, precision = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--output", type=Path, required=True, metavar="PATH",
         help=f"a new file that ends in {' or '.join(exporting.FORMATS)}")  # fmt: skip
     add("--classifier", action="store_true", help="export the head, too")
-    precision = parser.add_mutually_exclusive_group()
     add("--shape", nargs=3, type=int_at_least(1), metavar=("N", "HEIGHT", "WIDTH"),
         help="of all images (default: any)")  # fmt: skip
     add("--opset", type=int_at_least(1), help="of ONNX (default: PyTorch's)")
-    precision.add_argument("--fp16", action="store_true",
-        help="weights in half precision; images and outputs stay float32")  # fmt: skip
-    precision.add_argument("--int8", type=Path, metavar="IMAGES", help="8-bit weights and "
-        "activations, calibrated on images in and below this folder")  # fmt: skip
+    precision("--fp16", action="store_true", help="weights in half precision; images and outputs "
+        "stay float32")  # fmt: skip
+    precision("--int8", type=Path, metavar="IMAGES", help="8-bit weights and activations, "
+        "calibrated on images in and below this folder")  # fmt: skip
     add("--optimize", action="store_true", help="export the graph of backbones.deploy.optimize")
     add("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)

@@ -47,7 +47,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     speed = speed_table(read_benchmark(statistics.RESULTS / "benchmark.csv"))
     compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
     names = ["initialization", "initialization_rates", "short_recipe", "recipe", "fixres", "length"]
-    names += ["finetune", "transfer", "detection"]
+    names += ["finetune", "transfer", "detection", "imagenette"]
     results = {name: getattr(statistics, f"{name}_table")() for name in names}
     for name in ("csp_split", "vovnet"):
         results[name] = statistics.study_table(STUDIES[name], statistics.read_study(name))

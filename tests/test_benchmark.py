@@ -154,6 +154,12 @@ def test_script_compares_implementations(tmp_path, capsys, quick):
     assert len(benchmark.speed_table(benchmark.read_benchmark(path))) == 3
 
 
+def test_eight_bits_take_any_batch_size():
+    case = benchmark.Case("inference", "resnet18", 17, 32, implementation="ours ONNX Runtime int8")
+    maps = benchmark.inference_call(case)()
+    assert [value.shape[0] for value in maps.values()] == [17] * 5
+
+
 @needs_linux
 def test_peak_memory_is_that_of_the_call():
     ballast = np.ones(25 << 20)  # this process's own does not count

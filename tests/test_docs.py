@@ -148,7 +148,8 @@ def place(tmp_path, monkeypatch, folders):
     names = dict(vars(definitions))
     exec(blocks("CONTRIBUTING.md", "python")[1], names)
     recipe = replace(TINY, epochs=1, warmup_epochs=0.0)
-    studies = [definitions.STUDIES[name] for name in ("csp_split", "finetune", "transfer")]
+    names_of_studies = ("csp_split", "finetune", "transfer", "imagenette_5")
+    studies = [definitions.STUDIES[name] for name in names_of_studies]
     for study in (*studies, names["_activation"]()):
         changes = {"recipe": {}, "train_share": 1.0}
         variants = tuple(replace(variant, **changes) for variant in study.variants[:2])

@@ -1,5 +1,6 @@
 """Exported files: what they compute and say, what is refused, and that no wrong one is written."""
 
+import dataclasses
 import json
 import sys
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ROOT, randomise_norms
+from helpers import ROOT, TINY, randomise_norms
 from safetensors import safe_open
 from torch import nn
 from torchvision.models import EfficientNet_B0_Weights
@@ -19,9 +20,10 @@ import backbones
 from backbones import create_classifier
 from backbones.darknet import CSPStage
 from backbones.deploy import NamedOutputs
-from backbones.pretrained import published
+from backbones.pretrained import Preprocessing, published
 from backbones.weights import WeightsError, load_weights
 from utils import exporting
+from utils.data.folders import Preprocess, open_folders
 from utils.exporting import ExportError, describe, export
 
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
@@ -153,6 +155,18 @@ def test_a_fixed_shape_in_half_precision(tmp_path, suffix):
     else:
         (size,) = ElementTree.parse(path).findall(".//layer[@name='images']/data")
         assert size.get("shape") == "2,3,48,80"
+
+
+def test_calibration_images_are_prepared_as_in_evaluation(folders, monkeypatch):
+    """All of a small folder, in the order of their names; of a larger one, spread over it."""
+    net, val = classifier(), open_folders(folders, TINY).val
+    net.backbone.preprocessing = Preprocessing.from_recipe(dataclasses.asdict(TINY))
+    (batch,) = val.eval_loader(len(val), 0)
+    expected, _ = Preprocess(torch.device("cpu"), TINY)(batch)
+    torch.testing.assert_close(exporting.calibration_images(net, folders / "val"), expected)
+    monkeypatch.setattr(exporting, "CALIBRATION_IMAGES", 3)
+    few = exporting.calibration_images(net, folders / "val")
+    torch.testing.assert_close(few, expected[[0, 8, 17]])
 
 
 def read_texts(path):

@@ -20,16 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
-def test_the_runs_on_imagenette_are_quoted_from_their_record():
-    """Mean and standard deviation over seeds, a row per test size."""
-    table = pd.read_csv(ROOT / "results" / "imagenette_cspdarknet19.csv")
-    for size_px, rows in table.groupby("test_crop_px"):
-        columns = ("raw_top1_pct", "ema_top1_pct", "ema_top5_pct")
-        cells = [f"{rows[name].mean():.1f} ± {rows[name].std():.1f}" for name in columns]
-        assert f"| {size_px} px | {' | '.join(cells)} | {rows.seed.nunique()} |" in RESULTS
-
-
-PENDING = ("networks_rates", "networks", "imagenette_5", "imagenette_20", "noise_floor")
+PENDING = ("networks_rates", "networks", "imagenette_20", "noise_floor")
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
@@ -68,8 +59,7 @@ def test_a_study_is_recorded_completely(study):
 
 def test_every_quantity_of_the_benchmark_is_measured_more_than_once():
     table = read_benchmark(ROOT / "results" / "benchmark.csv")
-    counted = table.quantity.isin(["parameters", "multiply-accumulates"])
-    rounds = table[~counted].groupby([*RUN, "implementation"])["round"].agg(["size", "nunique"])
+    rounds = table.groupby([*RUN, "implementation"])["round"].agg(["size", "nunique"])
     assert (rounds >= 3).all(axis=None)
     assert len(speed_table(table)) <= 12
 

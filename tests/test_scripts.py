@@ -18,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from backbones import create_classifier
+from backbones.deploy import NamedOutputs
 from backbones.weights import load_weights
 from utils.cli import EXIT_CODES, exit_code
 from utils.data.folders import Key, open_folders
 from utils.data.transforms import MEAN_RGB, STD_RGB
+from utils.exporting import export
 from utils.training.checkpoint import load_trained
 
 TRAIN = ["--data-dir", "data", "--output-dir", "new", *SMALL, "--device", "cpu"]
@@ -170,7 +172,7 @@ def test_eight_bits_and_what_they_cost(trained, folders, tmp_path, capsys):
     path, checkpoint = tmp_path / "net.onnx", ["--checkpoint", trained / "last.pt"]
     options = ["--classifier", "--optimize", "--int8", folders / "train", "--output", path]
     assert run("export.py", *checkpoint, *options) == 0
-    assert "MB, 8 bits, images float32 [batch, 3, height, width] to" in capsys.readouterr().out
+    assert "int8 weights and activations calibrated on 48 images" in capsys.readouterr().out
     kernels = [each for each in onnx.load(path).graph.initializer if len(each.dims) == 4]
     assert {each.data_type for each in kernels} == {onnx.TensorProto.INT8}
     options = ["--data-dir", folders, "--workers", 0, "--device", "cpu", "--exported", path]
@@ -182,6 +184,22 @@ def test_eight_bits_and_what_they_cost(trained, folders, tmp_path, capsys):
     batch = (torch.stack(images) - mean) / std
     (logits,) = onnxruntime.InferenceSession(path).run(None, {"images": batch.numpy()})
     assert float(line) == pytest.approx(100 * (logits.argmax(1) == labels).mean(), abs=0.01)
+
+
+def test_exported_classifiers_are_evaluated(trained, folders, tmp_path, capsys):
+    """In float32, with the loss of the EMA weights; one of other classes is an error."""
+    path, checkpoint = tmp_path / "net.pt2", ["--checkpoint", trained / "last.pt"]
+    assert run("export.py", *checkpoint, "--classifier", "--output", path) == 0
+    options = [*checkpoint, "--data-dir", folders, "--workers", 0, "--device", "cpu"]
+    options += ["--size", 64]  # exported networks take images above 32 pixels
+    assert run("evaluate.py", *options, "--exported", path) == 0
+    found = re.findall(r"(EMA|net.pt2): .* loss ([\d.]+)", capsys.readouterr().out)
+    losses = {name: float(loss) for name, loss in found}
+    assert losses["net.pt2"] == pytest.approx(losses["EMA"], rel=0.01)
+    other = NamedOutputs(create_classifier("cspdarknet19", 2, width=0.125)).eval()
+    export(other, path, overwrite=True)
+    assert run("evaluate.py", *options, "--exported", path) == 1
+    assert "net.pt2: gives {'logits': 2}, not 3 logits" in capsys.readouterr().err
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -281,6 +299,9 @@ MISTAKES = {
     "int8": (None, "export.py", [*BY_NAME, "--int8", "data"], 2, "--int8 is for .onnx alone"),
     "nothing to calibrate on": (
         Path("empty").mkdir, "export.py", [*BY_NAME, "--int8", "empty"], 1, "empty: no image in"
+    ),
+    "int8 of grey images": (
+        None, "export.py", [*BY_NAME, "--int8", "data", "--option", "in_channels=1"], 2, "for RGB"
     ),
     "exported": (
         None, "evaluate.py", [*EVALUATE, "--exported", "words.csv"], 2, "must end in .onnx, .pt2"

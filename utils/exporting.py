@@ -119,7 +119,9 @@ def export(source: nn.Module, path: str | Path, *, overwrite: bool = False, **se
     outputs, error = write_atomic(path, write_checked)
     count, *sides = chosen.shape or ("batch", "height", "width")
     images = ", ".join(map(str, (count, source.in_channels, *sides)))
-    kind = "8 bits" if chosen.int8 is not None else f"float{16 if chosen.fp16 else 32} weights"
+    kind = f"float{16 if chosen.fp16 else 32} weights"
+    if chosen.int8 is not None:
+        kind = f"int8 weights and activations calibrated on {len(chosen.int8)} images"
     return (
         f"{path}: {sum(each.stat().st_size for each in paths) / 1e6:.1f} MB, {kind}, images "
         f"float32 [{images}] to {outputs}; largest error {error:.1g} of an output's largest value"
@@ -157,7 +159,9 @@ def _compare(path: Path, source: nn.Module, exported: Run, settings: Settings) -
     checked = [settings.shape] if settings.shape else CHECKED
     batches = [torch.randn(n, source.in_channels, *px, generator=generator) for n, *px in checked]
     if settings.int8 is not None:  # noise may have other ranges than the images
-        batches, tolerance = [settings.int8[:4]], INT8_TOLERANCE
+        count = settings.shape[0] if settings.shape else 4
+        spread = torch.linspace(0, len(settings.int8) - 1, count).int()
+        batches, tolerance = [settings.int8[spread]], INT8_TOLERANCE
     for images in batches:
         expected = source(images)
         prefix = f"{path}: not written: for images {list(images.shape)} the exported network"
@@ -225,42 +229,47 @@ def to_onnx(source: nn.Module, settings: Settings) -> list[bytes]:
 
         model = convert_float_to_float16(model, keep_io_types=True)
     if settings.int8 is not None:
-        model = _quantize(model, settings.int8)
+        model = _quantize(model, settings)
     set_model_props(model, settings.texts())
     return [model.SerializeToString()]
 
 
 def calibration_images(net: Backbone | Classifier, folder: str | Path) -> Tensor:
-    """`CALIBRATION_IMAGES` images in and below a folder, prepared as the weights expect them.
+    """Up to `CALIBRATION_IMAGES` of the images in and below a folder, spread over their names.
+
+    They are prepared as the weights expect them.
 
     Raises:
+        ValueError: the network takes other images than RGB.
         DataError: there is no image, or one is unreadable.
     """
-    images = getattr(net, "backbone", net).preprocessing
+    backbone = getattr(net, "backbone", net)
+    if backbone.in_channels != 3:
+        raise ValueError(f"--int8 is for RGB images, not in_channels={backbone.in_channels}")
     recipe = Recipe(eval_resize_px=256, eval_crop_px=224)
-    recipe = dataclasses.replace(recipe, **(images.as_recipe() if images else {}))
-    names = [name for part in find_images(Path(folder), top=True)[0].values() for name in part]
+    if backbone.preprocessing:
+        recipe = dataclasses.replace(recipe, **backbone.preprocessing.as_recipe())
+    found, _ = find_images(Path(folder), top=True)
+    names = [name for part in found.values() for name in part]
     if not names:
         raise DataError(f"{folder}: no image in or below this folder")
     picked = np.linspace(0, len(names) - 1, min(CALIBRATION_IMAGES, len(names))).astype(int)
-    paths, transform = (
-        [Path(folder, os.fsdecode(bytes(names[k]))) for k in picked],
-        eval_transform(recipe),
-    )
+    paths = [Path(folder, os.fsdecode(bytes(names[k]))) for k in picked]
+    transform = eval_transform(recipe)
     batch = load_batch(lambda path: (transform(open_image(path)), 0), paths)
     if batch.corrupt:
         raise batch.corrupt[0]
     return Preprocess(torch.device("cpu"), recipe)(batch)[0].contiguous()
 
 
-def _quantize(model: Any, images: Tensor) -> Any:
-    """8-bit weights, scaled by output channel, and activations, by their ranges for `images`."""
+def _quantize(model: Any, settings: Settings) -> Any:
+    """8-bit weights, scaled by output channel, and activations, by the ranges of the images."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        batches = iter(images.split(16))
+        batches = iter(settings.int8.split(settings.shape[0] if settings.shape else 16))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
@@ -339,22 +348,38 @@ FORMATS = {
 class Exported(nn.Module):
     """An exported classifier as a module from images to logits, run on the CPU.
 
+    Args:
+        path: a file of `export` that ends in .onnx, .pt2 or .xml.
+        classes: number of classes that it must have.
+
     Raises:
-        ValueError: another kind of file, or one without logits.
+        ValueError: another suffix.
         FileNotFoundError: there is no such file.
+        DataError: the file is damaged, or another network's.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, classes: int) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path, self.classes = Path(path), classes
         if self.path.suffix not in (".onnx", ".pt2", ".xml"):
             raise ValueError(f"{path}: must end in .onnx, .pt2 or .xml")
         beside = [self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else []
         files = [each.read_bytes() for each in (self.path, *beside)]
-        self.run = FORMATS[self.path.suffix][1](files, self)
+        try:
+            run = FORMATS[self.path.suffix][1](files, self)
+        except Exception as error:  # each runtime has its own types
+            raise DataError(f"{path}: not a network that scripts/export.py wrote") from error
+        self.run = lambda images: run(images)  # a module of its own would not take eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        outputs = self.run(images.cpu().contiguous())
-        if "logits" not in outputs:
-            raise ValueError(f"{self.path}: has no logits; scripts/export.py needs --classifier")
+        with torch.autocast("cpu", enabled=False):
+            try:
+                outputs = self.run(images.cpu().contiguous())
+            except Exception as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                size = list(images.shape)
+                raise DataError(f"{self.path}: fails for images {size} ({reason})") from error
+        if "logits" not in outputs or outputs["logits"].shape[1] != self.classes:
+            found = {name: value.shape[1] for name, value in outputs.items()}
+            raise DataError(f"{self.path}: gives {found}, not {self.classes} logits")
         return outputs["logits"].to(images.device)

@@ -31,12 +31,12 @@ def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
         column: column of the accuracy, such as `Study.top1_column`.
 
     Returns:
-        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs` of
-        one image at the test size, and the median of `images_per_s` in training.
+        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, and `gmacs`
+        of one image at the test size.
     """
     groups = at_own_size(table).groupby("value", sort=False)
     accuracy = groups[column].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
-    return accuracy.join(groups[["parameters", "gmacs"]].first()).join(groups.images_per_s.median())
+    return accuracy.join(groups[["parameters", "gmacs"]].first())
 
 
 def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
@@ -166,14 +166,10 @@ def mean_std(values: pd.Series) -> str:
 def study_table(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Every value of a study: what it costs, accuracy, and difference to the baseline."""
     groups = at_own_size(table).groupby("value", sort=False)
-    speed = groups.images_per_s.agg(["median", "min", "max"])
-    speed = speed.apply("{median:.0f} ({min:.0f} to {max:.0f})".format_map, axis=1)
-    shown = {
-        "MMACs": (1e3 * groups.gmacs.first()).map("{:.1f}".format),
-        "training images/s": speed,
-        "top-1 (%)": groups[study.top1_column].agg(mean_std),
-    }
-    return _table(pd.DataFrame(shown), differences(study, table), groups.size(), study.factor)
+    shown = groups[["parameters", "gmacs"]].first()
+    shown.columns = ["parameters", "GMACs"]
+    shown["top-1 (%)"] = groups[study.top1_column].agg(mean_std)
+    return _table(shown, differences(study, table), groups.size(), study.factor)
 
 
 def pairs_table(table: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
@@ -255,7 +251,7 @@ LAST_NORM_VALUE = r"(?P<network>.*), last norm (?P<start>.*), (?P<rate>.*)"
 
 
 def initialization_table(results: Path = RESULTS) -> pd.DataFrame:
-    """Starts of the last norm, each at its best rate, and their differences to the default."""
+    """Initial values of the last norm, each at its best rate; differences to the default."""
     column, table = STUDIES["initialization"].top1_column, read_study("initialization", results)
     parts = table.value.str.extract(LAST_NORM_VALUE).rename(columns={"start": "value"})
     table = table.assign(**parts)
@@ -285,6 +281,17 @@ def short_recipe_table(results: Path = RESULTS) -> pd.DataFrame:
     table["change"] = [value.replace(base, "").strip(", ") or "none" for value, base in pairs]
     means = table.pivot_table("top1_raw_pct", "change", "base", sort=False)[bases]
     return means.map("{:.1f}".format).replace("nan", "").rename_axis(columns=None).reset_index()
+
+
+def imagenette_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Runs at the settings of Imagenette's leaderboard, a row per run, and their mean."""
+    table, columns = read_study("imagenette_5", results), ["top1_ema_pct", "top1_raw_pct"]
+    rows = [
+        [row.seed, f"{row.top1_ema_pct:.2f}", f"{row.top1_raw_pct:.2f}", f"{row.time_s / 60:.0f}"]
+        for row in table.itertuples()
+    ]
+    rows.append(["all", *(mean_std(table[name]) for name in columns), ""])
+    return pd.DataFrame(rows, columns=["seed", "EMA top-1 (%)", "raw top-1 (%)", "minutes"])
 
 
 def read_detection(results: Path = RESULTS) -> pd.DataFrame:
