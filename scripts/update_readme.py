@@ -46,6 +46,9 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     }
     speed = speed_table(read_benchmark(statistics.RESULTS / "benchmark.csv"))
     compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
+    quantized = pd.read_csv(statistics.RESULTS / "int8_imagenette.csv")
+    titles = {"network": "network", "test_px": "test size (px)", "dtype": "type"}
+    titles |= {"megabytes": "ONNX file (MB)", "top1_pct": "top-1 (%)"}
     names = ["initialization", "initialization_rates", "short_recipe", "recipe", "fixres", "length"]
     names += ["finetune", "transfer", "detection", "imagenette"]
     results = {name: getattr(statistics, f"{name}_table")() for name in names}
@@ -54,6 +57,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     return {
         "README.md": {"models": pd.DataFrame(columns), "speed": speed},
         "docs/comparison.md": {"comparison": compared.drop(columns="what was tried")},
+        "docs/deploy.md": {"int8": quantized[list(titles)].rename(columns=titles)},
         "docs/results.md": results,
     }
 
