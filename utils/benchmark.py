@@ -174,17 +174,13 @@ def tidy(case: Case, quantity: str, unit: str, values: Sequence[float]) -> Rows:
 
 
 def inference_call(case: Case) -> measure.Call:
-    """Feature maps of random images by random weights.
-
-    The channels_last forms get images in the memory format of their weights, and timm's in their
-    dtype; `optimize` converts them in each call.
-    """
+    """Feature maps of random images by random weights, which share dtype and memory format."""
     (images, _), name, words = case.batch(), case.network, case.implementation.split()
     if {"ONNX", "OpenVINO"} & set(words):
         return exported_call(case, images)
     if "ours" in words:
         net = optimize(create(name, **SHARED[name][1]), case.dtype, "compiled" in words)
-        return measure.forward(net, images)
+        return measure.forward(net, images.to(case.dtype, memory_format=torch.channels_last))
     if "torchvision" in words:
         nodes = ["relu", "layer1", "layer2", "layer3", "layer4"]
         return measure.forward(create_feature_extractor(models.get_model(name), nodes), images)
