@@ -24,7 +24,7 @@ from PIL import ImageOps
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 from utils import plotting
-from utils.benchmark import read_benchmark, speed_table
+from utils.benchmark import read_benchmark, runtime_table, speed_table
 from utils.data import sample
 from utils.data.transforms import MEAN_RGB, STD_RGB
 from utils.records import write_atomic
@@ -44,7 +44,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
         "GMACs": facts.gmacs_224.map("{:.2f}".format),
         "channels at strides 2, 4, 8, 16, 32": facts.channels.str.replace(" ", ", "),
     }
-    speed = speed_table(read_benchmark(statistics.RESULTS / "benchmark.csv"))
+    measured = read_benchmark(statistics.RESULTS / "benchmark.csv")
     compared = pd.read_csv(statistics.RESULTS / "feature_maps_compared.csv")
     quantized = pd.read_csv(statistics.RESULTS / "int8_imagenette.csv")
     titles = {"network": "network", "test_px": "test size (px)", "dtype": "type"}
@@ -55,9 +55,12 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     for name in ("csp_split", "vovnet"):
         results[name] = statistics.study_table(STUDIES[name], statistics.read_study(name))
     return {
-        "README.md": {"models": pd.DataFrame(columns), "speed": speed},
+        "README.md": {"models": pd.DataFrame(columns), "speed": speed_table(measured)},
         "docs/comparison.md": {"comparison": compared.drop(columns="what was tried")},
-        "docs/deploy.md": {"int8": quantized[list(titles)].rename(columns=titles)},
+        "docs/deploy.md": {
+            "runtimes": runtime_table(measured),
+            "int8": quantized[list(titles)].rename(columns=titles),
+        },
         "docs/results.md": results,
     }
 

@@ -197,6 +197,16 @@ def test_ratios_are_taken_within_rounds():
     assert benchmark.speed_table(pd.concat([table, other])).network.tolist() == ["y"]
 
 
+def test_runtimes_are_compared_with_timms():
+    """Of timm's two memory formats the faster one."""
+    values = {"timm float32": [8.0, 8.0], "ours float32": [4.0, 4.0]}
+    values |= {"timm channels_last float32": [2.0, 2.0], "ours compiled bfloat16": [1.0, 1.0]}
+    values |= {"timm channels_last compiled bfloat16": [2.0, 2.0]}
+    found = benchmark.runtime_table(record(values)).set_index("runtime")["x: ours, timm"]
+    expected = {"eager float32": "2.00, 4.00", "torch.compile bfloat16": "8.00, 4.00"}
+    assert found.to_dict() == expected
+
+
 def test_rows_of_the_same_run_are_replaced(tmp_path):
     path = tmp_path / "benchmark.csv"
     rows = [record({"timm": [1.0, 2.0], "ours": [3.0, 4.0]}, network=name) for name in "xy"]

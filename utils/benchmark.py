@@ -479,3 +479,21 @@ def speed_table(table: pd.DataFrame) -> pd.DataFrame:
     best = best.drop_duplicates([*runs, "title"], keep="last")  # of other thread counts
     shown = best.pivot(index=runs, columns="title", values="text")
     return shown.reindex(columns=titles.values()).reset_index()
+
+
+def runtime_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Table of docs/deploy.md: times timm in eager float32, ours and timm's, by runtime and type.
+
+    Args:
+        table: as of `speed_table`.
+    """
+    table = table[(table.task == "inference") & (table.unit == "ms/image")]
+    found = ratios(table[table.hardware.isin(table.hardware.tail(1))])
+    found[["whose", "runtime"]] = found.implementation.str.split(n=1, expand=True)
+    names = {"compiled": "torch.compile", "^(float32|bfloat16)": r"eager \1"}
+    found["runtime"] = found.runtime.str.replace("channels_last ", "").replace(names, regex=True)
+    index = ["batch_size", "runtime", "network"]
+    best = found.pivot_table("ratio_median", index, "whose", "max", sort=False)
+    text = best.apply("{ours:.2f}, {timm:.2f}".format_map, axis=1)
+    shown = text.unstack(sort=False).add_suffix(": ours, timm").reset_index()
+    return shown.rename_axis(columns=None)
