@@ -53,11 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> None:
     trained = open_network(args, pick_device(args.device))
     words = dict(zip(trained.classes, class_names(trained.classes, args.class_names), strict=True))
-    others = (
-        {args.exported.name: Exported(args.exported, len(trained.classes))}
-        if args.exported
-        else None
-    )
+    others = {each.name: Exported(each, len(trained.classes)) for each in [args.exported] if each}
     results, classes, skipped = evaluate_trained(
         trained,
         args.data_dir,

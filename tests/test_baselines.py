@@ -293,7 +293,7 @@ def test_recipes_at_the_sizes_of_a_run():
     """At the preset's own size its own test crop; else its ratio, in steps of 32 pixels."""
     sizes = {176: (224, 232), 128: (160, 166), 224: (288, 298), 32: (32, 33)}
     for px, expected in sizes.items():
-        case = ("accuracy", "resnet18", 64, px, 1.0, "cpu")
+        case = ("accuracy", "resnet18", 64, px, "cpu")
         found = benchmark.TrainingRun(*case, "ours", epochs=20).eval_recipe
         assert (found.eval_crop_px, found.eval_resize_px) == expected
     recipes = [
