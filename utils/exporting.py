@@ -6,7 +6,6 @@ with its source, at batch and image sizes other than the traced ones unless its 
 """
 
 import copy
-import dataclasses
 import functools
 import io
 import json
@@ -30,8 +29,8 @@ from backbones.weights import load_weights
 from utils.cli import DataError, import_optional
 from utils.data.folders import Preprocess, find_images, load_batch
 from utils.data.transforms import eval_transform, open_image
-from utils.recipe import Recipe
 from utils.records import write_atomic
+from utils.training.checkpoint import recipe_of_weights
 
 TRACED = (2, 64, 96)  # images, height, width; export takes a 1 or a square for a fixed size
 CHECKED = ((3, 160, 96), (1, 75, 107))
@@ -139,11 +138,16 @@ def _validate(path: Path, settings: Settings, overwrite: bool) -> list[Path]:
             raise ValueError(f"{path}: --{name} is for {', '.join(suffixes)} alone")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
-    paths = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    paths = _files(path)
     for each in paths:
         if each.exists() and not (overwrite and each.is_file()):
             raise FileExistsError(f"{each}: exists already; --overwrite replaces files")
     return paths
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of an exported network, that of `path` first."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 def optimized_graph(net: Backbone | Classifier) -> Backbone | Classifier:
@@ -246,9 +250,7 @@ def calibration_images(net: Backbone | Classifier, folder: str | Path) -> Tensor
     backbone = getattr(net, "backbone", net)
     if backbone.in_channels != 3:
         raise ValueError(f"--int8 is for RGB images, not in_channels={backbone.in_channels}")
-    recipe = Recipe(eval_resize_px=256, eval_crop_px=224)
-    if backbone.preprocessing:
-        recipe = dataclasses.replace(recipe, **backbone.preprocessing.as_recipe())
+    recipe = recipe_of_weights(backbone.preprocessing)
     found, _ = find_images(Path(folder), top=True)
     names = [name for part in found.values() for name in part]
     if not names:
@@ -363,8 +365,7 @@ class Exported(nn.Module):
         self.path, self.classes = Path(path), classes
         if self.path.suffix not in (".onnx", ".pt2", ".xml"):
             raise ValueError(f"{path}: must end in .onnx, .pt2 or .xml")
-        beside = [self.path.with_suffix(".bin")] if self.path.suffix == ".xml" else []
-        files = [each.read_bytes() for each in (self.path, *beside)]
+        files = [each.read_bytes() for each in _files(self.path)]
         try:
             run = FORMATS[self.path.suffix][1](files, self)
         except Exception as error:  # each runtime has its own types

@@ -246,6 +246,12 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
     return Trained(raw, ema, recipe=recipe, device=device, val_files=val_files, **config)
 
 
+def recipe_of_weights(images: Preprocessing | None) -> Recipe:
+    """How images are prepared for weights; unless known, resized to 256 pixels, cropped to 224."""
+    recipe = Recipe(precision="float32", eval_resize_px=256, eval_crop_px=224)
+    return dataclasses.replace(recipe, **images.as_recipe()) if images else recipe
+
+
 def load_published(
     backbone: str,
     weights: str,
@@ -277,9 +283,7 @@ def load_published(
     if len(names) != report.classes:
         source = weights if report.class_names else class_names
         raise DataError(f"{source}: {len(names)} class names, but a head for {report.classes}")
-    recipe = Recipe(precision="float32", eval_resize_px=256, eval_crop_px=224)
-    if images := model.backbone.preprocessing:
-        recipe = dataclasses.replace(recipe, **images.as_recipe())
+    recipe = recipe_of_weights(model.backbone.preprocessing)
     device = device or distributed.pick_device()
     (model,) = _prepare(recipe, device, model)
     return Trained(model, model, backbone, model.backbone.options, names, recipe, device)
