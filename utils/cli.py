@@ -104,6 +104,11 @@ def summarize(items: Sequence[str]) -> str:
     return f"{len(items)} ({', '.join(shown + ['...'] * (len(items) > 3))})"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; without one, its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @functools.cache
 def warn(line: str) -> None:
     """Prints a one-line warning to stderr, once, and in the first of torchrun's processes alone."""

@@ -26,7 +26,7 @@ from backbones.base import Backbone
 from backbones.classifier import Classifier
 from backbones.deploy import NamedOutputs, optimize
 from backbones.weights import load_weights
-from utils.cli import DataError, import_optional
+from utils.cli import DataError, first_line, import_optional
 from utils.data.folders import Preprocess, find_images, load_batch
 from utils.data.transforms import eval_transform, open_image
 from utils.records import write_atomic
@@ -172,7 +172,7 @@ def _compare(path: Path, source: nn.Module, exported: Run, settings: Settings) -
         try:
             found = exported(images)
         except Exception as error:  # each runtime has its own types
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ExportError(f"{prefix} fails ({reason})") from error
         shapes = [{name: list(x.shape) for name, x in each.items()} for each in (found, expected)]
         if shapes[0] != shapes[1]:
@@ -377,7 +377,7 @@ class Exported(nn.Module):
             try:
                 outputs = self.run(images.cpu().contiguous())
             except Exception as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 size = list(images.shape)
                 raise DataError(f"{self.path}: fails for images {size} ({reason})") from error
         if "logits" not in outputs or outputs["logits"].shape[1] != self.classes:

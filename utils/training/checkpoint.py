@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 from backbones import create_classifier
 from backbones.pretrained import Preprocessing
 from utils import distributed
-from utils.cli import DataError, backbone_option, summarize, unicode_hint, warn
+from utils.cli import DataError, backbone_option, first_line, summarize, unicode_hint, warn
 from utils.data.imagenet import CLASSES, read_class_names
 from utils.recipe import Recipe
 from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
@@ -179,7 +179,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # PyTorch raises many types for files that are no checkpoints
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RunError(f"{path}: not a checkpoint, or damaged ({reason})") from error
     if damaged:
         raise RunError(f"{path}: not a checkpoint, or damaged ({damaged} in it)")
@@ -236,7 +236,7 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RunError(f"{path}: its weights do not fit its own config ({reason})") from error
     if not all(tensor.isfinite().all() for tensor in ema.state_dict().values()):
         raise RunError(f"{path}: its weights are not all finite; use an earlier checkpoint")
