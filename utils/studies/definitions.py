@@ -185,6 +185,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "VoVNet-57": ("vovnet57", {}, {}),
 }
 RATES = (0.064, 0.16, 0.4)  # per 1024 images
+MORE_RATES = {"ResNet-18": (0.025,)}  # where the best of RATES is at the edge
 BEST_RATES = dict.fromkeys(NETWORKS, 0.16)  # until networks_rates is recorded
 
 
@@ -198,7 +199,7 @@ def _networks(name: str, tuning: bool) -> Study:
             {**changes, "lr_per_1024": rate},
         )
         for value, (backbone, options, changes) in NETWORKS.items()
-        for rate in (RATES if tuning else (BEST_RATES[value],))
+        for rate in ((*RATES, *MORE_RATES.get(value, ())) if tuning else (BEST_RATES[value],))
     )
     settings = {"tuning": True, "held_out_share": 0.25} if tuning else {}
     seeds, baseline = (0,) if tuning else (*FIVE, 5), variants[0].value
