@@ -172,7 +172,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "MobileNetV2": ("mobilenet_v2", {}, FULL_WIDTH),
     "Darknet-19": ("darknet19", {}, {}),
     "Darknet-53": ("darknet53", {}, {}),
-    "Darknet-53, last norm 1": ("darknet53", {"last_norm": 1.0}, {}),
     "Darknet-53, narrow": ("darknet53", {}, {"width": 0.2}),  # the MACs of CSPDarknet-53
     "CSPDarknet-19": ("cspdarknet19", {}, {}),
     "CSPDarknet-53": ("cspdarknet53", {}, {}),
