@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
-PENDING = ("networks_rates", "networks", "imagenette_20", "noise_floor")
+PENDING = (
+    "networks_rates",
+    "networks",
+    "references_rates",
+    "references",
+    "imagenette_20",
+    "noise_floor",
+)
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)

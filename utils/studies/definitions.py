@@ -165,11 +165,9 @@ def _short_recipe() -> Study:
 NARROW = replace(
     RECIPES["imagenette"], train_crop_px=64, eval_resize_px=73, eval_crop_px=64, width=0.25
 )
-FULL_WIDTH, V1 = {"width": 1.0}, {"residual": False, "ese": False}
-NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "ResNet-18": ("resnet18", {}, FULL_WIDTH),
-    "ResNet-50": ("resnet50", {}, FULL_WIDTH),
-    "MobileNetV2": ("mobilenet_v2", {}, FULL_WIDTH),
+V1 = {"residual": False, "ese": False}
+Networks = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
+NETWORKS: Networks = {
     "Darknet-19": ("darknet19", {}, {}),
     "Darknet-53": ("darknet53", {}, {}),
     "Darknet-53, narrow": ("darknet53", {}, {"width": 0.2}),  # the MACs of CSPDarknet-53
@@ -183,13 +181,18 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "VoVNet-57 V1 + eSE": ("vovnet57", {"residual": False}, {}),
     "VoVNet-57": ("vovnet57", {}, {}),
 }
+REFERENCES: Networks = {
+    "ResNet-18": ("resnet18", {}, {"width": 1.0}),
+    "ResNet-50": ("resnet50", {}, {"width": 1.0}),
+    "MobileNetV2": ("mobilenet_v2", {}, {"width": 1.0}),
+}
 RATES = (0.064, 0.16, 0.4)  # per 1024 images
 MORE_RATES = {"ResNet-18": (0.025,)}  # where the best of RATES is at the edge
-BEST_RATES = dict.fromkeys(NETWORKS, 0.16)  # until networks_rates is recorded
+BEST_RATES: dict[str, float] = {}  # from networks_rates and references_rates; 0.16 until recorded
 
 
-def _networks(name: str, tuning: bool) -> Study:
-    """Every network under one recipe, each at its own learning rate."""
+def _networks(name: str, networks: Networks, seeds: tuple[int, ...], tuning: bool = False) -> Study:
+    """Networks under one recipe, each at its own learning rate."""
     variants = tuple(
         Variant(
             f"{value}, {rate:g}" if tuning else value,
@@ -197,11 +200,13 @@ def _networks(name: str, tuning: bool) -> Study:
             options,
             {**changes, "lr_per_1024": rate},
         )
-        for value, (backbone, options, changes) in NETWORKS.items()
-        for rate in ((*RATES, *MORE_RATES.get(value, ())) if tuning else (BEST_RATES[value],))
+        for value, (backbone, options, changes) in networks.items()
+        for rate in (
+            (*RATES, *MORE_RATES.get(value, ())) if tuning else (BEST_RATES.get(value, 0.16),)
+        )
     )
     settings = {"tuning": True, "held_out_share": 0.25} if tuning else {}
-    seeds, baseline = (0,) if tuning else (*FIVE, 5), variants[0].value
+    baseline = variants[0].value
     return Study(name, "network", baseline, NARROW, variants, seeds, "raw", **settings)
 
 
@@ -343,7 +348,10 @@ STUDIES = {
     for study in (
         _initialization("initialization_rates", tuning=True),
         _initialization("initialization", tuning=False),
-        *(_networks("networks_rates", tuning=True), _networks("networks", tuning=False)),
+        _networks("networks_rates", NETWORKS, (0,), tuning=True),
+        _networks("networks", NETWORKS, (*FIVE, 5)),
+        _networks("references_rates", REFERENCES, (0,), tuning=True),
+        _networks("references", REFERENCES, THREE),
         *(_imagenette(5), _imagenette(20), _noise_floor()),
         *(_learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
         *(_leave_one_out(), _add_one(), _fixres(), _length()),
