@@ -213,6 +213,26 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
             torch.testing.assert_close(value, found[0][1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_float16_scales_the_loss_and_skips_steps_that_overflow(monkeypatch):
+    """On a CPU, where only this test trains in float16; the scale resumes with the run."""
+    losses, float16 = [], lambda device, precision: torch.float16
+    for precision in ("float32", "fp16"):
+        recipe = dataclasses.replace(TINY, precision=precision, weight_decay=0.1)
+        if precision == "fp16":
+            monkeypatch.setattr("utils.training.loop.autocast_dtype", float16)
+        trainer = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
+        losses.append([trainer.train_step(make_batch(seed=step)).item() for step in range(5)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**120})
+    assert math.isfinite(trainer.train_step(make_batch()).item())
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    other = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
+    other.load_state_dict(trainer.state_dict())
+    assert other.scaler.get_scale() == 2.0**119
+
+
 def test_seed_step_and_process_draw_the_mixing(monkeypatch):
     """Each of them alone changes how one batch is mixed, and so its loss before any update."""
     recipe, losses = dataclasses.replace(TINY, precision="float32"), []

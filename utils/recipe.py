@@ -121,7 +121,9 @@ class Recipe(_Checked):
     backbone_lr_factor: float = _field(1.0, "factor on the backbone's learning rate", ABOVE_0)
     class_weights: bool = _field(False, "weight the loss by 1 / images of the class")
     width: float = _field(1.0, "factor on the channels of Darknet and VoVNet", ABOVE_0)
-    precision: Literal["bf16", "float32"] = _field("bf16", "autocast type, where the device has it")
+    precision: Literal["bf16", "fp16", "float32"] = _field(
+        "bf16", "autocast type, where the device has it; fp16: on GPUs, with loss scaling"
+    )
     channels_last: bool = _field(True, "channels_last memory format")
 
     def __post_init__(self) -> None:
@@ -130,6 +132,8 @@ class Recipe(_Checked):
         self._check("eval_resize_px", is_larger, "at least eval_crop_px")
         is_sgd = self.optimizer == "sgd"
         self._check("nesterov", is_sgd or not self.nesterov, "False unless optimizer is sgd")
+        scales = self.precision != "fp16" or self.optimizer != "muon"  # Muon takes no scaled loss
+        self._check("precision", scales, "bf16 or float32 with muon")
 
     @property
     def peak_lr(self) -> float:

@@ -24,6 +24,8 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
     """The type for autocast, or None for float32, also where bf16 would only be emulated."""
     if precision == "float32":
         return None
+    if precision == "fp16":
+        return torch.float16 if device.type == "cuda" else None
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
@@ -124,6 +125,8 @@ class Trainer:
             self.net = torch.compile(self.net)
         self.dtype = autocast_dtype(self.device, recipe.precision)
         self.optimizer = make_optimizer(self.model, recipe, self.dtype)
+        # Skips the steps whose float16 gradients overflow; does nothing for other types.
+        self.scaler = GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.lr_factor = functools.partial(
             lr_factor,
             warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
@@ -149,7 +152,8 @@ class Trainer:
         torch.manual_seed(stream_seed(STEP_STREAM, self.seed, self.step, distributed.rank()))
         images, targets = self.preprocess(batch)
         loss = self._backward(images, targets)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()  # now, so that the next forward pass has their memory
         self.schedule.step()
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay_at(self.step, self.recipe.ema_decay))
@@ -178,7 +182,7 @@ class Trainer:
                     reduction="sum",
                 )
                 loss = losses / len(images)
-                loss.backward()
+                self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
@@ -195,6 +199,7 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "metrics": self.metrics,
             "speed": self.speed,
@@ -206,6 +211,7 @@ class Trainer:
         """Restores the result of `state_dict`."""
         for name in ("model", "ema", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
+        self.scaler.load_state_dict(state.get("scaler", {}))  # older checkpoints have none
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
         self.skipped = dict.fromkeys(state["skipped"])
         self.train_time_s = state["under_way"]["train_time_s"]
