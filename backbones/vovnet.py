@@ -32,6 +32,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import max_pool2d, pad
 
 from backbones.base import Backbone, validate_choice, validate_number
@@ -117,10 +118,10 @@ class TrailingMaxPool(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # In a traced graph sizes are symbols, and one graph must serve even and odd ones.
-        if torch.compiler.is_compiling() or x.shape[-1] % 2 or x.shape[-2] % 2:
-            return max_pool2d(pad(x, (0, 2, 0, 2), value=float("-inf")), 3, stride=2)
-        return max_pool2d(x, 3, stride=2, ceil_mode=True)
+        # In a graph for any size the sizes are symbols: it must serve even and odd ones.
+        if all(statically_known_true(edge % 2 == 0) for edge in x.shape[-2:]):
+            return max_pool2d(x, 3, stride=2, ceil_mode=True)
+        return max_pool2d(pad(x, (0, 2, 0, 2), value=float("-inf")), 3, stride=2)
 
 
 class VoVNet(Backbone):
