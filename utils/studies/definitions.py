@@ -41,17 +41,6 @@ FULL = {name: value for on, _ in TRICKS.values() for name, value in on.items()}
 BARE = {name: value for _, off in TRICKS.values() for name, value in off.items()}
 
 
-def _learning_rate() -> Study:
-    """The peak rate of Darknet-53 with and without the split, chosen on the held-out slice."""
-    variants = tuple(
-        Variant(f"{backbone}, {rate:g}", backbone, options, {"lr_per_1024": rate})
-        for backbone, options in (("cspdarknet53", {"split": "separate"}), ("darknet53", {}))
-        for rate in (2.0, 1.0, 0.5)
-    )
-    name, baseline = "learning_rate", variants[0].value
-    return Study(name, "learning rate", baseline, SHORT, variants, (0,), tuning=True)
-
-
 # Initial weights of each block's last norm: the rates per 1024 images that were tried, and the best
 # of them for each network.
 STARTS: dict[float, tuple[tuple[float, ...], dict[str, float]]] = {
@@ -168,26 +157,33 @@ NARROW = replace(
 V1 = {"residual": False, "ese": False}
 Networks = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
 NETWORKS: Networks = {
-    "Darknet-19": ("darknet19", {}, {}),
-    "Darknet-53": ("darknet53", {}, {}),
-    "Darknet-53, narrow": ("darknet53", {}, {"width": 0.2}),  # the MACs of CSPDarknet-53
-    "CSPDarknet-19": ("cspdarknet19", {}, {}),
     "CSPDarknet-53": ("cspdarknet53", {}, {}),
     "CSPDarknet-53, partial": ("cspdarknet53", {"split": "partial"}, {}),
-    "VoVNet-39 V1": ("vovnet39", V1, {}),
-    "VoVNet-39": ("vovnet39", {}, {}),
+    "Darknet-53": ("darknet53", {}, {}),
+    "Darknet-53, narrow": ("darknet53", {}, {"width": 0.2}),  # the MACs of CSPDarknet-53
     "VoVNet-57 V1": ("vovnet57", V1, {}),
     "VoVNet-57 V1 + residual": ("vovnet57", {"ese": False}, {}),
     "VoVNet-57 V1 + eSE": ("vovnet57", {"residual": False}, {}),
     "VoVNet-57": ("vovnet57", {}, {}),
 }
+# Comparisons among them, the first of each the baseline.
+GROUPS = {"CSP split": tuple(NETWORKS)[:4], "VoVNet version": tuple(NETWORKS)[4:]}
 REFERENCES: Networks = {
     "ResNet-18": ("resnet18", {}, {"width": 1.0}),
     "ResNet-50": ("resnet50", {}, {"width": 1.0}),
     "MobileNetV2": ("mobilenet_v2", {}, {"width": 1.0}),
+    "Darknet-19": ("darknet19", {}, {}),
+    "CSPDarknet-19": ("cspdarknet19", {}, {}),
+    "VoVNet-39 V1": ("vovnet39", V1, {}),
+    "VoVNet-39": ("vovnet39", {}, {}),
 }
 RATES = (0.064, 0.16, 0.4)  # per 1024 images
-MORE_RATES = {"ResNet-18": (0.025,)}  # where the best of RATES is at the edge
+MORE_RATES = {  # where the best of RATES is at an edge
+    "CSPDarknet-53": (0.025,),
+    **dict.fromkeys(("CSPDarknet-53, partial", "Darknet-53", "Darknet-53, narrow"), (1.0,)),
+    "ResNet-18": (0.025,),
+    "Darknet-19": (1.0,),
+}
 BEST_RATES: dict[str, float] = {}  # from networks_rates and references_rates; 0.16 until recorded
 
 
@@ -215,10 +211,9 @@ def _noise_floor() -> Study:
 
     With SGD: Muon orthogonalizes whole kernels, of which "separate" has two for one of "slice".
     """
-    recipe = replace(FIVE_EPOCHS, flat_share=0.7)  # its rate is the best in initialization_rates
-    variants = tuple(
-        Variant(split, "cspdarknet53", {"split": split}) for split in ("separate", "slice")
-    )
+    recipe = replace(FIVE_EPOCHS, flat_share=0.7)
+    splits = ("separate", "slice")
+    variants = tuple(Variant(split, BACKBONE, {"split": split}) for split in splits)
     return Study("noise_floor", "split", "separate", recipe, variants, tuple(range(25)), "raw")
 
 
@@ -227,25 +222,6 @@ def _imagenette(epochs: int) -> Study:
     variant = Variant("VoVNet-39", "vovnet39", {"act": "silu"})
     recipe = replace(RECIPES["imagenette"], epochs=epochs)
     return Study(f"imagenette_{epochs}", "network", variant.value, recipe, (variant,), FIVE)
-
-
-def _csp_split() -> Study:
-    splits = ("separate", "slice", "partial")
-    variants = [Variant(split, "cspdarknet53", {"split": split}) for split in splits]
-    variants.append(Variant("no split", "darknet53"))
-    return Study("csp_split", "CSP split", "separate", SHORT, tuple(variants), FIVE)
-
-
-def _vovnet() -> Study:
-    versions: dict[str, dict[str, Any]] = {
-        "V1": V1,
-        "V1 + residual": {"residual": True, "ese": False},
-        "V1 + eSE": {"residual": False, "ese": True},
-        "V2": {"residual": True, "ese": True},
-        "V2, eSE last": {"residual": True, "ese": "last"},
-    }
-    variants = tuple(Variant(value, "vovnet39", options) for value, options in versions.items())
-    return Study("vovnet", "VoVNet version", "V1", SHORT, variants, FIVE)
 
 
 def _leave_one_out() -> Study:
@@ -353,8 +329,7 @@ STUDIES = {
         _networks("references_rates", REFERENCES, (0,), tuning=True),
         _networks("references", REFERENCES, THREE),
         *(_imagenette(5), _imagenette(20), _noise_floor()),
-        *(_learning_rate(), _short_recipe(), _csp_split(), _vovnet()),
-        *(_leave_one_out(), _add_one(), _fixres(), _length()),
+        *(_short_recipe(), _leave_one_out(), _add_one(), _fixres(), _length()),
         *(_finetune("finetune_rates", tuning=True), _finetune("finetune", tuning=False)),
         *(_transfer("transfer_rates", tuning=True), _transfer("transfer", tuning=False)),
     )
