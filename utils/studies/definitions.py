@@ -184,7 +184,12 @@ MORE_RATES = {  # where the best of RATES is at an edge
     **dict.fromkeys(("VoVNet-57 V1", "VoVNet-57 V1 + residual", "VoVNet-57 V1 + eSE"), (1.0,)),
     "Darknet-19": (1.0,),
 }
-BEST_RATES: dict[str, float] = {}  # from networks_rates and references_rates; 0.16 until recorded
+BEST_RATES = {  # of networks_rates and references_rates; 0.16 until those are recorded
+    "CSPDarknet-53": 0.064,
+    "VoVNet-57": 0.16,
+    **dict.fromkeys(("CSPDarknet-53, partial", "Darknet-53", "Darknet-53, narrow"), 0.4),
+    **dict.fromkeys(("VoVNet-57 V1", "VoVNet-57 V1 + residual", "VoVNet-57 V1 + eSE"), 0.4),
+}
 
 
 def _networks(name: str, networks: Networks, seeds: tuple[int, ...], tuning: bool = False) -> Study:
