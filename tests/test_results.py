@@ -13,7 +13,15 @@ from backbones import create_classifier
 from utils.benchmark import RUN, read_benchmark, speed_table
 from utils.measure import count_parameters
 from utils.recipe import RECIPES, DetectorRecipe
-from utils.studies.definitions import FINETUNING, STARTS, STUDIES, TRANSFER_RATES
+from utils.studies.definitions import (
+    BEST_RATES,
+    FINETUNING,
+    MORE_RATES,
+    RATES,
+    STARTS,
+    STUDIES,
+    TRANSFER_RATES,
+)
 from utils.studies.runner import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +29,6 @@ RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
 PENDING = (
-    "networks_rates",
     "networks",
     "references_rates",
     "references",
@@ -104,6 +111,10 @@ TUNED = [
         ("initialization", f"{backbone}, last norm {start}", rates, best)
         for start, (rates, by_backbone) in STARTS.items()
         for backbone, best in by_backbone.items()
+    ),
+    *(
+        ("networks", network, sorted((*RATES, *MORE_RATES.get(network, ()))), best)
+        for network, best in BEST_RATES.items()
     ),
 ]
 
