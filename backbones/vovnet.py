@@ -113,13 +113,12 @@ class TrailingMaxPool(nn.Module):
 
     The authors' `MaxPool2d(3, 2, ceil_mode=True)` rounds an odd size down, which breaks the
     contract's map sizes; here padding with minus infinity at the end makes up for it.
-    `torch.jit.trace` and the ONNX exporter built on it would fix the traced size's branch; use
-    `torch.export` and `torch.onnx.export(dynamo=True)`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # In a graph for any size the sizes are symbols: it must serve even and odd ones.
-        if all(statically_known_true(edge % 2 == 0) for edge in x.shape[-2:]):
+        # In a graph for all sizes they are symbols, under torch.jit.trace tensors.
+        is_traced = torch.jit.is_tracing()
+        if not is_traced and all(statically_known_true(edge % 2 == 0) for edge in x.shape[-2:]):
             return max_pool2d(x, 3, stride=2, ceil_mode=True)
         return max_pool2d(pad(x, (0, 2, 0, 2), value=float("-inf")), 3, stride=2)
 

@@ -21,6 +21,8 @@ def test_autocast_is_on_where_the_recipe_says_and_the_device_can():
     assert autocast_dtype(CPU, "float32") is None
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert autocast_dtype(CPU, "bf16") == (torch.bfloat16 if supported else None)
+    assert autocast_dtype(CPU, "fp16") is None
+    assert autocast_dtype(torch.device("cuda"), "fp16") is torch.float16
 
 
 class Fixed(nn.Module):

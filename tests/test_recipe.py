@@ -79,6 +79,11 @@ def test_bad_values_are_named(field, value, wanted):
         Recipe(**{field: value})
 
 
+def test_muon_takes_no_scaled_loss():
+    with pytest.raises(ValueError, match="precision='fp16' must be bf16 or float32 with muon"):
+        Recipe(optimizer="muon", precision="fp16")
+
+
 def parse(argv, preset="imagenet"):
     parser = argparse.ArgumentParser()
     recipe.add_arguments(parser, preset)

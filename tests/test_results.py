@@ -17,6 +17,7 @@ from utils.studies.definitions import (
     BEST_RATES,
     FINETUNING,
     MORE_RATES,
+    NETWORKS,
     RATES,
     STARTS,
     STUDIES,
@@ -65,6 +66,7 @@ def test_a_study_is_recorded_completely(study):
             "network": variant.network,
             "epochs": recipe.epochs,
             "train_crop_px": recipe.train_crop_px,
+            **({"lr_per_1024": recipe.lr_per_1024} if "lr_per_1024" in table else {}),
             "parameters": count_parameters(net),  # which hold it to the width
         }
         rows = table[(table.value == variant.value) & (table.seed == seed)]
@@ -113,8 +115,8 @@ TUNED = [
         for backbone, best in by_backbone.items()
     ),
     *(
-        ("networks", network, sorted((*RATES, *MORE_RATES.get(network, ()))), best)
-        for network, best in BEST_RATES.items()
+        ("networks", name, sorted((*RATES, *MORE_RATES.get(name, ()))), BEST_RATES[name])
+        for name in NETWORKS
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -214,23 +215,32 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 
 def test_float16_scales_the_loss_and_skips_steps_that_overflow(monkeypatch):
-    """On a CPU, where only this test trains in float16; the scale resumes with the run."""
-    losses, float16 = [], lambda device, precision: torch.float16
-    for precision in ("float32", "fp16"):
-        recipe = dataclasses.replace(TINY, precision=precision, weight_decay=0.1)
-        if precision == "fp16":
-            monkeypatch.setattr("utils.training.loop.autocast_dtype", float16)
-        trainer = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
-        losses.append([trainer.train_step(make_batch(seed=step)).item() for step in range(5)])
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    before = copy.deepcopy(trainer.model.state_dict())
-    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**120})
-    assert math.isfinite(trainer.train_step(make_batch()).item())
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(value, before[name])
-    other = Trainer(without_batchnorm(), recipe, steps_per_epoch=10, num_classes=3)
-    other.load_state_dict(trainer.state_dict())
-    assert other.scaler.get_scale() == 2.0**119
+    """Its first step overflows, and then it trains as float32. On a CPU in this test alone."""
+    recipe = dataclasses.replace(TINY, warmup_epochs=0.0, weight_decay=0.1)
+    make = functools.partial(Trainer, steps_per_epoch=10**6, num_classes=3)
+    wide = make(without_batchnorm(), dataclasses.replace(recipe, precision="float32"))
+    monkeypatch.setattr("utils.training.loop.autocast_dtype", lambda *_: torch.float16)
+    half = make(without_batchnorm(), recipe)
+    before = copy.deepcopy(half.model.state_dict())
+    half.scaler.load_state_dict({**half.scaler.state_dict(), "scale": 2.0**120})
+    half.train_step(make_batch())
+    assert all(torch.equal(value, before[name]) for name, value in half.model.state_dict().items())
+    assert half.scaler.get_scale() == 2.0**119
+    half.scaler.update(2.0**16)
+    half.step = 0  # which seeds the mixing
+    batches = [make_batch(seed=step) for step in range(5)]
+    wide_losses, half_losses = ([t.train_step(b).item() for b in batches] for t in (wide, half))
+    assert half_losses == pytest.approx(wide_losses, rel=0.01)
+
+    other = make(without_batchnorm(), recipe)
+    other.load_state_dict(half.state_dict())
+    assert other.scaler.get_scale() == 2.0**16
+    other.scaler.load_state_dict({**half.scaler.state_dict(), "scale": 1e-5})
+    with pytest.raises(DivergedError, match="a gradient is not finite"):
+        other.synchronize()
+    old = wide.state_dict()
+    del old["scaler"]  # as before there was one
+    wide.load_state_dict(old)
 
 
 def test_seed_step_and_process_draw_the_mixing(monkeypatch):

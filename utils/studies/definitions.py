@@ -184,7 +184,8 @@ MORE_RATES = {  # where the best of RATES is at an edge
     **dict.fromkeys(("VoVNet-57 V1", "VoVNet-57 V1 + residual", "VoVNet-57 V1 + eSE"), (1.0,)),
     "Darknet-19": (1.0,),
 }
-BEST_RATES = {  # of networks_rates and references_rates; 0.16 until those are recorded
+BEST_RATES = {
+    **dict.fromkeys(REFERENCES, 0.16),  # until references_rates is recorded
     "CSPDarknet-53": 0.064,
     "VoVNet-57": 0.16,
     **dict.fromkeys(("CSPDarknet-53, partial", "Darknet-53", "Darknet-53, narrow"), 0.4),
@@ -202,9 +203,7 @@ def _networks(name: str, networks: Networks, seeds: tuple[int, ...], tuning: boo
             {**changes, "lr_per_1024": rate},
         )
         for value, (backbone, options, changes) in networks.items()
-        for rate in (
-            (*RATES, *MORE_RATES.get(value, ())) if tuning else (BEST_RATES.get(value, 0.16),)
-        )
+        for rate in ((*RATES, *MORE_RATES.get(value, ())) if tuning else (BEST_RATES[value],))
     )
     settings = {"tuning": True, "held_out_share": 0.25} if tuning else {}
     baseline = variants[0].value

@@ -21,7 +21,7 @@ MAX_BATCH_SIZE = 256  # of an evaluation, whatever the batch size of training
 
 
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """The type for autocast, or None for float32, also where bf16 would only be emulated."""
+    """The type for autocast; None is float32, also for fp16 on CPUs and where bf16 is emulated."""
     if precision == "float32":
         return None
     if precision == "fp16":

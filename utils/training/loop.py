@@ -42,6 +42,7 @@ from utils.training.checkpoint import DIVERGED, RunError, finish_save, open_run,
 from utils.training.evaluation import autocast, autocast_dtype, dtype_name, evaluate
 from utils.training.optimizer import ema_decay_at, lr_factor, make_optimizer
 
+MIN_SCALE = 1e-4  # of float16's loss; halved by each step whose gradients are not finite
 PROGRESS_STEPS = 20  # steps between two reads of the loss, which wait for the device
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_S = 2  # job managers and torchrun may both send one SIGTERM, within this time
@@ -286,6 +287,7 @@ class Trainer:
         with torch.no_grad():
             norms = torch._foreach_norm(list(self.model.parameters()))
         bad = ~torch.isfinite(torch.stack([self.loss_sum, *norms])).all()
+        bad |= self.scaler.get_scale() < MIN_SCALE
         if distributed.sum_over_processes(bad.float()):
             self._raise_diverged()
         self.recent.clear()
@@ -296,7 +298,7 @@ class Trainer:
         own = [(step, indices) for step, loss, indices in self.recent if not loss.isfinite()]
         found = [each[0] for each in distributed.gather_objects(own) if each]
         if not found:
-            raise DivergedError(f"a weight is not finite; {advice}")
+            raise DivergedError(f"a weight or a gradient is not finite; {advice}")
         step = min(step for step, _ in found)
         indices = [i for each, some in found if each == step for i in some]
         raise DivergedError(f"the loss is not finite at step {step}; {advice}", step, indices)

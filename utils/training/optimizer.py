@@ -66,7 +66,7 @@ def make_optimizer(
     """The recipe's optimizer for the parameters that are not frozen.
 
     Args:
-        dtype: type of Muon's orthogonalization; None is float32.
+        dtype: of autocast, and of Muon's orthogonalization; None is float32.
     """
     parts = [(model, 1.0)]
     if recipe.backbone_lr_factor != 1:
@@ -83,7 +83,12 @@ def make_optimizer(
         return Muon(momentum=recipe.momentum, dtype=dtype or torch.float32, **options)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(betas=(recipe.momentum, 0.999), **options)
-    return torch.optim.SGD(momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
+    sgd = torch.optim.SGD(momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
+    if dtype is torch.float16:  # a first step that overflows would leave the momentum uninitialized
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def ema_decay_at(updates: int, decay: float) -> float:
