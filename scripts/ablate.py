@@ -1,6 +1,6 @@
 """Runs a study: one factor varied over seeds, a folder per run, all results in one CSV.
 
-    python scripts/ablate.py csp_split --data-dir data/imagenette2-224sq --processes 2
+    python scripts/ablate.py networks --data-dir data/imagenette2-224sq --processes 2
 
 Without --output the record is the repository's results/study_<name>.csv, which holds the runs of
 one machine: choose another for your own.

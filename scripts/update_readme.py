@@ -29,7 +29,6 @@ from utils.data import sample
 from utils.data.transforms import MEAN_RGB, STD_RGB
 from utils.records import write_atomic
 from utils.studies import statistics
-from utils.studies.definitions import STUDIES
 from utils.training.checkpoint import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +49,10 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     titles = {"network": "network", "test_px": "test size (px)", "dtype": "type"}
     titles |= {"megabytes": "ONNX file (MB)", "top1_pct": "top-1 (%)"}
     names = ["initialization", "initialization_rates", "short_recipe", "recipe", "fixres", "length"]
-    names += ["finetune", "transfer", "detection", "imagenette"]
+    names += ["networks", "networks_rates", "finetune", "transfer", "detection", "imagenette"]
     results = {name: getattr(statistics, f"{name}_table")() for name in names}
-    for name in ("csp_split", "vovnet"):
-        results[name] = statistics.study_table(STUDIES[name], statistics.read_study(name))
+    for name, factor in (("csp_split", "CSP split"), ("vovnet", "VoVNet version")):
+        results[name] = statistics.study_table(*statistics.read_group(factor))
     return {
         "README.md": {"models": pd.DataFrame(columns), "speed": speed_table(measured)},
         "docs/comparison.md": {"comparison": compared.drop(columns="what was tried")},

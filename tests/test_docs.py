@@ -148,7 +148,7 @@ def place(tmp_path, monkeypatch, folders):
     names = dict(vars(definitions))
     exec(blocks("CONTRIBUTING.md", "python")[1], names)
     recipe = replace(TINY, epochs=1, warmup_epochs=0.0)
-    names_of_studies = ("csp_split", "finetune", "transfer", "imagenette_5")
+    names_of_studies = ("networks", "finetune", "transfer", "imagenette_5")
     studies = [definitions.STUDIES[name] for name in names_of_studies]
     for study in (*studies, names["_activation"]()):
         changes = {"recipe": {}, "train_share": 1.0}

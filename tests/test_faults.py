@@ -314,7 +314,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from helpers import TINY
 from scripts import ablate
 recipe = dataclasses.replace(TINY, epochs=1000)
-ablate.STUDIES["csp_split"] = dataclasses.replace(ablate.STUDIES["csp_split"], recipe=recipe)
+ablate.STUDIES["noise_floor"] = dataclasses.replace(ablate.STUDIES["noise_floor"], recipe=recipe)
 if __name__ == "__main__": sys.exit(ablate.main(sys.argv[1:]))
 """
 
@@ -322,11 +322,11 @@ if __name__ == "__main__": sys.exit(ablate.main(sys.argv[1:]))
 def test_a_terminated_study_ends_its_processes(folders, tmp_path):
     script = tmp_path / "study.py"
     script.write_text(STUDY)
-    args = ["csp_split", "--data-dir", folders, "--runs-dir", tmp_path, "--processes", 2]
+    args = ["noise_floor", "--data-dir", folders, "--runs-dir", tmp_path, "--processes", 2]
     command = list(map(str, [sys.executable, script, *args, "--output", tmp_path / "study.csv"]))
     process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
     for value in ("separate", "slice"):
-        wait_for(tmp_path / "csp_split" / f"{value}-seed0" / "last.pt", process.poll)
+        wait_for(tmp_path / "noise_floor" / f"{value}-seed0" / "last.pt", process.poll)
     started = children(process.pid)
     started += [pid for server in started for pid in children(server)]
     assert len(started) >= 3  # a fork server, and the two runs

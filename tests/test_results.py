@@ -30,7 +30,6 @@ RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
 PENDING = (
-    "networks",
     "references_rates",
     "references",
     "imagenette_20",

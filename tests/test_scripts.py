@@ -226,7 +226,7 @@ def strange_broken_image():
 PREDICT = [IMAGE, "--checkpoint", "done/last.pt"]
 EXPORT = ["--output", "new.pt2"]
 BY_NAME = ["--backbone", "cspdarknet19", *EXPORT]
-STUDY = ["csp_split", "--data-dir", "data", "--runs-dir", "new", "--output", "new.csv"]
+STUDY = ["networks", "--data-dir", "data", "--runs-dir", "new", "--output", "new.csv"]
 # name: what is done before, script, arguments, exit code, words of the one line
 MISTAKES = {
     "no folder": (None, "train.py", [*TRAIN, "--data-dir", "x"], 2, "x is not a folder"),

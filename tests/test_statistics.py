@@ -24,7 +24,7 @@ def record(top1=TOP1, **columns):
             "status": "done", "value": value, "seed": seed, "network": f"net {value}",
             "test_crop_px": 64, "top1_raw_pct": top1_pct,
             "top1_ema_pct": top1_pct + (2, 2, 5, 0, 0)[seed],
-            "parameters": 10, "gmacs": 0.0125,
+            "parameters": 10, "gmacs": 0.0125, "lr_per_1024": 0.5, "time_s": 60 + 60 * seed,
         }
         for value, values in top1.items()
         for seed, top1_pct in enumerate(values)
@@ -82,7 +82,8 @@ def test_failed_runs_are_left_out_and_single_seeds_have_no_interval():
     assert found.n.to_dict() == {"b": 3, "c": 1}
     summary = statistics.summarize(table, "top1_raw_pct")
     assert list(summary.index) == ["a", "b", "c"]
-    assert summary.loc["a", ["mean", "std", "n", "parameters"]].tolist() == [2, 1, 3, 10]
+    columns = ["mean", "std", "n", "parameters", "minutes"]
+    assert summary.loc["a", columns].tolist() == [2, 1, 3, 10, 2]
     first = statistics.compare(table[table.seed == 0], "a", "top1_raw_pct")
     assert first.difference.to_dict() == {"b": 0, "c": 4}
     without = statistics.compare(table[table.value != "a"], "a", "top1_raw_pct")
@@ -108,9 +109,34 @@ def test_the_table_of_a_study():
     table = statistics.study_table(STUDY, record()).set_index("recipe")
     assert table["top-1 (%)"]["with x"] == "56.0 ± 1.0"
     assert table["difference [95 % interval]"]["with x"] == "+5.0 [+3.0, +7.0]"
-    assert table.loc["with x", ["parameters", "GMACs"]].tolist() == [10, 0.0125]
+    costs = ["parameters", "GMACs", "lr per 1024 images"]
+    assert table.loc["with x", costs].tolist() == [10, 0.0125, 0.5]
     shown = ["difference [95 % interval]", "detectable"]
     assert table.loc["bare", shown].tolist() == ["baseline", ""]
+
+
+def test_the_tables_of_networks(tmp_path):
+    """Epochs are those of the best rate's run on the held-out slice; groups keep their networks."""
+    networks = {"CSPDarknet-53": [70, 72, 71], "Darknet-53": [60, 61, 62]}
+    record(networks, images_per_s=99.6).to_csv(tmp_path / "study_networks.csv")
+    rates = {"CSPDarknet-53, 0.5": [72], "Darknet-53, 0.1": [80.0], "Darknet-53, 0.5": [79.0]}
+    tuning = record(rates, lr_per_1024=[0.5, 0.1, 0.5])
+    tuning.to_csv(tmp_path / "study_networks_rates.csv")
+    curves = {"value": [*rates][1:] * 2, "epoch": [1, 1, 2, 2]}
+    curves = pd.DataFrame(curves | {"held_out_top1_pct": [75, 50, 80, 65]})
+    curves.to_csv(tmp_path / "study_networks_rates_curves.csv")
+
+    table = statistics.networks_table(tmp_path).set_index("network")
+    assert table.loc["Darknet-53", ["images/s", "minutes"]].tolist() == [100, "2.0"]
+    assert table["epochs to 60 %"].tolist() == ["", "2"]
+    assert (table["epochs to 70 %"] == "").all()
+    table = statistics.networks_rates_table(tmp_path)
+    assert list(table) == ["network", "rate 0.1", "rate 0.5"]
+    assert table.values.tolist() == [["CSPDarknet-53", "", "72.0"], ["Darknet-53", "80.0", "79.0"]]
+
+    study, table = statistics.read_group("CSP split", tmp_path)
+    assert (study.factor, study.baseline) == ("CSP split", "CSPDarknet-53")
+    assert statistics.differences(study, table).difference.to_dict() == {"Darknet-53": -10}
 
 
 def test_the_table_of_the_recipe(tmp_path):

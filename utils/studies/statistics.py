@@ -1,14 +1,16 @@
 """What studies found: means over seeds, differences with their intervals, accuracy and cost."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.api.typing import DataFrameGroupBy
 from scipy import stats
 
 from backbones.layers import LAST_NORM
-from utils.studies.definitions import STUDIES
-from utils.studies.runner import Study, finished
+from utils.studies.definitions import GROUPS, STUDIES
+from utils.studies.runner import Study, curves_path, finished
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
@@ -16,6 +18,14 @@ RESULTS = Path(__file__).resolve().parents[2] / "results"
 def read_study(name: str, results: Path = RESULTS) -> pd.DataFrame:
     """The record of a study, one row per run and test size, without failed runs."""
     return finished(pd.read_csv(results / f"study_{name}.csv"))
+
+
+def read_group(factor: str, results: Path = RESULTS) -> tuple[Study, pd.DataFrame]:
+    """A comparison among the networks of the study `networks`, as a study of its own."""
+    study, values, table = STUDIES["networks"], GROUPS[factor], read_study("networks", results)
+    variants = tuple(variant for variant in study.variants if variant.value in values)
+    study = replace(study, factor=factor, baseline=values[0], variants=variants)
+    return study, table[table.value.isin(values)]
 
 
 def at_own_size(table: pd.DataFrame) -> pd.DataFrame:
@@ -31,12 +41,13 @@ def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
         column: column of the accuracy, such as `Study.top1_column`.
 
     Returns:
-        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, and `gmacs`
-        of one image at the test size.
+        Indexed by value, in the order of the table: `mean`, `std`, `n`, `parameters`, `gmacs` of
+        one image at the test size, and `minutes`, the median time of a run.
     """
     groups = at_own_size(table).groupby("value", sort=False)
     accuracy = groups[column].agg(["mean", "std", "count"]).rename(columns={"count": "n"})
-    return accuracy.join(groups[["parameters", "gmacs"]].first())
+    costs = groups[["parameters", "gmacs"]].first()
+    return accuracy.join(costs).assign(minutes=groups.time_s.median() / 60)
 
 
 def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
@@ -166,10 +177,43 @@ def mean_std(values: pd.Series) -> str:
 def study_table(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Every value of a study: what it costs, accuracy, and difference to the baseline."""
     groups = at_own_size(table).groupby("value", sort=False)
-    shown = groups[["parameters", "gmacs"]].first()
-    shown.columns = ["parameters", "GMACs"]
+    shown = _costs(groups)
     shown["top-1 (%)"] = groups[study.top1_column].agg(mean_std)
     return _table(shown, differences(study, table), groups.size(), study.factor)
+
+
+def networks_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Every network under one recipe: costs, learning rate, accuracy, speed and epochs to it."""
+    groups = read_study("networks", results).groupby("value", sort=False)
+    shown = _costs(groups)
+    shown["top-1 (%)"], shown["n"] = groups.top1_raw_pct.agg(mean_std), groups.size()
+    shown["images/s"] = groups.images_per_s.median().round().astype(int)
+    shown["minutes"] = (groups.time_s.median() / 60).map("{:.1f}".format)
+    curves = pd.read_csv(curves_path(results / "study_networks_rates.csv"))
+    runs = shown.index + shown["lr per 1024 images"].map(", {:g}".format)
+    for top1_pct in (60, 70):
+        first = curves[curves.held_out_top1_pct >= top1_pct].groupby("value").epoch.min()
+        shown[f"epochs to {top1_pct} %"] = [str(first.get(run, "")) for run in runs]
+    return shown.rename_axis("network").reset_index()
+
+
+def networks_rates_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Top-1 on the held-out slice by network, a column per learning rate."""
+    table = read_study("networks_rates", results)
+    table["network"] = table.value.str.rsplit(", ", n=1).str[0]
+    return _wide(table, "network", "lr_per_1024", "rate ")
+
+
+def _costs(groups: DataFrameGroupBy) -> pd.DataFrame:
+    costs = groups[["parameters", "gmacs", "lr_per_1024"]].first()
+    return costs.set_axis(["parameters", "GMACs", "lr per 1024 images"], axis=1)
+
+
+def _wide(table: pd.DataFrame, rows: str | list[str], by: str, prefix: str = "") -> pd.DataFrame:
+    """Top-1 of the raw weights, a column per value of `by`; empty where there was no run."""
+    means = table.pivot_table("top1_raw_pct", rows, by, sort=False).sort_index(axis=1)
+    shown = means.map("{:.1f}".format).replace("nan", "").add_prefix(prefix)
+    return shown.rename_axis(columns=None).reset_index()
 
 
 def pairs_table(table: pd.DataFrame, by: str, column: str) -> pd.DataFrame:
@@ -266,11 +310,9 @@ def initialization_rates_table(results: Path = RESULTS) -> pd.DataFrame:
     """Top-1 on the held-out slice by network and last norm, a column per learning rate."""
     table = read_study("initialization_rates", results)
     parts = table.value.str.extract(LAST_NORM_VALUE).astype({"start": float, "rate": float})
+    table = table.assign(**parts).rename(columns={"start": "last norm"})
     names = ["network", "last norm"]
-    table = table.assign(**parts).rename(columns={"start": names[1]})
-    means = table.pivot_table("top1_raw_pct", names, "rate")
-    shown = means.map("{:.1f}".format).replace("nan", "").add_prefix("rate ")
-    return shown.rename_axis(columns=None).reset_index()
+    return _wide(table.sort_values(names), names, "rate", "rate ")
 
 
 def short_recipe_table(results: Path = RESULTS) -> pd.DataFrame:
@@ -279,8 +321,7 @@ def short_recipe_table(results: Path = RESULTS) -> pd.DataFrame:
     table["base"] = table.value.str.extract(f"({'|'.join(reversed(bases))})")  # the longer first
     pairs = zip(table.value, table.base, strict=True)
     table["change"] = [value.replace(base, "").strip(", ") or "none" for value, base in pairs]
-    means = table.pivot_table("top1_raw_pct", "change", "base", sort=False)[bases]
-    return means.map("{:.1f}".format).replace("nan", "").rename_axis(columns=None).reset_index()
+    return _wide(table, "change", "base")[["change", *bases]]
 
 
 def imagenette_table(results: Path = RESULTS) -> pd.DataFrame:
