@@ -343,7 +343,7 @@ def test_the_first_bad_step_is_named_with_its_images():
     trainer.loss_sum.zero_()
     trainer.recent.clear()
     next(trainer.model.parameters()).data.fill_(math.nan)
-    with pytest.raises(DivergedError, match="a weight is not finite"):
+    with pytest.raises(DivergedError, match="a weight or a gradient is not finite"):
         trainer.synchronize()
 
 
