@@ -13,28 +13,14 @@ from backbones import create_classifier
 from utils.benchmark import RUN, read_benchmark, speed_table
 from utils.measure import count_parameters
 from utils.recipe import RECIPES, DetectorRecipe
-from utils.studies.definitions import (
-    BEST_RATES,
-    FINETUNING,
-    MORE_RATES,
-    NETWORKS,
-    RATES,
-    STARTS,
-    STUDIES,
-    TRANSFER_RATES,
-)
+from utils.studies.definitions import FINETUNING, NETWORKS, STARTS, STUDIES, TRANSFER_RATES
 from utils.studies.runner import curves_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
-PENDING = (
-    "references_rates",
-    "references",
-    "imagenette_20",
-    "noise_floor",
-)
+PENDING = ("references_rates", "references", "imagenette_20", "noise_floor")
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
@@ -113,10 +99,7 @@ TUNED = [
         for start, (rates, by_backbone) in STARTS.items()
         for backbone, best in by_backbone.items()
     ),
-    *(
-        ("networks", name, sorted((*RATES, *MORE_RATES.get(name, ()))), BEST_RATES[name])
-        for name in NETWORKS
-    ),
+    *(("networks", name, rates, best) for name, (*_, rates, best) in NETWORKS.items()),
 ]
 
 

@@ -153,7 +153,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
             return _report("error", f"{error}; try fewer --workers, or --workers 0", BAD_DATA)
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = f"torch.compile failed ({str(error).splitlines()[0]})"
+        reason = f"torch.compile failed ({first_line(error)})"
         return _report("error", f"{reason}; install a C++ compiler, or omit --compile", BAD_USAGE)
 
 

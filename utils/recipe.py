@@ -132,8 +132,7 @@ class Recipe(_Checked):
         self._check("eval_resize_px", is_larger, "at least eval_crop_px")
         is_sgd = self.optimizer == "sgd"
         self._check("nesterov", is_sgd or not self.nesterov, "False unless optimizer is sgd")
-        is_muon = self.optimizer == "muon"  # which takes no scaled gradients
-        good = not (is_muon and self.precision == "fp16")
+        good = self.optimizer != "muon" or self.precision != "fp16"  # it takes no scaled gradients
         self._check("precision", good, "bf16 or float32 with muon")
 
     @property

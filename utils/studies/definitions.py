@@ -154,42 +154,31 @@ def _short_recipe() -> Study:
 NARROW = replace(
     RECIPES["imagenette"], train_crop_px=64, eval_resize_px=73, eval_crop_px=64, width=0.25
 )
-V1 = {"residual": False, "ese": False}
-Networks = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
+V1, FULL_WIDTH = {"residual": False, "ese": False}, {"width": 1.0}
+RATES = (0.064, 0.16, 0.4)  # per 1024 images; one more where the best of these is at an edge
+LOWER, HIGHER = (0.025, *RATES), (*RATES, 1.0)
+# Backbone, its options, changes of the recipe, the rates that are tried, and the best of them.
+Networks = dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[float, ...], float]]
 NETWORKS: Networks = {
-    "CSPDarknet-53": ("cspdarknet53", {}, {}),
-    "CSPDarknet-53, partial": ("cspdarknet53", {"split": "partial"}, {}),
-    "Darknet-53": ("darknet53", {}, {}),
-    "Darknet-53, narrow": ("darknet53", {}, {"width": 0.2}),  # the MACs of CSPDarknet-53
-    "VoVNet-57 V1": ("vovnet57", V1, {}),
-    "VoVNet-57 V1 + residual": ("vovnet57", {"ese": False}, {}),
-    "VoVNet-57 V1 + eSE": ("vovnet57", {"residual": False}, {}),
-    "VoVNet-57": ("vovnet57", {}, {}),
+    "CSPDarknet-53": ("cspdarknet53", {}, {}, LOWER, 0.064),
+    "CSPDarknet-53, partial": ("cspdarknet53", {"split": "partial"}, {}, HIGHER, 0.4),
+    "Darknet-53": ("darknet53", {}, {}, HIGHER, 0.4),
+    "Darknet-53, narrow": ("darknet53", {}, {"width": 0.2}, HIGHER, 0.4),  # CSPDarknet-53's MACs
+    "VoVNet-57 V1": ("vovnet57", V1, {}, HIGHER, 0.4),
+    "VoVNet-57 V1 + residual": ("vovnet57", {"ese": False}, {}, HIGHER, 0.4),
+    "VoVNet-57 V1 + eSE": ("vovnet57", {"residual": False}, {}, HIGHER, 0.4),
+    "VoVNet-57": ("vovnet57", {}, {}, RATES, 0.16),
 }
 # Comparisons among them, the first of each the baseline.
 GROUPS = {"CSP split": tuple(NETWORKS)[:4], "VoVNet version": tuple(NETWORKS)[4:]}
-REFERENCES: Networks = {
-    "ResNet-18": ("resnet18", {}, {"width": 1.0}),
-    "ResNet-50": ("resnet50", {}, {"width": 1.0}),
-    "MobileNetV2": ("mobilenet_v2", {}, {"width": 1.0}),
-    "Darknet-19": ("darknet19", {}, {}),
-    "CSPDarknet-19": ("cspdarknet19", {}, {}),
-    "VoVNet-39 V1": ("vovnet39", V1, {}),
-    "VoVNet-39": ("vovnet39", {}, {}),
-}
-RATES = (0.064, 0.16, 0.4)  # per 1024 images
-MORE_RATES = {  # where the best of RATES is at an edge
-    **dict.fromkeys(("CSPDarknet-53", "ResNet-18"), (0.025,)),
-    **dict.fromkeys(("CSPDarknet-53, partial", "Darknet-53", "Darknet-53, narrow"), (1.0,)),
-    **dict.fromkeys(("VoVNet-57 V1", "VoVNet-57 V1 + residual", "VoVNet-57 V1 + eSE"), (1.0,)),
-    "Darknet-19": (1.0,),
-}
-BEST_RATES = {
-    **dict.fromkeys(REFERENCES, 0.16),  # until references_rates is recorded
-    "CSPDarknet-53": 0.064,
-    "VoVNet-57": 0.16,
-    **dict.fromkeys(("CSPDarknet-53, partial", "Darknet-53", "Darknet-53, narrow"), 0.4),
-    **dict.fromkeys(("VoVNet-57 V1", "VoVNet-57 V1 + residual", "VoVNet-57 V1 + eSE"), 0.4),
+REFERENCES: Networks = {  # the best rates are not known until references_rates is recorded
+    "ResNet-18": ("resnet18", {}, FULL_WIDTH, LOWER, 0.16),
+    "ResNet-50": ("resnet50", {}, FULL_WIDTH, RATES, 0.16),
+    "MobileNetV2": ("mobilenet_v2", {}, FULL_WIDTH, RATES, 0.16),
+    "Darknet-19": ("darknet19", {}, {}, HIGHER, 0.16),
+    "CSPDarknet-19": ("cspdarknet19", {}, {}, RATES, 0.16),
+    "VoVNet-39 V1": ("vovnet39", V1, {}, RATES, 0.16),
+    "VoVNet-39": ("vovnet39", {}, {}, RATES, 0.16),
 }
 
 
@@ -202,8 +191,8 @@ def _networks(name: str, networks: Networks, seeds: tuple[int, ...], tuning: boo
             options,
             {**changes, "lr_per_1024": rate},
         )
-        for value, (backbone, options, changes) in networks.items()
-        for rate in ((*RATES, *MORE_RATES.get(value, ())) if tuning else (BEST_RATES[value],))
+        for value, (backbone, options, changes, rates, best) in networks.items()
+        for rate in (rates if tuning else (best,))
     )
     settings = {"tuning": True, "held_out_share": 0.25} if tuning else {}
     baseline = variants[0].value

@@ -184,11 +184,12 @@ def study_table(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 
 def networks_table(results: Path = RESULTS) -> pd.DataFrame:
     """Every network under one recipe: costs, learning rate, accuracy, speed and epochs to it."""
-    groups = read_study("networks", results).groupby("value", sort=False)
+    table = read_study("networks", results)
+    groups, found = table.groupby("value", sort=False), summarize(table, "top1_raw_pct")
     shown = _costs(groups)
-    shown["top-1 (%)"], shown["n"] = groups.top1_raw_pct.agg(mean_std), groups.size()
+    shown["top-1 (%)"], shown["n"] = groups.top1_raw_pct.agg(mean_std), found.n
     shown["images/s"] = groups.images_per_s.median().round().astype(int)
-    shown["minutes"] = (groups.time_s.median() / 60).map("{:.1f}".format)
+    shown["minutes"] = found.minutes.map("{:.1f}".format)
     curves = pd.read_csv(curves_path(results / "study_networks_rates.csv"))
     runs = shown.index + shown["lr per 1024 images"].map(", {:g}".format)
     for top1_pct in (60, 70):

@@ -85,9 +85,8 @@ def make_optimizer(
         return torch.optim.AdamW(betas=(recipe.momentum, 0.999), **options)
     sgd = torch.optim.SGD(momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
     if dtype is torch.float16:  # a first step that overflows would leave the momentum uninitialized
-        for group in sgd.param_groups:
-            for parameter in group["params"]:
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        parameters = (each for group in sgd.param_groups for each in group["params"])
+        sgd.state.update((p, {"momentum_buffer": torch.zeros_like(p)}) for p in parameters)
     return sgd
 
 
