@@ -18,12 +18,12 @@ STUDY = Study("made_up", "recipe", "bare", RECIPES["quick"], VARIANTS, (0, 1, 2)
 
 
 def record(top1=TOP1, **columns):
-    """A row per value and seed, as a study writes it; EMA weights are 2, 2, 5, 0, 0 ahead."""
+    """A row per value and seed, as a study writes it; EMA weights are 2, 2, 5, 0, ... ahead."""
     rows = [
         {
             "status": "done", "value": value, "seed": seed, "network": f"net {value}",
             "test_crop_px": 64, "top1_raw_pct": top1_pct,
-            "top1_ema_pct": top1_pct + (2, 2, 5, 0, 0)[seed],
+            "top1_ema_pct": top1_pct + (2, 2, 5, *[0] * 22)[seed],
             "parameters": 10, "gmacs": 0.0125, "lr_per_1024": 0.5, "time_s": 60 + 60 * seed,
         }
         for value, values in top1.items()
@@ -68,10 +68,22 @@ def test_the_noise_floor_of_normal_noise():
         power = stats.ttest_ind(shifted, samples[2000:, :n], axis=1).pvalue < 0.05
         assert power.mean() == pytest.approx(0.8, abs=0.03)
     records = rng.normal(60, 2, (20, 2, 25))
-    rates = [list(statistics.false_alarms(*sides, draws=40).values()) for sides in records]
+    rates = [list(statistics.false_alarms(*sides, draws=400).values()) for sides in records]
     assert np.mean(rates, 0) == pytest.approx([0.05] * 3, abs=0.025)
-    apart = statistics.false_alarms(records[0, 0], records[0, 1] + 100, draws=200)
-    assert apart["paired t, n = 3"] < 0.3  # signs are random
+    apart = statistics.false_alarms(records[0, 0], records[0, 1] + 100)
+    assert apart[3] < 0.3  # signs are random
+
+
+def test_the_table_of_the_noise_floor(tmp_path):
+    """Two forms with a standard deviation of 2 together."""
+    top1_pct = 60 + 2 * stats.zscore(np.random.default_rng(0).normal(size=50), ddof=1)
+    record({"separate": top1_pct[:25], "slice": top1_pct[25:]}).to_csv(
+        tmp_path / "study_noise_floor.csv"
+    )
+    table = statistics.noise_floor_table(tmp_path).set_index("n")
+    assert table.detectable[5] == "4.0"  # 2 sqrt(2 / 5) times the t quantiles 2.31 and 0.89
+    assert table.test[6] == "Dunnett, four values"
+    assert (table["false alarms (%)"][[3, 5, 6]].astype(float) < 15).all()
 
 
 def test_failed_runs_are_left_out_and_single_seeds_have_no_interval():

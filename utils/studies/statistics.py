@@ -135,8 +135,11 @@ def detectable(std: float, n: int) -> float:
     return float(std * np.sqrt(2 / n) * (stats.t.ppf(0.975, free) + stats.t.ppf(0.8, free)))
 
 
-def false_alarms(first: np.ndarray, second: np.ndarray, draws: int = 1000) -> dict[str, float]:
-    """How often tests at 5 % find a difference between runs of one function, by resampling.
+NOISE_TESTS = {3: "paired t", 5: "Welch", 6: "Dunnett, four values"}  # by seeds of each value
+
+
+def false_alarms(first: np.ndarray, second: np.ndarray, draws: int = 10_000) -> dict[int, float]:
+    """How often `NOISE_TESTS` at 5 % find a difference between runs of one function, by resampling.
 
     Both sides come from all runs together, and paired differences get random signs: a difference
     between the means of the two records does not count.
@@ -145,20 +148,31 @@ def false_alarms(first: np.ndarray, second: np.ndarray, draws: int = 1000) -> di
         first, second: accuracies of the seeds of both, in the same order of seeds.
     """
     rng, together = np.random.default_rng(0), np.concatenate((first, second))
-    paired = first - second
-    counts = dict.fromkeys(("paired t, n = 3", "Welch, n = 5", "Dunnett, n = 6, four values"), 0)
-    for _ in range(draws):
-        signed = rng.choice(paired, 3, replace=False) * rng.choice((-1, 1), 3)
-        sides = rng.choice(together, (2, 5), replace=False)
-        control, *others = rng.choice(together, (4, 6), replace=False)
-        p_values = (
-            stats.ttest_1samp(signed, 0).pvalue,
-            stats.ttest_ind(*sides, equal_var=False).pvalue,
-            stats.dunnett(*others, control=control, random_state=0).pvalue.min(),
-        )
-        for name, p_value in zip(counts, p_values, strict=True):
-            counts[name] += p_value < 0.05
-    return {name: count / draws for name, count in counts.items()}
+
+    def draw(values: np.ndarray, groups: int, n: int) -> np.ndarray:
+        """`[draws, groups, n]`, each draw without replacement."""
+        shuffled = rng.permuted(np.tile(values, (draws, 1)), axis=1)
+        return shuffled[:, : groups * n].reshape(draws, groups, n)
+
+    signed = draw(first - second, 1, 3)[:, 0] * rng.choice((-1, 1), (draws, 3))
+    sides, four = draw(together, 2, 5), draw(together, 4, 6)
+    # Dunnett's critical value depends on the numbers of values and seeds alone.
+    errors = np.sqrt(four.var(2, ddof=1).mean(1) * 2 / 6)
+    result = stats.dunnett(*four[0, 1:], control=four[0, 0], random_state=0)
+    critical = np.ptp(result.confidence_interval(0.95), axis=0)[0] / 2 / errors[0]
+    means = four.mean(2)
+    found = {
+        3: stats.ttest_1samp(signed, 0, axis=1).pvalue < 0.05,
+        5: stats.ttest_ind(sides[:, 0], sides[:, 1], axis=1, equal_var=False).pvalue < 0.05,
+        6: np.abs(means[:, 1:] - means[:, :1]).max(1) > critical * errors,
+    }
+    return {n: alarms.mean() for n, alarms in found.items()}
+
+
+def noise_floor(results: Path = RESULTS) -> np.ndarray:
+    """Top-1 (%) of two forms of one function, `[2, seeds]`."""
+    table = read_study("noise_floor", results)
+    return table.pivot_table("top1_raw_pct", "value", "seed").to_numpy()
 
 
 # ---- tables to read ------------------------------------------------------------------------------
@@ -180,6 +194,19 @@ def study_table(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     shown = _costs(groups)
     shown["top-1 (%)"] = groups[study.top1_column].agg(mean_std)
     return _table(shown, differences(study, table), groups.size(), study.factor)
+
+
+def noise_floor_table(results: Path = RESULTS) -> pd.DataFrame:
+    """What n seeds of each value can detect, and how often tests find a difference in noise."""
+    runs, seeds = noise_floor(results), (3, 5, 6, 10, 25)
+    std, rates = std_interval(runs.flatten())[0], false_alarms(*runs)
+    columns = {
+        "n": seeds,
+        "detectable": [f"{detectable(std, n):.1f}" for n in seeds],
+        "test": [NOISE_TESTS.get(n, "") for n in seeds],
+        "false alarms (%)": [f"{100 * rates[n]:.1f}" if n in rates else "" for n in seeds],
+    }
+    return pd.DataFrame(columns)
 
 
 def networks_table(results: Path = RESULTS) -> pd.DataFrame:
