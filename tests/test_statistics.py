@@ -36,15 +36,29 @@ def first_words(column):
     return column.str.split().str[0].tolist()
 
 
-def test_one_difference_is_that_of_students_test():
-    """With pooled variance."""
-    values = {"base": [50.0, 52.0, 51.0, 53.0, 49.0], "other": [55.0, 54.0, 57.0, 56.0, 53.0]}
+def test_one_difference_is_that_of_welchs_test():
+    """By its formulas (Welch 1947): variances of 0.5 and 10 over five seeds each."""
+    values = {"base": [50, 51, 51, 51, 52], "other": [51, 53, 55, 57, 59]}
     found = statistics.compare(record(values), "base", "top1_raw_pct").loc["other"]
-    expected = stats.ttest_ind(values["other"], values["base"]).confidence_interval()
+    error = math.sqrt((0.5 + 10) / 5)
+    free = 4 * (0.5 + 10) ** 2 / (0.5**2 + 10**2)
+    half = stats.t.ppf(0.975, free) * error
     assert (found.difference, found.n) == (pytest.approx(4), 5)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
-    error = math.sqrt(2.5 * 2 / 5)  # both groups have a variance of 2.5
-    assert found.detectable == pytest.approx((expected.high - 4) + 0.8416 * error, abs=0.03)
+    assert (found.low, found.high) == pytest.approx((4 - half, 4 + half))
+    assert found.detectable == pytest.approx(half + 0.8416 * error, abs=1e-3)
+
+
+def test_the_table_of_fine_tuning_pools_no_variance_with_training_from_scratch(tmp_path):
+    top1 = {"frozen features": [90, 91, 92], "all layers": [88, 89, 90]}
+    top1["discriminative rates"] = [90, 90, 92]
+    found = []
+    for scratch in ([50, 51, 52], [30, 51, 72]):
+        table = record({"from scratch": scratch, **top1})
+        table.to_csv(tmp_path / "study_finetune.csv")
+        shown = statistics.finetune_table(tmp_path).set_index("fine-tuning")
+        found.append(shown["difference [95 % interval]"])
+    assert found[0].drop("from scratch").equals(found[1].drop("from scratch"))
+    assert first_words(found[0]) == ["-40.0", "baseline", "-2.0", "-0.3"]
 
 
 def test_several_differences_have_the_width_of_dunnetts_table():

@@ -51,9 +51,10 @@ def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
-    """Differences to the baseline by Dunnett's test, with simultaneous 95 % intervals.
+    """Differences to the baseline with simultaneous 95 % intervals.
 
-    It pools the variance over all values and corrects for their number; seeds are not paired.
+    Several values are compared by Dunnett's test, which pools the variance over all of them and
+    corrects for their number, a single one by Welch's, which does not pool. Seeds are not paired.
 
     Args:
         table: the rows of one study and one test size; failed runs are left out.
@@ -74,7 +75,10 @@ def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
     found["detectable"] = float("nan")
     runs = len(control) + sum(map(len, groups.values()))
     if len(control) and groups and runs > 1 + len(groups):
-        result = stats.dunnett(*groups.values(), control=control, random_state=0)
+        if len(groups) > 1:
+            result = stats.dunnett(*groups.values(), control=control, random_state=0)
+        else:
+            result = stats.ttest_ind(*groups.values(), control, equal_var=False)
         found["low"], found["high"] = result.confidence_interval(0.95)
         error = found.difference / result.statistic
         found["detectable"] = (found.high - found.low) / 2 + stats.norm.ppf(0.8) * error
@@ -300,15 +304,26 @@ def fixres_table(results: Path = RESULTS) -> pd.DataFrame:
     return pairs_table(table, "test crop (px)", STUDIES["fixres"].top1_column)
 
 
-def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
-    """Each way of fine-tuning: its learning rate, accuracy, difference and time."""
+def finetune_differences(results: Path = RESULTS) -> pd.DataFrame:
+    """Differences between methods of fine-tuning, as `compare` gives them.
+
+    Training from scratch is compared alone: its seeds vary ten times as much as those of the other
+    methods, whose intervals a pooled variance would widen.
+    """
     study, table = STUDIES["finetune"], read_study("finetune", results)
-    groups, column = table.groupby("value", sort=False), study.top1_column
-    found = compare(table, study.baseline, column)
+    scratch, baseline = table.value == "from scratch", table.value == study.baseline
+    parts = (table[scratch | baseline], table[~scratch])
+    return pd.concat([compare(part, study.baseline, study.top1_column) for part in parts])
+
+
+def finetune_table(results: Path = RESULTS) -> pd.DataFrame:
+    """Each method of fine-tuning: its learning rate, accuracy, difference and time."""
+    study, table = STUDIES["finetune"], read_study("finetune", results)
+    groups = table.groupby("value", sort=False)
     rates = {each.value: study.recipe_of(each).lr_per_1024 for each in study.variants}
-    means = groups[column].agg(mean_std).to_frame("top-1 (%)")
+    means = groups[study.top1_column].agg(mean_std).to_frame("top-1 (%)")
     means.insert(0, "lr per 1024 images", means.index.map(rates))
-    shown = _table(means, found, groups.size(), study.factor)
+    shown = _table(means, finetune_differences(results), groups.size(), study.factor)
     return shown.assign(seconds=groups.time_s.median().round().astype(int).to_numpy())
 
 
