@@ -36,8 +36,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser with the module's docstring as help and one-line errors."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        options.setdefault("epilog", EXIT_CODES)
+        options |= {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
