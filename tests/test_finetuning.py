@@ -165,7 +165,7 @@ def test_images_that_a_run_did_not_hold_out_are_reported(folders, tmp_path, caps
     assert words not in capsys.readouterr().err
 
 
-def test_the_normalization_of_weights_is_used_and_kept(folders, tmp_path):
+def test_the_normalization_classes_and_sizes_of_weights_are_used_and_kept(folders, tmp_path):
     """Of a run with another one: by what starts from it, and by its own evaluation."""
     half, first = ["--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5], tmp_path / "first"
     assert run("train.py", "--data-dir", folders, "--output-dir", first, *SMALL, *half) == 0
@@ -174,6 +174,12 @@ def test_the_normalization_of_weights_is_used_and_kept(folders, tmp_path):
     assert run("train.py", *again, "--weights", first / "last.pt") == 0
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (config["recipe"]["mean"], config["recipe"]["std"]) == ([0.5] * 3, [0.5] * 3)
+    names = tmp_path / "names.txt"  # their order is not that of the logits
+    names.write_text("".join(f"n0000000{k} {'abc'[k]}\n" for k in (2, 1, 0)))
+    source = "cspdarknet19", str(first / "last.pt"), {"width": 0.125}
+    trained = load_published(*source, class_names=names)
+    assert trained.classes == ["n00000000", "n00000001", "n00000002"]
+    assert trained.recipe.eval_crop_px == 32
 
 
 def test_published_weights_bring_options_to_the_run(folders, tmp_path, monkeypatch):
@@ -219,8 +225,8 @@ def test_a_run_is_started_from_resumes_and_refuses_others(folders, weights, tmp_
     assert run("train.py", *args, *weights) == 1  # these begin with a new head
     assert "holds a run with " in capsys.readouterr().err
     assert run("train.py", *longer, "--backbone", "resnet18") == 2
+    shutil.copytree(folders, tmp_path / "data")
     for each in ("train", "val"):
-        shutil.copytree(folders / each, tmp_path / "data" / each)
         (tmp_path / "data" / each / "n00000000").rename(tmp_path / "data" / each / "cat")
     capsys.readouterr()
     assert run("train.py", *longer, "--data-dir", tmp_path / "data") == 1
@@ -271,16 +277,3 @@ def test_weights_are_evaluated_and_predict_with_their_own_classes(
     found = json.loads((tmp_path / "classes.json").read_text(), parse_constant=pytest.fail)
     assert (found["network_classes"], found["crop_px"], found["dtype"]) == (5, 224, "float32")
     assert [row["top1_pct"] is None for row in found["classes"]] == [False, True, False]
-
-
-def test_weights_of_a_run_bring_its_classes_and_sizes(folders, tmp_path):
-    args = ["--data-dir", folders, "--output-dir", tmp_path / "run", *SMALL]
-    assert run("train.py", *args) == 0
-    options = {"width": 0.125}
-    names = tmp_path / "names.txt"  # their order is not that of the logits
-    names.write_text("".join(f"n0000000{k} {'abc'[k]}\n" for k in (2, 1, 0)))
-    for path in (None, names):
-        source = "cspdarknet19", str(tmp_path / "run" / "last.pt"), options
-        trained = load_published(*source, class_names=path)
-        assert trained.classes == ["n00000000", "n00000001", "n00000002"]
-    assert trained.recipe.eval_crop_px == 32
