@@ -146,20 +146,6 @@ def test_the_bytes_are_those_of_the_first_release(tmp_path):
         assert hashlib.sha256(content).hexdigest() == sha256
 
 
-def test_an_image_depends_on_seed_split_and_number_alone(drawn, scenes, tmp_path):
-    """A small draw begins a larger one."""
-    sample.draw(tmp_path / "small", seed=3, **TINY)
-    sample.draw_scenes(tmp_path / "few", seed=1, **FEW)
-    for small, large, count in (("small", drawn, 30), ("few", scenes, 6)):
-        found = files(tmp_path / small)
-        images = {path: x for path, x in found.items() if path.lower().endswith(("jpeg", "jpg"))}
-        assert len(images) == count
-        assert images.items() <= files(large).items()
-    for split in ("train", "val"):
-        name = f"LOC_{split}_solution.csv"
-        assert (drawn / name).read_text().startswith((tmp_path / "small" / name).read_text())
-
-
 def test_a_second_draw_changes_nothing_even_after_sorting(tmp_path):
     """Inodes, times and bytes; sorted images must not come back flat."""
     data = sample.draw(tmp_path, **TINY)

@@ -13,7 +13,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, SMALL, mounted, run, small_disk
+from helpers import ROOT, SMALL, run, small_disk
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -309,7 +309,7 @@ def test_compiling_without_a_compiler_is_one_line(capsys):
     assert line.endswith("; install a C++ compiler, or omit --compile")
 
 
-def test_full_and_read_only_disks_are_one_line(here, capsys):
+def test_a_full_disk_is_one_line(here, capsys):
     with small_disk("disk", "8k"):
         Path("disk/full").write_bytes(bytes(8192))
         assert run("train.py", *TRAIN, "--output-dir", "disk/new") == 1
@@ -317,10 +317,6 @@ def test_full_and_read_only_disks_are_one_line(here, capsys):
         assert run("export.py", *BY_NAME, "--output", "disk/net.pt2") == 1
         error = "net.pt2: cannot be written (No space left on device)"
         assert error in capsys.readouterr().err
-    with mounted("done", "--bind", "done") as path:
-        subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
-        assert run("train.py", *TRAIN, "--output-dir", "done") == 1
-        assert "Read-only file system" in capsys.readouterr().err
 
 
 def test_two_processes_train_as_one(folders, tmp_path, capsys):
