@@ -101,9 +101,6 @@ def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys)
     assert lines[:4] == lines[4:]
     assert lines[0] == str(image)
     assert any(re.fullmatch(r" +\d+\.\d\d %  n00000000  red, carmine", line) for line in lines[1:4])
-    mapping.write_text("n00000000 red\nn00000001 green\n")
-    assert run("predict.py", *args) == 1
-    assert "has no names for the classes 1 (n00000002)" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -209,8 +206,7 @@ def strange_broken_image():
 
 
 PREDICT = [IMAGE, "--checkpoint", "done/last.pt"]
-EXPORT = ["--output", "new.pt2"]
-BY_NAME = ["--backbone", "cspdarknet19", *EXPORT]
+BY_NAME = ["--backbone", "cspdarknet19", "--output", "new.pt2"]
 # name: what is done before, script, arguments, exit code, words of the one line
 MISTAKES = {
     "no folder": (None, "train.py", [*TRAIN, "--data-dir", "x"], 2, "x is not a folder"),
@@ -228,26 +224,14 @@ MISTAKES = {
     "device": (None, "train.py", [*TRAIN, "--device", "cuda:99"], 2, "device='cuda:99'"),
     "sync": (None, "train.py", [*TRAIN, "--sync-batchnorm"], 2, "sync_batchnorm=True needs GPUs"),
     "file as run": (None, "train.py", [*TRAIN, "--output-dir", "words.csv"], 2, "File exists"),
-    "another run": (
-        None, "train.py", [*TRAIN, "--output-dir", "done", "--momentum", 0.5], 1,
-        "done: holds a run with momentum=0.9, not 0.5",
-    ),
     "broken image": (broken_image, "train.py", TRAIN, 1, "0.JPEG: not a readable image"),
     "control characters in a name": (
         strange_broken_image, "train.py", [*TRAIN, "--batch-size", 49], 1, r"a\nb\udce9.JPEG: not"
     ),
-    "diverges": (
-        None, "train.py", [*TRAIN, "--lr-per-1024", 1e38, "--dry-run"], 1, "loss is not finite"
-    ),
     "no checkpoint": (
         None, "evaluate.py", [*EVALUATE, "--checkpoint", "x.pt"], 2, "x.pt: no such checkpoint"
     ),
-    "not a checkpoint": (
-        None, "evaluate.py", [*EVALUATE, "--checkpoint", "words.csv"], 1, "not a checkpoint"
-    ),
     "no image": (None, "predict.py", [*PREDICT, "x.jpg"], 2, "x.jpg: no such image file"),
-    "half an image": (broken_image, "predict.py", PREDICT, 1, "0.JPEG: not a readable image"),
-    "suffix": (None, "export.py", [*BY_NAME, "--output", "x.pb"], 2, "must end in .onnx or .pt2"),
     "weights missing": (None, "export.py", [*BY_NAME, "--weights", "x.pt"], 2, "x.pt"),
     "weights broken": (None, "export.py", [*BY_NAME, "--weights", "words.csv"], 1, "words.csv"),
     "frozen random weights": (

@@ -227,10 +227,9 @@ def test_order_depends_on_seed_epoch_and_the_step_of_a_resume(packed):
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(packed):
-    found = []
+    train, found = opened(packed / BOTH)[0], []
+    train.transform = lambda image, rng: keep(image) + 43 * rng.randrange(5)
     for workers, epoch in ((1, 0), (3, 0), (1, 1)):
-        train, _ = opened(packed / BOTH)
-        train.transform = lambda image, rng: keep(image) + 43 * rng.randrange(5)
         batches = ShardBatches(train, 1, True)
         batches.begin(epoch)
         found.append(sorted(flat(played(batches, workers))))
