@@ -124,7 +124,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Locks a folder by its file `.lock` against other processes, until this one ends at most.
+    """Locks a folder against other processes by its file `.lock`; a kill ends the lock, too.
 
     Args:
         wait: whether to wait for another process that holds the lock, instead of an error.

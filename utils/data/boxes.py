@@ -37,7 +37,7 @@ class BoxedImages(Dataset):
     Args:
         annotations: JSON with `images`, `annotations` (`bbox` is x, y, width, height) and
             `categories`.
-        flip: whether half of the images are mirrored, by `seed` other ones in each epoch.
+        flip: whether to mirror half of the images, which `seed` and the epoch choose.
 
     Attributes:
         classes: names of the categories in the order of their ids; labels count them from 1.
