@@ -16,7 +16,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 import webdataset
 from helpers import ROOT, SMALL, assert_same_run, run
 from PIL import Image
@@ -27,6 +30,8 @@ from utils.data.folders import load_batch, make_loader, readable
 from utils.data.shards import ShardBatches, make_shards, open_shards
 from utils.data.transforms import as_tensor, pixels
 from utils.recipe import Recipe
+from utils.training.checkpoint import load_trained
+from utils.training.evaluation import evaluate_trained
 from utils.training.loop import Trainer
 
 main = runpy.run_path(str(ROOT / "scripts" / "make_shards.py"))["main"]
@@ -360,3 +365,24 @@ def test_runs_resume_and_evaluate_as_from_folders(pattern, folders, tmp_path, mo
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == lines[2:4] == lines[4:]
     assert "(18 images)" in lines[0]
+
+
+def test_two_processes_end_together_on_uneven_shards(folders, tmp_path, monkeypatch):
+    ends, split = {48: [30, 32, 34], 18: [1, 17]}, np.split
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "split", lambda order, _: split(order, ends[len(order)]))
+        make_shards(folders, tmp_path)
+    pattern = tmp_path / "{train-{000000..000003},val-{000000..000002}}.tar"
+    options = ["--data-dir", pattern, "--output-dir", tmp_path / "run", *SMALL, "--workers", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [ROOT / "scripts" / "train.py", "--precision", "float32", "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launcher, *script, *options], env=env, check=True, timeout=300)
+    row = pd.read_csv(tmp_path / "run" / "metrics.csv").iloc[-1]
+    assert row["step"] == 12  # two epochs of 48 images
+    trained = load_trained(tmp_path / "run" / "last.pt", torch.device("cpu"))
+    results, *_ = evaluate_trained(trained, folders)
+    for name, prefix in (("raw", "val_"), ("EMA", "ema_val_")):
+        assert results[name]["images"] == 18
+        for key in ("loss", "top1_pct", "top5_pct"):
+            assert row[prefix + key] == pytest.approx(results[name][key], rel=1e-5)
