@@ -33,25 +33,12 @@ PIECES = st.sampled_from(
 
 @st.composite
 def mutated(draw, good):
-    """A good file with up to six changes: cut, replaced, inserted, repeated, or one bit."""
+    """A good file with up to six parts, also empty ones, cut, replaced or repeated."""
     content = bytearray(good)
     for _ in range(draw(st.integers(1, 6))):
-        if not content:
-            break
-        at = draw(st.integers(0, len(content) - 1))
-        end = draw(st.one_of(st.just(len(content)), st.integers(at, min(at + 60, len(content)))))
-        how = draw(st.sampled_from(["cut", "insert", "replace", "repeat", "flip"]))
-        if how == "cut":
-            del content[at:end]
-        elif how == "insert":
-            content[at:at] = draw(PIECES)
-        elif how == "replace":
-            piece = draw(PIECES)
-            content[at : at + len(piece)] = piece
-        elif how == "repeat":
-            content[at:at] = content[at:end]
-        else:
-            content[at] ^= 1 << draw(st.integers(0, 7))
+        at = draw(st.integers(0, len(content)))
+        end = draw(st.just(len(content)) | st.integers(at, min(at + 60, len(content))))
+        content[at:end] = draw(PIECES | st.just(bytes(2 * content[at:end])))
     return bytes(content)
 
 
@@ -104,25 +91,11 @@ def first_layers():
 COUNT = sum(t.numel() for key, t in first_layers().state_dict().items() if "num_ba" not in key)
 NUMBERS = np.random.default_rng(0).uniform(0.1, 1, COUNT).astype("<f4")
 WEIGHTS = struct.pack("<3iq", 0, 2, 5, 64) + NUMBERS.tobytes()
-INT32 = st.integers(-1, 3) | st.integers(-(2**31), 2**31 - 1)
-
-
-@st.composite
-def darknet_files(draw):
-    """A file with any header, unusual numbers, and more or less at its end."""
-    header = struct.pack("<3iq", *(draw(INT32) for _ in range(3)), draw(st.integers(0, 2**63 - 1)))
-    numbers = NUMBERS.copy()
-    places = st.integers(0, COUNT - 1) | st.integers(0, 127)  # 96 to 127: the first variances
-    values = st.sampled_from([np.nan, np.inf, -np.inf, -1, -0.0, 1e38, 1e-45, 0])
-    for place, value in draw(st.dictionaries(places, values)).items():
-        numbers[place] = value
-    content = draw(st.sampled_from([header, WEIGHTS[:20]])) + numbers.tobytes()
-    end = draw(st.just(len(content)) | st.integers(0, len(content)))
-    return content[:end] + bytes(draw(st.integers(0, 40) | st.just(4 * 1025)))
+ODD_HEADERS = mutated(WEIGHTS[:20]).map(lambda header: header + WEIGHTS[20:])
 
 
 @given(
-    st.one_of(darknet_files(), mutated(WEIGHTS), st.binary(max_size=200)),
+    st.one_of(ODD_HEADERS, mutated(WEIGHTS), st.binary(max_size=200)),
     st.booleans(),
     st.sampled_from(["x.weights", "x.conv.3"]),
 )

@@ -56,20 +56,18 @@ def make(folder, images=IMAGES, nested=()):
 
 
 def tree(folder):
-    """Relative path -> (inode, bytes), or what a link or folder is; without the lock's file."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            content = os.readlink(path)
-        else:
-            content = "folder" if path.is_dir() else (path.stat().st_ino, path.read_bytes())
-        if path.name != LOCK_NAME:
-            found[str(path.relative_to(folder))] = content
-    return found
+    """Relative path -> (inode, bytes), or "folder"; without the lock's file."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {
+        name: "folder" if path.is_dir() else (path.stat().st_ino, path.read_bytes())
+        for name, path in paths.items()
+        if path.name != LOCK_NAME
+    }
 
 
 def contents(folder):
-    return {path: x if isinstance(x, str) else x[1] for path, x in tree(folder).items()}
+    """Relative path -> bytes, or "folder"."""
+    return {path: x if x == "folder" else x[1] for path, x in tree(folder).items()}
 
 
 def flat_tree(images=IMAGES):
@@ -113,52 +111,38 @@ def test_sort_and_undo_only_rename_and_twice_changes_nothing(tmp_path, capsys, n
 def test_other_files_stay_and_are_reported(tmp_path, capsys, more):
     val = make(tmp_path, nested=[ONE])
     extra = {
-        f"{ONE}.JPEG": f"bytes of {ONE}",  # the same image flat and in its class folder
-        f"{B}/{ONE}.JPEG": f"bytes of {ONE}",
-        "stray\udcff.JPEG": "not in the CSV, not UTF-8 either",
-        f"{C}/{ONE}.JPEG": "in a class folder that is not its own",
-        "._hidden.JPEG": "not an image",
-        "readme.txt": "not an image",
-        "album.jpg/readme.txt": "in a folder",
+        "stray\udcff.JPEG": b"not in the CSV, not UTF-8 either",
+        f"{C}/{ONE}.JPEG": b"in a class folder that is not its own",
+        "._hidden.JPEG": b"not an image",
+        "album.jpg/readme.txt": b"in a folder",
     }
     for path, content in extra.items():
-        write(val / path, content)
+        write(val / path, content.decode())
     assert main(options(tmp_path, *more)) == 0
-    kept = {path: content.encode() for path, content in extra.items()} | {"album.jpg": "folder"}
-    folders = {B: "folder", C: "folder"}  # not empty, A is removed
-    assert contents(val) == (flat_tree() | folders if more else sorted_tree()) | kept
-    copy = f"{B}/{ONE}.JPEG" if more else f"{ONE}.JPEG"
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "left alone, not in the CSV or already in place: 3 "
-        f"({', '.join(sorted([copy, f'{C}/{ONE}.JPEG']))}, 'stray\\udcff.JPEG')"
-    ]
+    folders = {C: "folder", "album.jpg": "folder"}  # not empty; A and B are removed
+    assert contents(val) == (flat_tree() if more else sorted_tree()) | folders | extra
+    words = f"left alone, not in the CSV: 2 ({C}/{ONE}.JPEG, 'stray\\udcff.JPEG')"
+    assert capsys.readouterr().out.splitlines()[1:] == [words]
 
 
 IMAGE = f"val/{ONE}.JPEG"
 BAD_TREES = {  # what is changed, and the error
     "no csv": (lambda f: (f / "solution.csv").unlink(), "solution.csv: No such file"),
-    "bad csv": (lambda f: write(f / "solution.csv", ""), "solution.csv: not a CSV file in UTF-8"),
     "no val": (lambda f: shutil.rmtree(f / "val"), "val is not a folder"),
     "one image missing": (lambda f: (f / IMAGE).unlink(), "CSV missing: 1 ("),
     "image in another class folder": (
         lambda f: (f / IMAGE).rename(f / f"val/{C}/{ONE}.JPEG"), "CSV missing: 1 (",
     ),
-    "other bytes in the class folder": (
-        lambda f: write(f / f"val/{B}/{ONE}.JPEG", "other"), "and are not overwritten: 1 (",
-    ),
-    "class folder is a file": (lambda f: write(f / f"val/{B}", ""), f"1 ({B})"),
+    "an image twice": (lambda f: write(f / f"val/{B}/{ONE}.JPEG", "x"), "one of each: 1 ("),
     "class folder is a link": (lambda f: (f / f"val/{B}").symlink_to(f), f"directories: 1 ({B})"),
     "image is a link": (
         lambda f: [(f / IMAGE).unlink(), (f / IMAGE).symlink_to("../solution.csv")],
         f"directories: 1 ({ONE}.JPEG)",
     ),
-    "target is a folder": (
-        lambda f: (f / f"val/{B}/{ONE}.JPEG").mkdir(parents=True), f"1 ({B}/{ONE}.JPEG)",
-    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--undo"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["--undo"]], ids=str)
 @pytest.mark.parametrize(("change", "words"), BAD_TREES.values(), ids=BAD_TREES)
 def test_errors_are_one_line_and_nothing_moves(tmp_path, capsys, change, words, more):
     make(tmp_path, nested=[TWO])
@@ -173,15 +157,12 @@ def test_errors_are_one_line_and_nothing_moves(tmp_path, capsys, change, words, 
     assert words in captured.err
 
 
-def test_files_that_change_after_the_plan_are_not_overwritten(tmp_path):
+def test_files_that_come_after_the_plan_are_not_overwritten(tmp_path):
     val = make(tmp_path)
     moves, _ = plan(IMAGES, val)
     write(val / moves[3][1], "newcomer")
-    with pytest.raises(LayoutError, match=r"cannot move .*File exists"):
+    with pytest.raises(LayoutError, match="written by another program"):
         apply(moves, val)
-    (val / moves[4][0]).unlink()
-    with pytest.raises(LayoutError, match=r"cannot move .*No such file"):
-        apply(moves[4:], val)
     assert contents(val)[moves[3][1]] == b"newcomer"
     assert contents(val)[moves[3][0]] == flat_tree()[moves[3][0]]
 
@@ -247,16 +228,12 @@ def test_solutions_are_read(tmp_path):
 
 BAD_ROWS = [
     *(ONE, f"{ONE}, ", f",{B}", f"{ONE},n0144076", f"{ONE},{B}1", f"{ONE},n0144353\u0667"),
-    *(f"{ONE},../{B}", f"{ONE},{B}/{C}", f"../{ONE},{B}", f"{B}/{ONE},{B}", f"..,{B}"),
-    *(f"a\\b,{B}", f"{ONE}.JPEG,{B}", f"{TWO},{C}", f"{TWO},{A}"),
+    *(f"{ONE},../{B}", f"../{ONE},{B}", f"{ONE}.JPEG,{B}", f"{TWO},{A}"),
 ]
 BAD_SOLUTIONS = [
     ("", "not a CSV file in UTF-8: No columns"),
     (f"{HEAD}caf\udce9,x\n", "not a CSV file in UTF-8: .* byte 0xe9"),
-    (f'{HEAD}"{ONE},{B}', "not a CSV file in UTF-8: .* EOF inside string"),
-    (f"{HEAD}{TWO},{C}\n{ONE},{B},1\n", "not a CSV file in UTF-8: .* line 3, saw 3"),
     (HEAD, "no entries"),
-    ("id,label\na,b\n", r"columns \['id', 'label'\]: expected ImageId,PredictionString"),
     (f"ImageId;PredictionString\n{ONE};{B}\n", "columns .*: expected ImageId,PredictionString"),
     *((f"{HEAD}{TWO},{C}\n{row}\n", r"bad lines: 1 \(") for row in BAD_ROWS),
     (HEAD + "".join(f"{ONE},x{i}\n" for i in range(9)), r"bad lines: 9 \(.*,x0, .*,x2, \.\.\.\)"),
@@ -264,7 +241,6 @@ BAD_SOLUTIONS = [
 BAD_SYNSETS = [
     ("\n", "no entries"),
     ("n01440764\n", r"bad lines: 1 \(n01440764\)"),
-    ("n1 tench\n", r"bad lines: 1 \(n1 tench\)"),
     ("n01440764 tench\n\nn01440764 shark\n", r"bad lines: 1 \(n01440764 shark\)"),
     ("n01440764 caf\udce9\n", "not a text file in UTF-8"),
 ]
@@ -287,9 +263,8 @@ def test_names_of_classes(tmp_path):
     data, classes = tmp_path / "ILSVRC" / "Data" / "CLS-LOC", [A, "n03126707"]
     data.mkdir(parents=True)
     assert find_synsets(data) is None
-    for start, end in (("", "\n"), ("\ufeff", "\r\n"), ("", "\n\n")):
-        write(tmp_path / "LOC_synset_mapping.txt", f"{start}{A} a, b{end}n03126707 crane{end}")
-        assert class_names(classes, find_synsets(data)) == ["a, b", "crane"]
+    write(tmp_path / "LOC_synset_mapping.txt", f"\ufeff{A} a, b\r\nn03126707 crane\r\n\r\n")
+    assert class_names(classes, find_synsets(data)) == ["a, b", "crane"]
     with pytest.raises(LayoutError, match=r"has no names for the classes 1 \(cats\)"):
         class_names([A, "cats"], find_synsets(data))
     imagenette = {wnid: ", ".join(words) for wnid, words in Imagenette._WNID_TO_CLASS.items()}
@@ -319,23 +294,19 @@ def touch(folder, paths):
 
 
 def test_a_good_layout(tmp_path):
-    touch(
-        tmp_path, "train/n1/ train/n2/x.JPEG train/.git/ train/a.tar val/n2/ val/._a.JPEG val/n1/"
-    )
-    assert check_layout(str(tmp_path)) == check_layout(tmp_path) == ["n1", "n2"]
+    touch(tmp_path, "train/n1/ train/n2/x.JPEG train/.git/ val/n2/ val/._a.JPEG val/n1/")
+    assert check_layout(str(tmp_path)) == ["n1", "n2"]
 
 
 @pytest.mark.parametrize(
     ("paths", "words"),
     [
-        ("val/n1/", ["train is missing", "train/ and val/"]),
-        ("train/n1/ val", ["val is missing"]),
+        ("train/n1/ val", ["val is missing", "train/ and val/"]),
         ("train/.x val/.x", ["no class folders in train/ and val/"]),
         ("train/n1/ val/a.JPEG val/b.jpg", ["val is not sorted", "2 (a.JPEG, b.jpg)", "{run}"]),
         ("train/n1/ val/n1/a.JPEG val/b.JPEG", ["val is half sorted", "1 (b.JPEG)", "{run}"]),
         ("train/n1/ train/n2/ val/n1/", ["in only one of train/ and val/: 1 (train/n2)"]),
         ("train/caf\xe9/ val/cafe\u0301/", ["caf\xe9", "two Unicode forms (NFC, NFD)"]),
-        ("train/n1/ val/n1/ val/n5/ val/n4/ val/n3/ val/n2/", ["4 (val/n2, val/n3, val/n4, ...)"]),
     ],
 )
 def test_bad_layouts(tmp_path, paths, words):

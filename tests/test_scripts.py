@@ -13,7 +13,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, SMALL, mounted, run, small_disk
+from helpers import ROOT, SMALL, run, small_disk
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -54,8 +54,6 @@ def test_train_writes_a_complete_run_folder(trained, folders, capsys):
     config = json.loads((trained / "config.json").read_text())
     assert config["recipe"]["epochs"] == 2
     assert config["backbone"] == "cspdarknet19"
-    assert config["command"].startswith("python ")
-    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
     before = (trained / "last.pt").stat().st_mtime_ns
     assert run("train.py", "--data-dir", folders, "--output-dir", trained, *SMALL) == 0
     row = pd.read_csv(trained / "metrics.csv").iloc[-1]
@@ -83,11 +81,8 @@ def test_predict_is_right_as_often_as_the_run_says(trained, folders, capsys):
     assert run("predict.py", *args) == 0
     found = json.loads(capsys.readouterr().out)
     assert [each["image"] for each in found] == [str(image) for image in images]
-    for each in found:
-        shares = [row["probability"] for row in each["predictions"]]
-        assert sorted(shares, reverse=True) == shares  # all three classes
-        assert sum(shares) == pytest.approx(1)
-        assert all(row["name"] == row["class"] for row in each["predictions"])
+    shares = pd.DataFrame([row["probability"] for row in each["predictions"]] for each in found)
+    assert (shares.sum(axis=1) - 1).abs().max() < 1e-5  # all three classes
     correct = [
         each["predictions"][0]["class"] == image.parent.name
         for each, image in zip(found, images, strict=True)
@@ -106,9 +101,6 @@ def test_predict_prints_words_at_other_sizes(trained, folders, tmp_path, capsys)
     assert lines[:4] == lines[4:]
     assert lines[0] == str(image)
     assert any(re.fullmatch(r" +\d+\.\d\d %  n00000000  red, carmine", line) for line in lines[1:4])
-    mapping.write_text("n00000000 red\nn00000001 green\n")
-    assert run("predict.py", *args) == 1
-    assert "has no names for the classes 1 (n00000002)" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -135,14 +127,6 @@ def test_export_takes_the_ema_weights(trained, tmp_path, capsys, classifier):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_export_of_a_backbone_by_name_and_weights(trained, tmp_path):
-    """To ONNX; a run's checkpoint is also a file of weights."""
-    path, options = tmp_path / "net.onnx", ["--option", "width=0.125", "--option", "out_indices=1,"]
-    args = ["--backbone", "cspdarknet19", *options, "--output", path]
-    assert run("export.py", *args, "--weights", trained / "last.pt") == 0
-    assert [each.name for each in tmp_path.iterdir()] == ["net.onnx"]
-
-
 def test_export_of_a_classifiers_weights_alone(trained, tmp_path):
     """With the sizes of the recipe; then again from that file, with other names of the classes."""
     names, paths = tmp_path / "names.txt", [tmp_path / f"{name}.safetensors" for name in "ab"]
@@ -161,8 +145,6 @@ def test_export_of_a_classifiers_weights_alone(trained, tmp_path):
     classes = json.loads((trained / "config.json").read_text())["classes"]
     assert [json.loads(each.pop("classes")) for each in found] == [classes, classes]
     assert json.loads(found[1]["class_names"]) == ["ant", "bee", "cat"]
-    assert found[0].pop("class_names") != found[1].pop("class_names")
-    assert found[0] == found[1]
     states = [load_file(path) for path in paths]
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
@@ -224,13 +206,10 @@ def strange_broken_image():
 
 
 PREDICT = [IMAGE, "--checkpoint", "done/last.pt"]
-EXPORT = ["--output", "new.pt2"]
-BY_NAME = ["--backbone", "cspdarknet19", *EXPORT]
-STUDY = ["networks", "--data-dir", "data", "--runs-dir", "new", "--output", "new.csv"]
+BY_NAME = ["--backbone", "cspdarknet19", "--output", "new.pt2"]
 # name: what is done before, script, arguments, exit code, words of the one line
 MISTAKES = {
     "no folder": (None, "train.py", [*TRAIN, "--data-dir", "x"], 2, "x is not a folder"),
-    "no value": (None, "train.py", ["--data-dir", "data", "--seed"], 2, "expected one argument"),
     "a tar for each argument": (
         None, "train.py", ["--data-dir", "a-0.tar", "a-1.tar"], 2, "quote the brace pattern"
     ),
@@ -238,53 +217,23 @@ MISTAKES = {
         None, "train.py", [*TRAIN, "--seed", -1], 2, "--seed: '-1' must be an integer of at least 0"
     ),
     "bad recipe": (None, "train.py", [*TRAIN, "--epochs", -1], 2, "epochs=-1 must be at least 1"),
-    "text": (None, "train.py", [*TRAIN, "--lr-per-1024", "fast"], 2, "--lr-per-1024"),
     "backbone": (
         None, "train.py", [*TRAIN, "--backbone", "darknet54"], 2, "'darknet54'; nearest: darknet53"
     ),
-    "batch": (None, "train.py", [*TRAIN, "--batch-size", 99], 2, "batch_size=99 is more than"),
     "width": (None, "train.py", [*TRAIN, "--backbone", "resnet18"], 2, "takes no 'width'"),
     "device": (None, "train.py", [*TRAIN, "--device", "cuda:99"], 2, "device='cuda:99'"),
     "sync": (None, "train.py", [*TRAIN, "--sync-batchnorm"], 2, "sync_batchnorm=True needs GPUs"),
-    "one image for BatchNorm": (
-        None, "train.py", [*TRAIN, "--batch-size", 1], 2, "more than 1 value per channel"
-    ),
     "file as run": (None, "train.py", [*TRAIN, "--output-dir", "words.csv"], 2, "File exists"),
-    "another run": (
-        None, "train.py", [*TRAIN, "--output-dir", "done", "--momentum", 0.5], 1,
-        "done: holds a run with momentum=0.9, not 0.5",
-    ),
     "broken image": (broken_image, "train.py", TRAIN, 1, "0.JPEG: not a readable image"),
-    "broken image, dry run": (
-        broken_image, "train.py", [*TRAIN, "--dry-run"], 1, "0.JPEG: not a readable image"
-    ),
     "control characters in a name": (
         strange_broken_image, "train.py", [*TRAIN, "--batch-size", 49], 1, r"a\nb\udce9.JPEG: not"
-    ),
-    "diverges": (
-        None, "train.py", [*TRAIN, "--lr-per-1024", 1e38, "--dry-run"], 1, "loss is not finite"
     ),
     "no checkpoint": (
         None, "evaluate.py", [*EVALUATE, "--checkpoint", "x.pt"], 2, "x.pt: no such checkpoint"
     ),
-    "not a checkpoint": (
-        None, "evaluate.py", [*EVALUATE, "--checkpoint", "words.csv"], 1, "not a checkpoint"
-    ),
-    "large": (None, "evaluate.py", [*EVALUATE, "--size", 10**6], 2, "at most 4096"),
     "no image": (None, "predict.py", [*PREDICT, "x.jpg"], 2, "x.jpg: no such image file"),
-    "half an image": (broken_image, "predict.py", PREDICT, 1, "0.JPEG: not a readable image"),
-    "words of others": (
-        None, "predict.py", [*PREDICT, "--class-names", "words.csv"], 1, "has no names for"
-    ),
-    "suffix": (None, "export.py", [*BY_NAME, "--output", "x.pb"], 2, "must end in .onnx or .pt2"),
     "weights missing": (None, "export.py", [*BY_NAME, "--weights", "x.pt"], 2, "x.pt"),
     "weights broken": (None, "export.py", [*BY_NAME, "--weights", "words.csv"], 1, "words.csv"),
-    "two sources": (
-        None, "export.py", [*BY_NAME, "--checkpoint", "done/last.pt"], 2, "not allowed with"
-    ),
-    "backbone option": (
-        None, "train.py", [*TRAIN, "--option", "act=tanh"], 2, "act='tanh' must be one of"
-    ),
     "frozen random weights": (
         None, "train.py", [*TRAIN, "--freeze", 1], 2, "--freeze 1 would keep random weights"
     ),
@@ -303,15 +252,7 @@ MISTAKES = {
     "int8 of grey images": (
         None, "export.py", [*BY_NAME, "--int8", "data", "--option", "in_channels=1"], 2, "for RGB"
     ),
-    "exported": (
-        None, "evaluate.py", [*EVALUATE, "--exported", "words.csv"], 2, "must end in .onnx, .pt2"
-    ),
     "opset": (None, "export.py", [*BY_NAME, "--opset", 18], 2, "--opset is for .onnx alone"),
-    "shards": (
-        None, "make_shards.py", ["--data-dir", "x", "--output-dir", "new"], 2, "x is not a folder"
-    ),
-    "study": (None, "ablate.py", [*STUDY, "--seeds", 0], 2, "--seeds"),
-    "study data": (None, "ablate.py", [*STUDY, "--data-dir", "x"], 2, "x is not a folder"),
     "notebook": (None, "run_notebooks.py", ["x.ipynb"], 2, "x.ipynb: no such notebook"),
     "no notebook": (None, "run_notebooks.py", ["words.csv"], 1, "words.csv: not a notebook"),
 }  # fmt: skip
@@ -323,24 +264,20 @@ def test_a_mistake_is_one_clear_line(here, capsys, name):
     prepare, script, args, code, words = MISTAKES[name]
     if prepare:
         prepare()
-    before = {path for path in here.rglob("*")}
+    before = {*here.rglob("*")}
     capsys.readouterr()
     assert run(script, *args) == code
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line
-    ]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert lines[0].isprintable()
-    assert words in lines[0]
-    left = {str(path.relative_to(here)) for path in here.rglob("*")} - {
-        str(path.relative_to(here)) for path in before
-    }
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line.strip() and "%|" not in line]  # no progress bar
+    assert line.startswith("error: ")
+    assert line.isprintable()
+    assert words in line
+    left = {str(path.relative_to(here)) for path in {*here.rglob("*")} - before}
     assert left <= {"new", "new/config.json", "new/.lock", "done/.lock"}
 
 
-def test_a_presets_width_is_for_families_that_take_one(here, capsys):
-    args = ["--data-dir", "data", "--recipe", "quick", "--workers", 0, "--batch-size", 8]
+def test_a_presets_width_is_for_families_that_take_one(folders, capsys):
+    args = ["--data-dir", folders, "--recipe", "quick", "--workers", 0, "--batch-size", 8]
     args += ["--backbone", "resnet18", "--train-crop-px", 32, "--dry-run"]
     assert run("train.py", *args) == 0
     assert "model: resnet18, 11.18 M parameters" in capsys.readouterr().out
@@ -356,7 +293,7 @@ def test_compiling_without_a_compiler_is_one_line(capsys):
     assert line.endswith("; install a C++ compiler, or omit --compile")
 
 
-def test_full_and_read_only_disks_are_one_line(here, capsys):
+def test_a_full_disk_is_one_line(here, capsys):
     with small_disk("disk", "8k"):
         Path("disk/full").write_bytes(bytes(8192))
         assert run("train.py", *TRAIN, "--output-dir", "disk/new") == 1
@@ -364,10 +301,6 @@ def test_full_and_read_only_disks_are_one_line(here, capsys):
         assert run("export.py", *BY_NAME, "--output", "disk/net.pt2") == 1
         error = "net.pt2: cannot be written (No space left on device)"
         assert error in capsys.readouterr().err
-    with mounted("done", "--bind", "done") as path:
-        subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
-        assert run("train.py", *TRAIN, "--output-dir", "done") == 1
-        assert "Read-only file system" in capsys.readouterr().err
 
 
 def test_two_processes_train_as_one(folders, tmp_path, capsys):

@@ -36,8 +36,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser with the module's docstring as help and one-line errors."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        options.setdefault("epilog", EXIT_CODES)
+        options |= {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -82,11 +81,7 @@ def backbone_option(text: str) -> tuple[str, Any]:
 
 
 def import_optional(package: str, purpose: str) -> ModuleType:
-    """Imports an optional package; ValueError if it is not installed.
-
-    Args:
-        purpose: the end of the error message, such as "to compare with it".
-    """
+    """Imports an optional package; ValueError, which ends in `purpose`, if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -141,8 +136,8 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except OSError as error:
         return _report("error", _describe_os_error(error), BAD_DATA)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = (str(error).splitlines() or ["out of memory"])[0]
-        return _report("error", f"not enough memory ({reason}); try smaller batches", BAD_DATA)
+        reason = f"not enough memory ({first_line(error)}); try smaller batches"
+        return _report("error", reason, BAD_DATA)
     except (DataError, ArithmeticError) as error:
         return _report("error", error, BAD_DATA)
     except ValueError as error:
@@ -173,10 +168,9 @@ def _report(kind: str, reason: object, code: int) -> int:
 
 
 class NotebookBar(tqdm):
-    """A progress bar that redraws itself in place as plain text.
+    """A progress bar as plain text, of which a saved notebook holds the last state alone.
 
-    A saved notebook then holds only the last state. tqdm's own bars would leave a widget that
-    GitHub cannot show, or a line of stderr for each update.
+    tqdm's own bars leave a widget that GitHub cannot show, or a line of stderr for each update.
     """
 
     _handle = None
@@ -190,13 +184,6 @@ class NotebookBar(tqdm):
         else:
             self._handle.update(text, raw=True)
         return True
-
-    def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the text is not on a terminal line."""
-
-    @classmethod
-    def write(cls, s: str, *args: Any, **kwargs: Any) -> None:
-        print(s)
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:

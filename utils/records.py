@@ -25,12 +25,10 @@ from utils.cli import DataError, warn
 T = TypeVar("T")
 PARTIAL = ".partial"  # suffix of a file that is being written
 LOCK_NAME = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network drives
 
 
 def describe_machine() -> dict[str, Any]:
     """Versions, commit and hardware: what a reader needs to judge a number."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     # str: torch.load(weights_only=True) refuses torch's own version class
     versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, np, PIL)}
     return {
@@ -39,7 +37,7 @@ def describe_machine() -> dict[str, Any]:
         "hardware": {
             "cpu": _cpu_name(),
             "threads": torch.get_num_threads(),
-            "gpu": gpu,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "gpus": torch.cuda.device_count(),
             "system": platform.platform(),
         },
@@ -92,10 +90,7 @@ def write_atomic(path: Path, write: Callable[[Path], T]) -> T:
     Readers see the old file or the new one, never a part, also after a loss of power.
 
     Args:
-        write: writes the temporary file, whose path it gets; the file is removed if it fails.
-
-    Returns:
-        What `write` returns.
+        write: writes the temporary file, whose path it gets; its result is returned.
 
     Raises:
         OSError: the disk is full, or the folder is not writable; it names `path`.
@@ -129,9 +124,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Locks a folder against other processes by its file `.lock`.
-
-    The lock ends with the process, even if it is killed.
+    """Locks a folder against other processes by its file `.lock`; a kill ends the lock, too.
 
     Args:
         wait: whether to wait for another process that holds the lock, instead of an error.
@@ -140,7 +133,7 @@ def lock(folder: Path, wait: bool = True) -> Iterator[None]:
         DataError: another process holds the lock, and `wait` is false.
         OSError: the folder is missing or not writable.
     """
-    file_lock = FileLock(Path(folder) / LOCK_NAME, timeout=-1 if wait else 0)
+    file_lock = FileLock(folder / LOCK_NAME, timeout=-1 if wait else 0)
     try:
         file_lock.acquire()
     except Timeout as error:
@@ -149,7 +142,7 @@ def lock(folder: Path, wait: bool = True) -> Iterator[None]:
             "another folder"
         ) from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of some network drives
             raise
         warn(f"{folder}: no file locks on this drive ({error.strerror}); use no second process")
     try:

@@ -35,11 +35,9 @@ class BoxedImages(Dataset):
     those without area, and crowds, are left out; the number is printed.
 
     Args:
-        folder: folder of the images.
         annotations: JSON with `images`, `annotations` (`bbox` is x, y, width, height) and
             `categories`.
-        flip: whether half of the images are mirrored, other ones in each epoch.
-        seed: seed of the choice.
+        flip: whether to mirror half of the images, which `seed` and the epoch choose.
 
     Attributes:
         classes: names of the categories in the order of their ids; labels count them from 1.
@@ -57,17 +55,13 @@ class BoxedImages(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def path(self, index: int) -> Path:
-        """Path of an image."""
-        return self.folder / self.names[index]
-
     def __getitems__(self, keys: list[Key]) -> BoxedBatch:
         """A complete batch, as a DataLoader requests it."""
         images, targets = zip(*(self[key] for key in keys), strict=True)
         return BoxedBatch(list(images), list(targets))
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
-        path, size = self.path(key.index), self.sizes[key.index]
+        path, size = self.folder / self.names[key.index], self.sizes[key.index]
         opened = open_image(path)
         if opened.size != size:
             found, wanted = ("{} x {}".format(*each) for each in (opened.size, size))
@@ -93,7 +87,7 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, int]], list[Target], l
         classes = [entry["name"] for entry in categories]
         images, objects = {}, {}
         for entry in content["images"]:
-            images[entry["id"]] = Path(entry["file_name"]), (entry["width"], entry["height"])
+            images[entry["id"]] = entry["file_name"], (entry["width"], entry["height"])
             objects[entry["id"]] = []
         for entry in content["annotations"]:
             x, y, width, height = entry["bbox"]
@@ -109,7 +103,7 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, int]], list[Target], l
         targets, changed = zip(*map(_target, objects.values(), sizes), strict=True)
         if not any(len(target["boxes"]) for target in targets):
             raise ValueError("no image has a box")
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         reason = f"unknown or missing {error}" if isinstance(error, KeyError) else error
         where = "" if entry is None else f" in {entry!r:.200}"
         raise DataError(f"{path}: not valid in COCO's format: {reason}{where}") from error
@@ -118,7 +112,7 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, int]], list[Target], l
             f"{path}: {sum(changed)} of {sum(map(len, objects.values()))} boxes reach beyond their "
             "image or have no area; they are clipped, or left out where nothing remains"
         )
-    return list(map(str, names)), list(sizes), list(targets), classes
+    return list(names), list(sizes), list(targets), classes
 
 
 def _target(objects: list[list[float]], size: tuple[int, int]) -> tuple[Target, int]:

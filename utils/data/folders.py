@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,10 +129,8 @@ class ImageFiles(Dataset):
         """
         prefix, sizes = os.fsencode(self.folder / "_")[:-1], np.full(len(self), -1)
         for index, name in enumerate(self.names.tolist()):
-            try:
+            with suppress(OSError):  # a broken link
                 sizes[index] = os.stat(prefix + name).st_size
-            except OSError:  # a broken link
-                continue
         content = hashlib.sha256(self.names.tobytes() + sizes.tobytes())
         return f"paths and sizes {content.hexdigest()[:32]}"
 
@@ -173,7 +171,7 @@ def find_images(root: Path, top: bool = False) -> tuple[dict[str, np.ndarray], l
     Returns:
         The images of each folder, as "class/name" or "class/.../name" in bytes, sorted. Arrays, not
         a million str: a worker that reads a str gets a copy of its memory page. And what is left
-        out, but for hidden files that are not named like images, such as .DS_Store.
+        out, but for hidden files other than images, such as .DS_Store.
     """
     found, left_out, folders = {}, [], [""]
     for folder in folders:  # which grows
@@ -198,8 +196,6 @@ def load_batch(
     load: Callable[[Any], tuple[Tensor, int]], items: Sequence[Any], indices: Sequence[int] = ()
 ) -> Batch:
     """Loads images in as many threads as PyTorch uses (a worker has one), and stacks them.
-
-    Decoding releases the interpreter's lock, so that all cores are used without workers.
 
     Args:
         load: image and label of an item; its CorruptImageError ends up in the batch.
@@ -232,14 +228,10 @@ def load_batch(
 def readable(
     batches: Iterable[Batch | DataError], skip_corrupt: bool, skipped: dict[str, None]
 ) -> Iterator[Batch]:
-    """Passes batches on and reports unreadable images.
+    """Passes batches on; raises a DataError in place of a batch, and that of an unreadable image.
 
     Args:
-        skip_corrupt: add their messages to the keys of `skipped` instead of raising.
-
-    Raises:
-        CorruptImageError: an image is unreadable and may not be skipped.
-        DataError: one that a dataset returned in place of a batch.
+        skip_corrupt: add the messages of unreadable images to the keys of `skipped` instead.
     """
     for batch in batches:
         if isinstance(batch, DataError):
@@ -341,11 +333,10 @@ def begin(loader: DataLoader, epoch: int, first_step: int = 0) -> None:
 
 
 def _quiet_worker(worker: int) -> None:
-    """Leaves signals and errors to the trainer.
+    """Leaves signals, which terminals send to every process, and errors to the trainer.
 
-    Terminals and job managers signal every process; only the trainer reacts, by saving. PyTorch
-    hands a worker's errors to the trainer; what is left for the hook is multiprocessing's thread
-    that shares memory, when the trainer closes its end.
+    PyTorch hands a worker's errors over; what is left for the hook is multiprocessing's thread that
+    shares memory, when the trainer closes its end.
     """
     sys.excepthook = lambda *error: None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -406,10 +397,7 @@ def open_folders(
 
 
 def hold_out(data: Splits, recipe: Recipe, share: float) -> Splits:
-    """Replaces the validation images by a share of the training images of each class.
-
-    They are read with the validation transform. Choices are tuned on them; `val` is kept for the
-    end.
+    """Replaces the validation images by a share of the training images, to tune choices on.
 
     Raises:
         LayoutError: a class has too few images.
@@ -420,9 +408,7 @@ def hold_out(data: Splits, recipe: Recipe, share: float) -> Splits:
 
 
 def split_share(images: ImageFiles, share: float) -> tuple[ImageFiles, ImageFiles]:
-    """Splits images into two, of which the second has a share of each class.
-
-    A share of 0.1 takes every tenth image of a class, in the order of names.
+    """Splits images into two; the second has a share, such as every tenth image, of each class.
 
     Raises:
         LayoutError: a class has too few images.

@@ -12,13 +12,10 @@ Sorting plans first, checks everything, and then only renames. At any moment eve
 its old or its new name, so a run may be killed and started again.
 """
 
-import errno
-import filecmp
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -51,7 +48,7 @@ def sort_val(
 
     Raises:
         FileNotFoundError, NotADirectoryError: a path is not a file, or not a folder.
-        LayoutError: from `read_solution` or `plan` (nothing has moved), or from `apply`.
+        LayoutError: from `read_solution` or `plan`; nothing has moved.
     """
     val_dir = Path(val_dir)
     if not val_dir.is_dir():
@@ -71,7 +68,7 @@ def sort_val(
         summary += f", as {moves[0][0]} to {moves[0][1]}"
     summary += f"; {len(labels) - len(moves)} already there"
     if left_alone:
-        summary += f"\nleft alone, not in the CSV or already in place: {summarize(left_alone)}"
+        summary += f"\nleft alone, not in the CSV: {summarize(left_alone)}"
     return summary
 
 
@@ -79,12 +76,11 @@ def plan(labels: dict[str, str], val_dir: Path, *, undo: bool = False) -> tuple[
     """Plans the moves in a folder that may be half sorted.
 
     Returns:
-        The moves, and the images that are left alone: not in the CSV, or a second copy, with the
-        same bytes, of one that is already in place.
+        The moves, and the images that are not in the CSV and left alone.
 
     Raises:
-        LayoutError: an image is missing, its target has other bytes, or a name is taken. Links are
-            not accepted: a relative one would break, a folder may be on another volume.
+        LayoutError: an image is missing or there twice, or a name is taken. Links are not accepted:
+            a relative one would break, a folder may be on another volume.
     """
     found = _scan(val_dir)
     pairs = [(f"{image}.JPEG", f"{wnid}/{image}.JPEG") for image, wnid in labels.items()]
@@ -92,42 +88,29 @@ def plan(labels: dict[str, str], val_dir: Path, *, undo: bool = False) -> tuple[
         pairs = [(nested, flat) for flat, nested in pairs]
     named = {wnid: "folder" for wnid in labels.values()}
     named |= {path: "file" for pair in pairs for path in pair}
-    copies = [(a, b) for a, b in pairs if found.get(a) == found.get(b) == "file"]
     taken = [path for path, kind in named.items() if found.get(path, kind) != kind]
     missing = [source for source, target in pairs if not found.keys() & {source, target}]
-    differing = [a for a, b in copies if not filecmp.cmp(val_dir / a, val_dir / b, shallow=False)]
+    doubled = [source for source, target in pairs if found.keys() >= {source, target}]
     for problem, paths in {
         "names already taken, or links; images must be files and class folders directories": taken,
         "images of the CSV missing": missing,
-        "images differ from those in place, and are not overwritten": differing,
+        "images both directly in it and in a class folder; remove one of each": doubled,
     }.items():
         if paths:
             raise LayoutError(f"{val_dir}: {problem}: {summarize(paths)}")
     unnamed = [p for p in found.keys() - named if found[p] != "folder" and _is_image(p)]
-    moves = [(source, target) for source, target in pairs if target not in found]
-    return moves, sorted([*unnamed, *(source for source, _ in copies)])
+    return [pair for pair in pairs if pair[1] not in found], sorted(unnamed)
 
 
 def apply(moves: Moves, val_dir: Path, *, progress: bool = False) -> None:
-    """Renames each source to its target, never over an existing file.
-
-    Raises:
-        LayoutError: the files have changed since the plan, or the system refuses. No image is
-            lost, and a second run resumes.
-    """
+    """Renames each source to its target; after an OSError or LayoutError a second run resumes."""
     for folder in sorted({(val_dir / target).parent for _, target in moves}):
         folder.mkdir(exist_ok=True)
     for source, target in progress_bar(moves, unit=" images", disable=not (progress and moves)):
-        try:
-            # os.rename overwrites silently. The lock excludes other runs, this other programs.
-            if os.path.lexists(val_dir / target):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            os.rename(val_dir / source, val_dir / target)
-        except OSError as error:
-            raise LayoutError(
-                f"{val_dir}: cannot move {source} to {target}: {error.strerror}: no image is lost; "
-                "fix this and run the command again"
-            ) from error
+        # os.rename overwrites silently. The lock excludes other runs, this other programs.
+        if os.path.lexists(val_dir / target):
+            raise LayoutError(f"{val_dir / target}: written by another program; run this again")
+        os.rename(val_dir / source, val_dir / target)
 
 
 def read_solution(path: str | Path) -> dict[str, str]:
@@ -137,7 +120,10 @@ def read_solution(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         LayoutError: not a CSV in UTF-8, a column missing, no images, bad or repeated lines.
     """
-    table = _read_csv(path)
+    try:
+        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False).fillna("")
+    except ValueError as error:
+        raise LayoutError(f"{path}: not a CSV file in UTF-8: {str(error).strip()}") from error
     table.columns = table.columns.str.strip()
     if not {"ImageId", "PredictionString"} <= {*table.columns}:
         raise LayoutError(f"{path}: columns {[*table]}: expected ImageId,PredictionString")
@@ -177,14 +163,6 @@ def _read_lines(path: str | Path) -> pd.Series:
         return pd.Series(Path(path).read_text("utf-8-sig").splitlines(), dtype=str).str.strip()
     except UnicodeDecodeError as error:
         raise LayoutError(f"{path}: not a text file in UTF-8: {error}") from error
-
-
-def _read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, **options)
-    except ValueError as error:
-        raise LayoutError(f"{path}: not a CSV file in UTF-8: {str(error).strip()}") from error
-    return table.fillna("")
 
 
 def _read_pairs(path: str | Path, lines: pd.Series, pattern: str, example: str) -> dict[str, str]:
@@ -243,29 +221,27 @@ def check_layout(data_dir: str | Path, splits: Sequence[str] = ("train", "val"))
         folder = Path(data_dir) / split
         if not folder.is_dir():
             hint = "; shards are given by a brace pattern" * any(Path(data_dir).glob("*.tar"))
-            if any(splits):
-                hint += "; with --val-share 0.2 a folder of images per class is enough"
+            hint += "; with --val-share 0.2 a folder of images per class is enough"
             raise LayoutError(f"{folder} is missing: {data_dir} must hold {wanted}{hint}")
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes[split] = {entry.name for entry in entries if entry.is_dir()}
-    images = sorted(e.name for e in entries if e.name not in classes[split] and _is_image(e.name))
-    if images and split == "val":
-        state = "half sorted" if classes["val"] else "not sorted into class folders"
-        more = " and remove images that the CSV does not list" if classes["val"] else ""
-        raise LayoutError(
-            f"{folder} is {state}: images directly in it: {summarize(images)}: run python "
-            "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
-            f"--val_image_dir {shlex.quote(str(folder))}{more}"
-        )
+        images = sorted({e.name for e in entries if _is_image(e.name)} - classes[split])
+        if images and split == "val":
+            state = "half sorted" if classes["val"] else "not sorted into class folders"
+            more = " and remove images that the CSV does not list" if classes["val"] else ""
+            raise LayoutError(
+                f"{folder} is {state}: images directly in it: {summarize(images)}: run python "
+                "scripts/imagenet.py --val_solution_path LOC_val_solution.csv "
+                f"--val_image_dir {shlex.quote(str(folder))}{more}"
+            )
     common = set.intersection(*classes.values())
     if only := sorted(f"{split}/{name}" for split in classes for name in classes[split] - common):
-        hint = unicode_hint(name.partition("/")[2] for name in only)
-        found = summarize(only) + hint
+        found = summarize(only) + unicode_hint(name.partition("/")[2] for name in only)
         raise LayoutError(f"{data_dir}: classes in only one of {wanted}: {found}")
     if not common:
         raise LayoutError(f"{data_dir}: no class folders" + f" in {wanted}" * (splits != [""]))
     if len(common) == 1:
-        reason = f"one class, {next(iter(common))}; two are the least to choose from"
+        reason = f"one class, {common.pop()}; two are the least to choose from"
         raise LayoutError(f"{data_dir}: holds {reason}, each a folder")
     return sorted(common)
 

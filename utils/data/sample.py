@@ -276,33 +276,26 @@ def _draw_split(data: Path, split: str, seed: int, per_class: int, bar: tqdm) ->
     return "\n".join(lines) + "\n"
 
 
-def _draw_once(
-    root: Path, content: str, settings: dict[str, object], fill: Callable[[], None]
-) -> None:
-    """Locks the folder and fills it with its `content`, unless that is drawn already.
-
-    Raises:
-        ValueError: `root` holds anything else.
-    """
+def _draw_once(root: Path, settings: dict[str, object], fill: Callable[[], None]) -> None:
+    """Locks the folder and fills it, unless that is done; ValueError if it holds anything else."""
     marked = json.dumps(settings).encode() + b"\n"
-    if _is_drawn(root, content, marked):  # before the lock, which writes to the folder
+    if _is_drawn(root, marked):  # before the lock, which writes to the folder
         return
     root.mkdir(parents=True, exist_ok=True)
     with lock(root):
-        if not _is_drawn(root, content, marked):
+        if not _is_drawn(root, marked):
             write_atomic(root / UNFINISHED, lambda path: path.write_bytes(marked))
             fill()
             (root / UNFINISHED).replace(root / MARKER)
 
 
-def _is_drawn(root: Path, content: str, settings: bytes) -> bool:
-    """Whether the drawing is complete; ValueError if the folder holds anything else."""
+def _is_drawn(root: Path, settings: bytes) -> bool:
     remedy = "choose another folder, or remove this one yourself"
     for marker in (root / UNFINISHED, root / MARKER):
         if marker.is_file():
             if marker.read_bytes() != settings:
                 raise ValueError(f"{root} holds a sample with other settings: {remedy}")
-            return marker.name == MARKER and (root / content).is_dir()
+            return marker.name == MARKER
     ours = {root / LOCK_NAME, root / (UNFINISHED + PARTIAL)}
     if root.exists() and (not root.is_dir() or set(root.iterdir()) - ours):
         raise ValueError(f"{root} holds something that is not a sample: {remedy}")
@@ -344,7 +337,7 @@ def draw(
                 solution = _draw_split(data, split, seed, counts[split], bar)
                 (root / f"LOC_{split}_solution.csv").write_text(solution)
 
-    _draw_once(root, "ILSVRC", settings, fill)
+    _draw_once(root, settings, fill)
     return data
 
 
@@ -374,7 +367,7 @@ def draw_scenes(
                 found = _draw_scenes(root / split, number, seed, counts[split], bar)
                 (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(found))
 
-    _draw_once(root, "annotations", settings, fill)
+    _draw_once(root, settings, fill)
     return root
 
 

@@ -156,9 +156,8 @@ class ShardBatches(IterableDataset):
     Every epoch lays the shards end to end in a new order. Each process reads an equal contiguous
     part of this series, and each of its workers a part of that, through a shuffle buffer: were
     complete shards dealt, a small one would come many times in an epoch of equal steps. In training
-    the last images, fewer than a batch, are left out; in evaluation each image comes once. The
-    order depends on the seed, the epoch and the numbers of processes and workers; the rest of an
-    epoch after a resume has a new order. A shard's DataError comes in place of a batch.
+    the last images, fewer than a batch, are left out; in evaluation each image comes once. After a
+    resume the rest of an epoch has a new order. A shard's DataError comes in place of a batch.
     """
 
     def __init__(self, shards: Shards, batch_size: int, train: bool) -> None:
@@ -174,7 +173,7 @@ class ShardBatches(IterableDataset):
         return -(-(self.last - self.first) // self.batch_size)
 
     def begin(self, epoch: int, first_step: int = 0) -> None:
-        """Sets the epoch of the next pass, and how many of its steps are done."""
+        """As of `TrainBatches`."""
         self.position.copy_(torch.tensor([epoch, first_step]))
 
     def __iter__(self) -> Iterator[folders.Batch | DataError]:
@@ -206,9 +205,8 @@ def make_shards(
 ) -> str:
     """Packs `data_dir/train` and `data_dir/val` into shards and returns a summary.
 
-    The same files and options give the same bytes, and each shard appears complete or not at all:
-    the same command resumes after a kill. At its end it writes SHA256SUMS, in the format of
-    sha256sum; run again, it packs damaged shards again.
+    The same files and options give the same bytes, so the same command resumes, and packs shards
+    again that differ from SHA256SUMS, which it writes at its end in the format of sha256sum.
 
     Raises:
         DataError: from `open_folders`, or `output_dir` has shards of other files or options.

@@ -94,8 +94,7 @@ def _orientation(exif: bytes) -> int:
 
 # An image whose header was read: a JPEG file that is not decoded yet, or upright RGB pixels.
 OpenImage = Jpeg | Image.Image
-# From an OpenImage and a random.Random, by default seeded by PyTorch's generator, to uint8
-# `[3, H, W]` in channels_last.
+# From an OpenImage and, for training, a random.Random to uint8 `[3, H, W]` in channels_last.
 Transform = Callable[..., Tensor]
 
 
@@ -116,11 +115,10 @@ def open_image(path: str | Path, content: bytes | None = None) -> OpenImage:
 
 
 def pixels(image: OpenImage, min_px: tuple[int, int] | None = None) -> np.ndarray:
-    """Decodes an image to RGB, uint8 `[H, W, 3]`.
+    """Decodes an image of any mode to RGB, uint8 `[H, W, 3]`.
 
-    Accepts grayscale, palette and CMYK images, PNG files named .JPEG and broken EXIF data, all of
-    which ImageNet contains. The EXIF orientation is applied, as in viewers and unlike torchvision's
-    ImageFolder; transparency is ignored, as in ImageFolder and unlike viewers.
+    The EXIF orientation is applied, as in viewers and unlike torchvision's ImageFolder, and broken
+    EXIF data are ignored; transparency is ignored, as in ImageFolder and unlike viewers.
 
     Args:
         min_px: a sufficient width and height: a JPEG file may be decoded at half of its size or
@@ -339,8 +337,7 @@ def train_transform(recipe: Recipe) -> Transform:
     return partial(_train, recipe)
 
 
-def _train(recipe: Recipe, image: OpenImage, rng: random.Random | None = None) -> Tensor:
-    rng = rng or random.Random(int(torch.randint(2**62, ())))
+def _train(recipe: Recipe, image: OpenImage, rng: random.Random) -> Tensor:
     box = draw_crop(rng, image.height, image.width, recipe.min_crop_area)
     rgb = resized_crop(image, box, recipe.train_crop_px)
     if rng.random() < 0.5:
