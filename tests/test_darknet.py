@@ -14,11 +14,6 @@ from backbones.darknet import CSPStage, convert_split
 from backbones.layers import ConvNormAct, scale_channels
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @torch.no_grad()
 def test_conv_norm_act_is_the_three_of_them():
     layer = randomise_norms(ConvNormAct(3, 8, 3, stride=2, act="leaky_relu")).eval()

@@ -9,11 +9,6 @@ from backbones.layers import EffectiveSqueezeExcite
 from backbones.vovnet import OSABlock, TrailingMaxPool
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("ese", [False, True])
