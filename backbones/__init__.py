@@ -50,7 +50,9 @@ def create(
     Args:
         name: one of `list_models()`.
         weights: a name of `list_weights()`, which brings the options that its file needs and may
-            download it, a path or a state dict; see `backbones.weights.load_weights`.
+            download it, a path or a state dict; see `backbones.weights.load_weights`. The
+            backbone's `weights_report` says what was loaded, and `preprocessing` what published
+            weights expect of images.
         overrides: keyword arguments of the family's network class, such as `out_indices`,
             `in_channels`, `width`, `act` or `split`.
 
