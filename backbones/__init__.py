@@ -10,7 +10,6 @@ import difflib
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -52,8 +51,8 @@ def create(
         name: one of `list_models()`.
         weights: a name of `list_weights()`, which brings the options that its file needs and may
             download it, a path or a state dict; see `backbones.weights.load_weights`. The
-            backbone's `weights_report` says what was loaded, with the file's SHA-256, and
-            `preprocessing` what published weights expect of images.
+            backbone's `weights_report` says what was loaded, and `preprocessing` what published
+            weights expect of images.
         overrides: keyword arguments of the family's network class, such as `out_indices`,
             `in_channels`, `width`, `act` or `split`.
 
@@ -68,7 +67,7 @@ def create(
         if key not in accepted:
             raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(accepted)}")
     row = published(name).get(weights) if isinstance(weights, str) else None
-    if row and not Path(weights).is_file():
+    if row:
         overrides = row.merge(overrides)
     backbone = network(config, **overrides)
     backbone.architecture = name
@@ -118,10 +117,6 @@ def list_options(name: str) -> list[str]:
 
 
 def list_weights(pattern: str = "*") -> Table:
-    """Published weights of the backbones that match a shell wildcard; prints as a table.
-
-    Each row has the options, the preprocessing, the URL and the sources; `backbones.pretrained`
-    says where weights differ from their project's.
-    """
+    """Published weights of the backbones that match a shell wildcard; prints as a table."""
     found = [published(name).items() for name in list_models(pattern)]
     return Table(row for rows in found for key, row in rows if key == row.name)  # not "DEFAULT"

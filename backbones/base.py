@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         self.left_out = tuple(f"stages.{i}." for i in stages[self.num_stages :])
         self.in_channels = int(in_channels)  # not one of NumPy's, which no checkpoint may hold
         self.gradient_checkpointing = gradient_checkpointing
-        self._frozen_stages: int | None = None
+        self._num_frozen_parts = 0
         self.architecture: str | None = None
         self.weights_report: object | None = None
         self.preprocessing: Any = None
@@ -125,13 +125,9 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the network has fewer stages.
         """
-        allowed = range(self.num_stages + 1)
-        if num_stages is not None and not (is_integer(num_stages) and num_stages in allowed):
-            raise ValueError(
-                f"freeze({num_stages!r}): choose 0 to {self.num_stages} stages, or None for none"
-            )
+        validate_choice("num_stages", num_stages, (*range(self.num_stages + 1), None))
         self.requires_grad_(True)
-        self._frozen_stages = num_stages
+        self._num_frozen_parts = 0 if num_stages is None else num_stages + 1
         for module in self._frozen_modules():
             module.requires_grad_(False)
         return self.train(self.training)
@@ -144,19 +140,15 @@ class Backbone(nn.Module):
         return self
 
     def _frozen_modules(self) -> list[nn.Module]:
-        count = 0 if self._frozen_stages is None else self._frozen_stages + 1
-        return [module for part in self.parts()[:count] for module in part]
+        return [module for part in self.parts()[: self._num_frozen_parts] for module in part]
 
     def validate_images(self, images: Tensor) -> None:
         """Raises ValueError unless `images` are floating point, `[N, in_channels, H, W]`."""
-        given = type(images).__name__
-        if isinstance(images, Tensor):
-            channels_fit = images.ndim == 4 and images.shape[1] == self.in_channels
-            if channels_fit and images.is_floating_point():
-                return
+        fits = images.ndim == 4 and images.shape[1] == self.in_channels
+        if not fits or not images.is_floating_point():
+            expected = f"a floating-point tensor [N, {self.in_channels}, H, W]"
             given = f"{images.dtype} {list(images.shape)}"
-        expected = f"a floating-point tensor [N, {self.in_channels}, H, W]"
-        raise ValueError(f"images are {given}; expected {expected}")
+            raise ValueError(f"images are {given}; expected {expected}")
 
 
 def _record_options(net: Backbone, state: object, prefix: str, metadata: dict[str, Any]) -> None:

@@ -36,8 +36,7 @@ from backbones.layers import LAST_NORM, ConvNormAct, scale_channels
 Split = Literal["separate", "slice", "partial"]
 Layout = Literal["half", "darknet"]
 
-STEM_CHANNELS = 32
-STAGE_CHANNELS = (64, 128, 256, 512, 1024)
+CHANNELS = (32, 64, 128, 256, 512, 1024)  # of the stem and the stages
 STRIDES = (2, 4, 8, 16, 32)
 SPLIT_CONVS = ("shortcut_conv", "blocks_conv", "split_conv")
 
@@ -159,7 +158,7 @@ class Darknet(Backbone):
         last_norm: float = LAST_NORM,
         **options: Any,
     ) -> None:
-        channels = [scale_channels(c, width) for c in (STEM_CHANNELS, *STAGE_CHANNELS)]
+        channels = [scale_channels(c, width) for c in CHANNELS]
         super().__init__(channels[1:], STRIDES, **options)
         validate_number("last_norm", last_norm)
         self.config, self.act, self.width, self.last_norm = config, act, float(width), last_norm

@@ -7,7 +7,6 @@ so a detector on finer maps finds smaller objects. Class 0 is the background in 
 object classes start at 1.
 """
 
-import difflib
 import inspect
 from collections import OrderedDict
 from functools import partial
@@ -20,11 +19,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import (
-    ExtraFPNBlock,
-    LastLevelMaxPool,
-    LastLevelP6P7,
-)
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
 from backbones.base import Backbone, validate_count
@@ -103,12 +98,8 @@ def faster_rcnn(
 ) -> FasterRCNN:
     """torchvision's Faster R-CNN on a backbone's maps and, for proposals, one coarser level.
 
-    Args:
-        net: any backbone, such as `create(name, out_indices=(1, 2, 3, 4))` for the paper's strides.
-        num_classes: number of object classes, at least 1, without the background; labels count
-            from 1.
-        out_channels: channels of the pyramid.
-        options: arguments of `torchvision.models.detection.FasterRCNN`; see `retinanet`.
+    Arguments and errors are those of `retinanet`, with torchvision's options of FasterRCNN and any
+    number of `out_channels`. `create(name, out_indices=(1, 2, 3, 4))` has the paper's strides.
     """
     validate_count("num_classes", num_classes)
     pyramid = Pyramid(net, out_channels, LastLevelMaxPool())
@@ -126,17 +117,12 @@ def faster_rcnn(
 
 
 def _complete(detector: type, net: Backbone, options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, which the detector must know, with the mean and deviation of `net`'s weights.
-
-    Without published weights those of ImageNet are the default; they must fit `net`'s channels.
-    """
+    """`options` with the mean and deviation of `net`'s weights, by default those of ImageNet."""
     classes = (detector, GeneralizedRCNNTransform)
     accepted = [name for each in classes for name in inspect.signature(each).parameters]
     accepted = sorted({*accepted} - {"backbone", "num_classes", "kwargs"})
-    for name in options.keys() - accepted:
-        nearest = difflib.get_close_matches(name, accepted)
-        words = f"nearest: {', '.join(nearest)}" if nearest else f"it takes {', '.join(accepted)}"
-        raise ValueError(f"{detector.__name__} takes no {name!r}; {words}")
+    for name in options.keys() - accepted:  # torchvision would ignore it
+        raise ValueError(f"{detector.__name__} takes no {name!r}; it takes {', '.join(accepted)}")
     mean_rgb, std_rgb = MEAN_RGB, STD_RGB
     if net.preprocessing:
         mean_rgb, std_rgb = net.preprocessing.mean, net.preprocessing.std
@@ -145,7 +131,6 @@ def _complete(detector: type, net: Backbone, options: dict[str, Any]) -> dict[st
         options = options | {name: options.get(name) or default}
         if len(options[name]) != net.in_channels:
             raise ValueError(
-                f"{name} has {len(options[name])} numbers; the backbone takes {net.in_channels} "
-                "channels"
+                f"{name}={options[name]} needs {net.in_channels} numbers, one per image channel"
             )
     return options

@@ -24,13 +24,9 @@ from backbones.layers import ConvNormAct
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be found, verified or matched; the message says what would be right.
+    """Weights that cannot be found, verified or matched; the message says what would be right."""
 
-    Attributes:
-        is_bad_file: whether there is a file, which is at fault.
-    """
-
-    is_bad_file = False
+    is_bad_file = False  # there is a file, which is at fault
 
 
 class Format(NamedTuple):
@@ -119,10 +115,8 @@ def match_structure(state: dict[str, Tensor], backbone: Backbone) -> None:
     for i, stage in enumerate(backbone.stages if isinstance(backbone, Darknet) else ()):
         name = f"stages.{i}."
         if isinstance(stage, CSPStage):
-            splits = [
-                f"{name}{each}.conv.weight" in state for each in ("split_conv", "blocks_conv")
-            ]
-            if splits.count(True) == 1:  # with both, one is reported as unexpected
+            splits = ("split_conv", "blocks_conv")
+            if sum(f"{name}{split}.conv.weight" in state for split in splits) == 1:
                 try:
                     convert_keys(state, stage.split, name)
                 except (KeyError, RuntimeError, ValueError) as error:
@@ -205,8 +199,6 @@ def _darknet_numbers(data: bytes) -> Tensor:
     if not (0 <= major < 1000 and 0 <= minor < 1000):  # higher: transposed, of no known file
         raise WeightsError("does not begin with the header of a Darknet file")
     header_bytes = 20 if (major, minor) >= (0, 2) else 16
-    if len(data) <= header_bytes or (len(data) - header_bytes) % 4:
-        raise WeightsError(
-            f"its {len(data)} bytes are not a header of {header_bytes} and float32 numbers"
-        )
+    if len(data) <= header_bytes or len(data) % 4:
+        raise WeightsError(f"its {len(data)} bytes are not a header and float32 numbers")
     return torch.frombuffer(bytearray(data), dtype=torch.float32, offset=header_bytes)

@@ -22,11 +22,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 # Initial weight of the last BatchNorm in each residual block of Darknet, CSPDarknet and VoVNet.
-# Their branches end in an activation and add hardly any negative values: the means add up over the
-# blocks, the pooled features of all images point in one direction, and the classifier diverges at
-# ordinary learning rates. With 1, PyTorch's default, Darknet-53 ends 24 points of top-1 lower after
-# four epochs, each start at its best learning rate (docs/results.md). With 0, as timm starts its
-# Darknets (after arXiv:1706.02677), a branch that ends in ReLU would never get a gradient.
+# Their branches end in an activation, so their means add up over the blocks, and with PyTorch's
+# default of 1 Darknet-53 diverges at ordinary learning rates (docs/results.md). With 0, as timm
+# starts its Darknets (after arXiv:1706.02677), a branch that ends in ReLU never gets a gradient.
 LAST_NORM = 0.2
 
 
@@ -78,8 +76,7 @@ class EffectiveSqueezeExcite(nn.Module):
 def scale_channels(channels: int, width: float) -> int:
     """`channels * width` rounded to the nearest multiple of 8, at least 8; width 1 changes nothing.
 
-    Raises:
-        ValueError: `width` is not a number above 0 and at most 16.
+    Raises ValueError unless `width` is above 0 and at most 16.
     """
     if not isinstance(width, Real) or isinstance(width, bool) or not 0 < width <= 16:
         raise ValueError(f"width={width!r} must be a number above 0, at most 16")

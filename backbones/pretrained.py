@@ -1,15 +1,16 @@
 """Published weights by name: where a file is, and what it needs of the network and the images.
 
-- timm: default configs and results-imagenet.csv. Its VoVNets round a pooled map of odd size down;
-  ours round up, so the maps differ at image sizes that are no multiple of 32.
-- vision_toolbox: gau-nernst/vision-toolbox, README and code. Files hold a backbone without a head;
-  no licence is stated. Mean and deviation are those of classifier.py when a file was added (0.5
-  until commit d03d0cb, then 0 and 1). darknet_yolov5, vovnet19_ese, vovnet27_slim do not load.
+- timm 1.0.31: default configs and results-imagenet.csv. Its VoVNets round a pooled map of odd size
+  down; ours round up, so the maps differ at image sizes that are no multiple of 32.
+- vision_toolbox: gau-nernst/vision-toolbox at 9586d5b, README and code. Files hold no head, and no
+  licence is stated. Mean and deviation are those of classifier.py when a file was added (0.5 until
+  commit d03d0cb, then 0 and 1). darknet_yolov5, vovnet19_ese, vovnet27_slim do not load.
 - torchvision: the meta of its enumerations, which state neither training size nor licence.
 """
 
 import hashlib
 import re
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from torchvision.models import WeightsEnum, get_model_weights
 from backbones.formats import WeightsError
 from backbones.torchvision_ports import INVERTED_RESIDUALS, RESNETS
 
-ATTEMPTS, TIMEOUT_S = 3, 60
+TIMEOUT_S = 60
 
 
 class Preprocessing(NamedTuple):
@@ -50,10 +51,8 @@ class Preprocessing(NamedTuple):
     def from_recipe(cls, recipe: Mapping[str, Any]) -> "Preprocessing":
         """That of the fields of a recipe, `utils.recipe.Recipe`."""
         crop_px, norm = recipe["eval_crop_px"], (tuple(recipe["mean"]), tuple(recipe["std"]))
-        crop_share = crop_px / recipe["eval_resize_px"]
-        return cls(
-            *norm, recipe.get("train_crop_px"), crop_px, crop_share, recipe["eval_interpolation"]
-        )
+        sizes = (recipe.get("train_crop_px"), crop_px, crop_px / recipe["eval_resize_px"])
+        return cls(*norm, *sizes, recipe["eval_interpolation"])
 
     def as_recipe(self) -> dict[str, Any]:
         """The fields of a recipe that it decides."""
@@ -73,7 +72,7 @@ DARKNET = Preprocessing((0.0,) * 3, (1.0,) * 3, 256, 256, 1.0)
 class Published(NamedTuple):
     """A published file: the `options` that it needs, its ImageNet top-1 at `test_px`.
 
-    `licence` is "" if none is stated; `source` says where options and numbers come from.
+    `licence` is "" if none is stated.
     """
 
     backbone: str
@@ -81,7 +80,6 @@ class Published(NamedTuple):
     url: str
     top1_pct: float
     preprocessing: Preprocessing
-    source: str
     licence: str = ""
     options: Mapping[str, Any] = {}
 
@@ -99,13 +97,12 @@ class Published(NamedTuple):
     def merge(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The file's options and those given; ValueError if they contradict each other."""
         needed = {"width": 1.0, **self.options}
-        if wrong := [key for key in needed if given.get(key, needed[key]) != needed[key]]:
-            ours, theirs = (
-                ", ".join(f"{k}={each[k]!r}" for k in wrong) for each in (given, needed)
-            )
-            raise ValueError(
-                f"{self.backbone} with {self.name} has {theirs}; {ours} contradicts it"
-            )
+        for key, value in needed.items():
+            if given.get(key, value) != value:
+                raise ValueError(
+                    f"{self.backbone} with {self.name} has {key}={value!r}; "
+                    f"{key}={given[key]!r} contradicts it"
+                )
         return {**self.options, **given}
 
 
@@ -163,14 +160,17 @@ def published(backbone: str | None) -> dict[str, Published]:
         url = f"https://huggingface.co/timm/{file}/resolve/main/model.safetensors"
         if file.endswith(".pth"):
             url = github.format("rwightman/pytorch-image-models", file)
-        made = (top1_pct, Preprocessing(*images), "timm 1.0.31", "apache-2.0", options)
+        made = (top1_pct, Preprocessing(*images), "apache-2.0", options)
         rows.append(Published(name, f"timm.{tag}", url, *made))
     for name, tag, file, top1_pct, norm, train_px, options in _TOOLBOX:
         url = github.format("gau-nernst/vision-toolbox", f"v0.0.1/{file}.pth")
-        made = (top1_pct, Preprocessing(*norm, train_px, 224, 224 / 232), "commit 9586d5b", "")
-        rows.append(
-            Published(name, f"vision_toolbox.{tag}", url, *made, {"act": "relu", **options})
+        made = (
+            top1_pct,
+            Preprocessing(*norm, train_px, 224, 224 / 232),
+            "",
+            {"act": "relu", **options},
         )
+        rows.append(Published(name, f"vision_toolbox.{tag}", url, *made))
     return {row.name: row for row in rows if row.backbone == backbone}
 
 
@@ -179,14 +179,14 @@ def _torchvision(backbone: str, member: WeightsEnum) -> Published:
     (test_px,), (resize_px,) = images.crop_size, images.resize_size
     sizes = (None, test_px, test_px / resize_px, images.interpolation.value)
     images = Preprocessing(tuple(images.mean), tuple(images.std), *sizes)
-    return Published(backbone, member.name, member.url, top1_pct, images, f"torchvision {member}")
+    return Published(backbone, member.name, member.url, top1_pct, images)
 
 
 def download(row: Published) -> Path:
     """The file in torch.hub's cache, downloaded with a progress bar if it is not there.
 
     It gets its name when it is complete and its hash is right, so several processes may do this at
-    once. A download that breaks off starts again. WeightsError has the URL and the path.
+    once. The hash is printed if none is published. WeightsError has the URL and the path.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", row.file_name)
     if path.exists():
@@ -195,29 +195,26 @@ def download(row: Published) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
             part = Path(folder, path.name)
-            if not any(_fetch(row.url, part) for _ in range(ATTEMPTS)):
-                raise OSError(f"it broke off {ATTEMPTS} times")
+            _fetch(row.url, part)
             digest = hashlib.sha256(part.read_bytes()).hexdigest()
             if not digest.startswith(row.sha256):
                 raise OSError(f"it has SHA-256 {digest}, expected {row.sha256}")
             part.replace(path)
     except (OSError, HTTPException) as error:
-        where = f"put {row.url} at {path}"
-        raise WeightsError(
-            f"not in the cache, and the download failed ({error}); {where}"
-        ) from error
+        failure = f"not in the cache, and the download failed ({error})"
+        raise WeightsError(f"{failure}; put {row.url} at {path}") from error
+    if not row.sha256:
+        print(f"{path.name}: SHA-256 {digest}; none is published", file=sys.stderr)
     return path
 
 
-def _fetch(url: str, path: Path) -> bool:
-    """Writes what is at the URL; returns whether it is complete."""
+def _fetch(url: str, path: Path) -> None:
+    """Writes what is at the URL; unlike torch.hub's function it notices a download cut short."""
     request = urllib.request.Request(url, headers={"User-Agent": "vision-backbones"})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, path.open("wb") as file:
         size = int(response.headers.get("Content-Length") or 0)
         with torch.hub.tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-            try:
-                while chunk := response.read(1 << 16):
-                    bar.update(file.write(chunk))
-            except (ConnectionError, TimeoutError, HTTPException):
-                return False
-    return size in (0, path.stat().st_size)
+            while chunk := response.read(1 << 16):
+                bar.update(file.write(chunk))
+    if path.stat().st_size < size:
+        raise OSError("it broke off; try again")

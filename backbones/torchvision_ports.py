@@ -4,8 +4,8 @@ Papers: ResNet (arXiv:1512.03385), ResNeXt (arXiv:1611.05431), Wide ResNet (arXi
 MobileNetV2 (arXiv:1801.04381), MobileNetV3 (arXiv:1905.02244), EfficientNet (arXiv:1905.11946).
 
 These are torchvision's own modules under torchvision's own names, so its checkpoints load as they
-are. Modules after the last feature map are removed. Nothing is traced or run to find the feature
-maps: each is the last output before the next stride.
+are. Each feature map is the last output before the next stride; modules after the last one are
+removed.
 
 ResNets return the stem's output (after its ReLU) at stride 2 and the outputs of their four stages.
 For networks of inverted residuals `tap` chooses the feature map at each stride:
@@ -19,7 +19,6 @@ For networks of inverted residuals `tap` chooses the feature map at each stride:
   removed.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -48,7 +47,6 @@ class TorchvisionPort(Backbone):
         name: the network's builder in `torchvision.models`.
         network: what that builder returned.
         paths: names of the modules of the stem, then of each stage.
-        channels: channels of each feature map.
         head: name of torchvision's head if it takes the last feature map; None for a linear head.
         options: `out_indices`, `in_channels`, `gradient_checkpointing` of `Backbone`.
     """
@@ -58,14 +56,14 @@ class TorchvisionPort(Backbone):
         name: str,
         network: nn.Module,
         paths: list[list[str]],
-        channels: Sequence[int],
         head: str | None = None,
         **options: Any,
     ) -> None:
+        channels = _channels(network, paths)[len(paths) - len(STRIDES) :]
         super().__init__(channels, STRIDES, **options)
         self.architecture = name
         self.paths = paths[: self.num_stages + 1]
-        self.head_name = head if self.out_indices[-1] == len(channels) - 1 else None
+        self.head_name = head if self.strides[-1] == STRIDES[-1] else None
         self.left_out = _keep_only(network, [path for part in self.paths for path in part])
         for child_name, child in network.named_children():
             self.add_module(child_name, child)
@@ -85,7 +83,7 @@ class TorchvisionPort(Backbone):
     def _replace_first_conv(self) -> None:
         path, old = next((p, m) for p, m in self.named_modules() if isinstance(m, nn.Conv2d))
         sizes = (old.kernel_size, old.stride, old.padding)
-        new = nn.Conv2d(self.in_channels, old.out_channels, *sizes, bias=old.bias is not None)
+        new = nn.Conv2d(self.in_channels, old.out_channels, *sizes, bias=False)
         nn.init.kaiming_normal_(new.weight, mode="fan_out")  # torchvision's initialisation
         self.set_submodule(path, new)
 
@@ -93,23 +91,15 @@ class TorchvisionPort(Backbone):
 class ResNet(TorchvisionPort):
     """ResNet, ResNeXt or Wide ResNet: feature maps after the stem's ReLU and the four stages.
 
-    `name` is one of `RESNETS`; `options` are those of `Backbone`.
+    `name` is one of `RESNETS`, `options` are those of `Backbone`.
     """
 
     stem_gives_map = True
 
     def __init__(self, name: str, **options: Any) -> None:
         network = get_model_builder(name)(weights=None)
-        paths = [
-            ["conv1", "bn1", "relu"],
-            ["maxpool", "layer1"],
-            ["layer2"],
-            ["layer3"],
-            ["layer4"],
-        ]
-        ends = ("conv1", "layer1", "layer2", "layer3", "layer4")
-        channels = [_out_channels(network.get_submodule(end)) for end in ends]
-        super().__init__(name, network, paths, channels, **options)
+        stages = ("conv1 bn1 relu", "maxpool layer1", "layer2", "layer3", "layer4")
+        super().__init__(name, network, [stage.split() for stage in stages], **options)
 
 
 class InvertedResidualNet(TorchvisionPort):
@@ -125,11 +115,8 @@ class InvertedResidualNet(TorchvisionPort):
         validate_choice("tap", tap, get_args(Tap))
         network = get_model_builder(name)(weights=None)
         paths = _inverted_residual_paths(network, tap)
-        ends = [part[-1] for part in paths if part]
-        ends = ends[:1] * (len(paths) - len(ends)) + ends  # a stage may return the stem's map
-        channels = [_out_channels(network.get_submodule(end)) for end in ends[1:]]
         head = "classifier" if tap == "expansion" else None
-        super().__init__(name, network, paths, channels, head, **options)
+        super().__init__(name, network, paths, head, **options)
         self.tap = tap
 
 
@@ -160,9 +147,14 @@ def _is_strided(layer: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) and m.stride == (2, 2) for m in layer.modules())
 
 
-def _out_channels(module: nn.Module) -> int:
-    """Channels of the last convolution; a ResNet's shortcut has those of its stage."""
-    return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
+def _channels(network: nn.Module, paths: list[list[str]]) -> list[int]:
+    """Output channels of the stem and of each stage, those of its last convolution."""
+    channels: list[int] = []
+    for part in paths:
+        modules = [m for path in part for m in network.get_submodule(path).modules()]
+        convs = [m for m in modules if isinstance(m, nn.Conv2d)]
+        channels.append(convs[-1].out_channels if convs else channels[-1])
+    return channels
 
 
 def _keep_only(network: nn.Module, kept: list[str]) -> tuple[str, ...]:

@@ -6,14 +6,11 @@ safetensors file; these, or those of a format or a published file, are compared 
 """
 
 import argparse
-import functools
 import hashlib
 import io
 import json
-import logging
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torchvision.models import WeightsEnum
 
 from backbones import formats
@@ -30,11 +26,10 @@ from backbones.classifier import Classifier
 from backbones.formats import WeightsError
 from backbones.pretrained import DARKNET, Preprocessing, Published, download, published
 
-_logger = logging.getLogger(__name__)
 # The first key of each format with a prefix before it.
 _WRAPPED = r"(.+\.)(stem\.(0\.|conv1\.)?conv\.weight|conv1\.weight|features\.0\.0\.weight)"
-# Keys of a checkpoint that utils.training saves, beside others.
-_RUN_KEYS = {"config", "model", "ema", "optimizer"}
+# EMA weights in the checkpoints of this project, torchvision's and timm's training scripts.
+_EMA_ENTRIES = ("ema", "model_ema", "state_dict_ema")
 # Options that change the outputs but no key or shape.
 _SILENT_OPTIONS = {"act", "residual", "stem_stride"}
 _ADAPTED = ("in_channels", "out_indices")  # weights load into networks with others
@@ -45,7 +40,6 @@ class Report:
     """What was loaded from a source and what was not.
 
     Attributes:
-        source: path or name, as given.
         format: format of the keys, such as "timm VoVNet V2".
         sha256: SHA-256 of the file in hexadecimal, None for a state dict.
         loaded: number of tensors that match and are loaded.
@@ -57,7 +51,6 @@ class Report:
         class_names: their names, in the order of the logits, where the source records them.
     """
 
-    source: str
     format: str
     sha256: str | None
     loaded: int
@@ -130,19 +123,17 @@ def load_weights(
             path, row = _find(source, backbone)
             data = path.read_bytes()
             digest = _verify(data, sha256, (row and row.sha256) or None)
-            darknet = re.search(r"\.(weights|conv\.\d+)$", path.name, re.IGNORECASE)
-            content = data if darknet else _parse(data, path.suffix)
+            content = _parse(data, path.name)
         elif sha256:
             raise WeightsError("sha256 is that of a file; a state dict has none")
-        config = content.get("config") if isinstance(content, Mapping) else None
-        config = config if isinstance(config, Mapping) else {}
+        config = _config(content)
         if isinstance(content, bytes):
             form, (state, options) = "Darknet", formats.read_darknet(content, backbone, strict)
         else:
             picked, recorded = _pick(content, entry, prefix)
             form, state, options = formats.convert(picked)
-            options = {**options, **(recorded or _run_options(config, backbone))}
-        origin, class_names = (name, form, digest), config.get("classes")
+            options = {**options, **(recorded or config.get("options", {}))}
+        origin, class_names = (form, digest), config.get("classes")
         report, tensors = _match(module, backbone, state, options, origin, class_names)
         if not report.loaded or (strict and not report.complete):
             text = f"do not match {backbone.architecture or 'the network'}: {report}"
@@ -156,17 +147,14 @@ def load_weights(
     if row is None and digest:  # a file of the table under another name
         rows = published(backbone.architecture).values()
         row = next((each for each in rows if each.sha256 and digest.startswith(each.sha256)), None)
-    recorded = DARKNET if form == "Darknet" else _run_preprocessing(config)
-    backbone.preprocessing = row.preprocessing if row else recorded
-    _logger.info("%s: %s", name, report)
-    if row and not row.sha256:
-        _print_once(f"{row.file_name}: SHA-256 {digest}; none is published")
+    if row:
+        backbone.preprocessing = row.preprocessing
+    elif form == "Darknet":
+        backbone.preprocessing = DARKNET
+    else:
+        recipe = config.get("recipe", {})
+        backbone.preprocessing = Preprocessing.from_recipe(recipe) if "mean" in recipe else None
     return report
-
-
-@functools.cache
-def _print_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _find(
@@ -176,10 +164,10 @@ def _find(
     rows = published(backbone.architecture)
     if isinstance(source, WeightsEnum):
         row = next((row for row in rows.values() if row.url == source.url), None)
-    elif Path(source).is_file():
-        return Path(source), None
     else:
         row = rows.get(str(source))
+        if row is None and Path(source).is_file():
+            return Path(source), None
     if row is None:
         names = ", ".join(rows) or "none"
         raise WeightsError(f"not a file; names of weights for this network: {names}")
@@ -198,10 +186,12 @@ def _verify(data: bytes, *expected: str | None) -> str:
     return digest
 
 
-def _parse(data: bytes, suffix: str) -> Any:
-    """What a PyTorch or safetensors file holds."""
+def _parse(data: bytes, name: str) -> Any:
+    """What a PyTorch or safetensors file holds; a Darknet file's bytes."""
+    if re.search(r"\.(weights|conv\.\d+)$", name, re.IGNORECASE):
+        return data
     try:
-        if suffix.lower() == ".safetensors":
+        if name.lower().endswith(".safetensors"):
             return _read_safetensors(data)
         # torchvision's and timm's training scripts save their arguments, which are values.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -223,12 +213,15 @@ def _read_safetensors(data: bytes) -> Any:
     recorded = header.get("__metadata__", {})
     if not recorded.keys() >= {"backbone", "options"}:  # another project's
         return state
-    decoded = ("options", "classes", "mean", "std", "eval_resize_px", "eval_crop_px")
-    fields = {key: json.loads(recorded[key]) for key in decoded if key in recorded}
-    config = {"options": fields["options"], "recipe": {**recorded, **fields}}
-    config["classes"] = fields.get("classes")
-    _run_preprocessing(config)  # what is malformed is an error of the file
-    return {"config": config, "weights": state}
+    texts = ("format", "backbone", "eval_interpolation")  # all others are JSON
+    config = {k: text if k in texts else json.loads(text) for k, text in recorded.items()}
+    return {"config": {**config, "recipe": config}, "weights": state}
+
+
+def _config(content: Any) -> Mapping[str, Any]:
+    """The config in a run's checkpoint or an exported file, empty in other files."""
+    config = content.get("config") if isinstance(content, Mapping) else None
+    return config if isinstance(config, Mapping) and "recipe" in config else {}
 
 
 def _pick(
@@ -237,10 +230,8 @@ def _pick(
     """The state dict in what was read, with the keys below `prefix`, and the options it records."""
     content = content if isinstance(content, Mapping) else {}
     entries = [str(key) for key, value in content.items() if _is_state_dict(value)]
-    if entry is None and content.keys() >= _RUN_KEYS:
-        entry = "ema"
-    elif entry is None:  # torchvision's and timm's training scripts write both
-        chosen = [key for key in entries if key in ("model_ema", "state_dict_ema")] or entries
+    if entry is None:
+        chosen = [key for key in entries if key in _EMA_ENTRIES] or entries
         entry = chosen[0] if len(chosen) == 1 else None
     state = content if entry is None else content.get(entry)
     if not _is_state_dict(state):
@@ -248,9 +239,6 @@ def _pick(
             f"entry={entry!r} is not a state dict of tensors; those in it: "
             f"{', '.join(entries) or 'none'}"
         )
-    for key, value in state.items():
-        if is_lazy(value) or value.layout != torch.strided or value.is_nested or value.is_meta:
-            raise WeightsError(f"{key} is not a dense tensor with values")
     if not prefix and "n_averaged" in state:  # torch.optim.swa_utils.AveragedModel
         prefix = "module."
     below = [key for key in state if key.startswith(prefix or "")]
@@ -269,29 +257,15 @@ def _is_state_dict(content: Any) -> bool:
     return bool(tensors) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors)
 
 
-def _run_options(config: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Any]:
-    """Options of a run's backbone by its config, which lacks those that were not given."""
-    options = config.get("options")
-    return {**backbone.keywords(), **options} if isinstance(options, Mapping) else {}
-
-
-def _run_preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
-    """That of a run's checkpoint or an exported file; None where it is not recorded."""
-    recipe = config.get("recipe")
-    is_known = isinstance(recipe, Mapping) and "mean" in recipe
-    return Preprocessing.from_recipe(recipe) if is_known else None
-
-
 def _match(
     module: Backbone | Classifier,
     backbone: Backbone,
     state: dict[str, Tensor],
     options: Mapping[str, Any],
-    origin: tuple[str, str, str | None],
+    origin: tuple[str, str | None],
     class_names: list[str] | None,
 ) -> tuple[Report, dict[str, Tensor]]:
     """The report, which begins with `origin`, and the tensors to load under the module's keys."""
-    state = dict(state)
     heads = [len(value) for key, value in state.items() if re.match(r"head\..*weight$", key)]
     for key, value in state.items():  # counts get fractions where weights are averaged or halved
         if key.endswith("num_batches_tracked") and value.is_floating_point():

@@ -23,9 +23,10 @@ settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Small networks gain nothing from more, and sums come out the same on every machine."""
+def _deterministic():
+    """One thread: small networks gain nothing from more, and sums are the same on every machine."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 def write_image(path, rng, colour, size_px=(40, 32)):

@@ -145,6 +145,13 @@ def write_coco(root, **changes):
     return root
 
 
+def assert_near(found, expected, tolerance=1e-4):
+    """Equal up to a share of the largest value of each map: float32 sums in another order."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
 def randomise_norms(net):
     """Statistics and affine parameters that are not the identity, so that they are tested too."""
     for module in net.modules():

@@ -34,11 +34,6 @@ EFFICIENTNET_NODES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def nodes_of(name, network, tap):
     if name in RESNETS:
         return RESNET_NODES

@@ -5,13 +5,7 @@ import torch
 from torch.nn.functional import hardsigmoid, max_pool2d
 
 import backbones
-from backbones.layers import EffectiveSqueezeExcite
 from backbones.vovnet import OSABlock, TrailingMaxPool
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @torch.no_grad()
@@ -30,15 +24,6 @@ def test_osa_block_concatenates_once(residual, ese):
         )
         expected = expected * gate[:, :, None, None]
     torch.testing.assert_close(block(x), expected + x if residual else expected)
-
-
-@torch.no_grad()
-def test_ese_gates_from_zero_to_one():
-    layer = EffectiveSqueezeExcite(4)
-    torch.nn.init.zeros_(layer.fc.weight)
-    layer.fc.bias.copy_(torch.tensor([-9.0, 0.0, 1.5, 9.0]))
-    gates = layer(torch.ones(1, 4, 2, 3))[0, :, 1, 2]
-    torch.testing.assert_close(gates, torch.tensor([0.0, 0.5, 0.75, 1.0]))
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 6), (8, 5), (1, 1), (3, 9)])

@@ -1,23 +1,20 @@
 """Weights of every format against the networks they come from, and files that must be refused."""
 
 import argparse
-import dataclasses
 import hashlib
 import pickle
 import re
 import struct
 import sys
-import urllib.error
 
 import cv2
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import randomise_norms
+from helpers import assert_near, assert_same_bits, randomise_norms
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
-from torchvision.models import ResNet50_Weights, WeightsEnum, get_model_builder
 
 import backbones
 from backbones.classifier import Classifier
@@ -28,30 +25,11 @@ from utils.training.checkpoint import load_published
 CSP = {"layout": "darknet", "act": "leaky_relu_0.01"}
 V1 = {"residual": False, "ese": False, "stem_stride": 4}
 V2 = {"ese": "last", "stem_stride": 4}
-TIMM = [
-    ("darknet53", "darknet53", {"act": "leaky_relu_0.01"}),
-    ("cspdarknet53", "cspdarknet53", {**CSP, "split": "separate"}),
+TIMM = [  # others by their names: test_pretrained.py
     ("cspdarknet53", "cspdarknet53", {**CSP, "split": "slice"}),
     ("vovnet39a", "vovnet39", V1),
     ("ese_vovnet19b_slim", "vovnet19_slim", V2),
-    ("ese_vovnet39b", "vovnet39", V2),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    """A path never needs it, and a name gets a clear error."""
-
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no network in this test")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
 
 
 def tiny(**options):
@@ -60,19 +38,6 @@ def tiny(**options):
 
 def state_of(net):
     return {key: value.clone() for key, value in net.state_dict().items()}
-
-
-def assert_near(found, expected, tolerance=1e-4):
-    """Equal up to a share of the largest value of each map."""
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        assert (a - b).abs().max() <= tolerance * b.abs().max()
-
-
-def assert_same(net, state):
-    assert net.state_dict().keys() == state.keys()
-    for key, value in net.state_dict().items():
-        assert torch.equal(value, state[key]), key
 
 
 # ---- other projects' networks --------------------------------------------------------------------
@@ -99,7 +64,7 @@ def test_timm(tmp_path, theirs, ours, options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("theirs", "ours", "options"), [TIMM[1], TIMM[4]])
+@pytest.mark.parametrize(("theirs", "ours", "options"), [TIMM[0], TIMM[2]])
 def test_timms_feature_extractors(theirs, ours, options):
     """`features_only=True` flattens the names of stages."""
     theirs = randomise_norms(timm.create_model(theirs, features_only=True)).eval()
@@ -139,7 +104,6 @@ def toolbox_key(key, csp):
     [
         ("darknet19", {}, "norm", "stages.0.conv.weight"),
         ("darknet19", {}, "bn", "stages.0.bn.weight"),
-        ("cspdarknet53", {}, "norm", "stages.4.out_conv.conv.weight"),
         ("cspdarknet53", {"split": "slice"}, "bn", "stages.0.conv2.conv.weight"),
         ("vovnet39", {}, "bn", "stages.2.module_1.ese.linear.bias"),
         ("vovnet57", {"ese": False}, "norm", "stages.3.module_2.convs.4.conv.weight"),
@@ -165,12 +129,16 @@ def test_vision_toolbox(name, options, norm, key):
 class DarknetNet:
     """Writes a .cfg and its .weights by the documented layout, with known random numbers."""
 
-    def __init__(self, csp, seed=0):
-        self.rng, self.layers, self.arrays, self.ends = np.random.default_rng(seed), [], [], []
+    def __init__(self, csp):
+        self.rng, self.layers, self.arrays, self.ends = np.random.default_rng(0), [], [], []
         self.conv(3, 32, 3)
         widths, depths = (32, 64, 128, 256, 512, 1024), (1, 2, 8, 8, 4)
         for i, depth in enumerate(depths):
-            (self.csp_stage if csp else self.stage)(widths[i], widths[i + 1], depth, i == 0)
+            self.conv(widths[i], widths[i + 1], 3, 2)
+            if csp:
+                self.cross_stage(widths[i + 1], depth, i == 0)
+            else:
+                self.blocks(widths[i + 1], widths[i + 1] // 2, depth)
             self.ends.append(len(self.layers) - 1)
 
     def conv(self, in_channels, channels, size, stride=1):
@@ -189,14 +157,9 @@ class DarknetNet:
             self.conv(mid_channels, channels, 3)
             self.layers.append("[shortcut]\nfrom=-3\nactivation=linear\n")
 
-    def stage(self, in_channels, channels, depth, first):
-        self.conv(in_channels, channels, 3, 2)
-        self.blocks(channels, channels // 2, depth)
-
-    def csp_stage(self, in_channels, channels, depth, first):
+    def cross_stage(self, channels, depth, first):
         """As csdarknet53.cfg has it: the second 1x1 goes through the blocks and comes first."""
         part = channels if first else channels // 2
-        self.conv(in_channels, channels, 3, 2)
         self.conv(channels, part, 1)
         self.layers.append("[route]\nlayers=-2\n")
         self.conv(channels, part, 1)
@@ -208,10 +171,9 @@ class DarknetNet:
     def numbers(self):
         return np.concatenate(self.arrays).astype("<f4")
 
-    def write(self, folder, height_px, width_px):
+    def write(self, folder):
         cfg, weights = folder / "net.cfg", folder / "net.weights"
-        size = f"[net]\nheight={height_px}\nwidth={width_px}\nchannels=3\n"
-        cfg.write_text("\n".join([size, *self.layers]))
+        cfg.write_text("\n".join(["[net]\nheight=64\nwidth=96\nchannels=3\n", *self.layers]))
         weights.write_bytes(header() + self.numbers().tobytes())
         return cfg, weights
 
@@ -226,7 +188,7 @@ def darknet(request, tmp_path_factory):
     net = DarknetNet(csp=request.param)
     net.name = "cspdarknet53" if request.param else "darknet53"
     net.options = {"act": "leaky_relu", **({"layout": "darknet"} if request.param else {})}
-    net.cfg, net.path = net.write(tmp_path_factory.mktemp(net.name), 64, 96)
+    net.cfg, net.path = net.write(tmp_path_factory.mktemp(net.name))
     net.create = lambda **more: backbones.create(net.name, **{**net.options, **more})
     net.loaded = net.create(weights=net.path).eval()
     return net
@@ -272,9 +234,7 @@ def test_darknet_files_for_other_networks(darknet, tmp_path):
         darknet.create(weights=path)
 
 
-def test_darknets_classifiers_have_their_own_order_of_classes_and_range_of_colours(
-    darknet, tmp_path
-):
+def test_darknets_classifiers_have_their_own_classes_and_colours(darknet, tmp_path):
     """Not that of wnids (data/imagenet.labels.list); RGB from 0 to 1."""
     path = tmp_path / "net.weights"
     path.write_bytes(darknet.path.read_bytes() + bytes(4 * 1000 * 1025))
@@ -304,9 +264,7 @@ def test_darknet_heads_and_tails(darknet, tmp_path):
     ("change", "words"),
     [
         (lambda data: data[:-4], "numbers follow the last complete layer"),
-        (lambda data: data[:-3], "bytes are not a header of 20 and float32 numbers"),
-        (lambda data: data + bytes(8), "2 numbers follow the last complete layer"),
-        (lambda data: b"", "does not begin with the header"),
+        (lambda data: data[:-3], "bytes are not a header and float32 numbers"),
         (lambda data: b"\x89PNG\r\n\x1a\n" + data, "does not begin with the header"),
         (lambda data: data[:20] + bytes(4000) + data[20:-4000], "not of this network, or damaged"),
         (lambda data: data[:24] + b"\0\0\x80\x7f" * 50_000 + data[200_024:], "impossible values"),
@@ -318,7 +276,7 @@ def test_damaged_darknet_files_are_refused(darknet, tmp_path, change, words):
     before = state_of(darknet.loaded)
     with pytest.raises(WeightsError, match=f"{path}: .*{words}"):
         load_weights(darknet.loaded, path)
-    assert_same(darknet.loaded, before)
+    assert_same_bits(darknet.loaded.state_dict(), before)
 
 
 def test_darknet_files_need_their_network(darknet):
@@ -356,10 +314,10 @@ def test_our_own_backbone_classifier_run_and_ema(tmp_path):
         torch.save(content, path)
         net, other = tiny(), Classifier(tiny(), 3)
         load_weights(net, path, **options)
-        assert_same(net, expected.backbone.state_dict())
+        assert_same_bits(net.state_dict(), expected.backbone.state_dict())
         if name != "backbone":
             load_weights(other, path, **options)
-            assert_same(other, expected.state_dict())
+            assert_same_bits(other.state_dict(), expected.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -370,26 +328,17 @@ def test_our_own_backbone_classifier_run_and_ema(tmp_path):
         ("vovnet39", {"stem_stride": 4}, "stem_stride=2"),
     ],
 )
-@pytest.mark.parametrize("kind", ["backbone", "classifier", "run", "old run"])
-def test_checkpoints_know_the_options_that_were_not_given(tmp_path, name, options, words, kind):
+def test_checkpoints_know_the_options_that_were_not_given(tmp_path, name, options, words):
     """The defaults too: such a file loads without a word otherwise and gives other maps."""
     model, path = backbones.create_classifier(name, 3, width=0.125), tmp_path / "file.pt"
     run = {"config": {}, "model": model.state_dict(), "optimizer": {}}
-    content = {
-        "backbone": model.backbone.state_dict(),
-        "classifier": model.state_dict(),
-        "run": {**run, "ema": AveragedModel(model).state_dict()},
-        "old run": {  # 0.2.0 recorded what was given, beside state dicts that know nothing
-            **run,
-            "ema": dict(AveragedModel(model).state_dict()),
-            "config": {"backbone": name, "options": {"width": 0.125}},
-        },
-    }[kind]
-    torch.save(content, path)
+    run["ema"] = AveragedModel(model).state_dict()
     same, other = (backbones.create(name, width=0.125, **each) for each in ({}, options))
-    assert not load_weights(same, path).differing
-    with pytest.raises(WeightsError, match=f"these weights were made with {words}"):
-        load_weights(other, path)
+    for content in (model.backbone.state_dict(), model.state_dict(), run):
+        torch.save(content, path)
+        assert not load_weights(same, path).differing
+        with pytest.raises(WeightsError, match=f"these weights were made with {words}"):
+            load_weights(other, path)
 
 
 def test_options_that_decide_the_function_are_complete():
@@ -403,7 +352,7 @@ def test_options_that_decide_the_function_are_complete():
     assert {type(value) for value in net.options.values()} == {str, float, tuple, int}
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_files_paths_and_reports(tmp_path, suffix):
     net = tiny()
     path = tmp_path / f"weights{suffix}"
@@ -411,7 +360,7 @@ def test_files_paths_and_reports(tmp_path, suffix):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for source in (path, str(path)):
         other = tiny(weights=source)
-        assert_same(other, net.state_dict())
+        assert_same_bits(other.state_dict(), net.state_dict())
         assert other.weights_report.sha256 == digest
         assert f"{len(net.state_dict())} tensors match" in str(other.weights_report)
         assert digest in str(other.weights_report)
@@ -422,7 +371,7 @@ def test_the_two_splits_load_each_other():
     images = torch.randn(1, 3, 64, 64)
     source = randomise_norms(tiny()).eval()
     sliced = tiny(split="slice", weights=source.state_dict()).eval()
-    assert_same(tiny(weights=sliced.state_dict()), source.state_dict())
+    assert_same_bits(tiny(weights=sliced.state_dict()).state_dict(), source.state_dict())
     assert_near(sliced(images), source(images), 1e-5)
     with pytest.raises(WeightsError, match="missing, first"):
         tiny(split="slice", weights=tiny(split="partial").state_dict())
@@ -482,15 +431,15 @@ def test_one_error_lists_everything_and_nothing_is_loaded():
         "stages.1.conv.conv.weight; 1 unexpected, first stages.9.extra; 1 misshaped, first "
         "stem.conv.weight [4, 3, 3, 3], here [8, 3, 3, 3]"
     )
-    assert_same(net, before)
+    assert_same_bits(net.state_dict(), before)
     assert load_weights(net, state, strict=False).loaded == len(before) - 2
     bad = ("stages.1.conv.conv.weight", "stem.conv.weight")
-    assert_same(net, {**state_of(net), **{key: before[key] for key in bad}})
+    assert_same_bits(net.state_dict(), {**state_of(net), **{key: before[key] for key in bad}})
     with pytest.raises(WeightsError, match="0 tensors match"):
         load_weights(net, {"x": torch.zeros(1)}, strict=False)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "student.encoder."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "student.encoder."])
 def test_prefixes_are_suggested_and_taken(prefix):
     net, other = tiny(), tiny()
     state = {"loss.weight": torch.zeros(1)} if prefix == "student.encoder." else {}
@@ -498,7 +447,7 @@ def test_prefixes_are_suggested_and_taken(prefix):
     with pytest.raises(WeightsError, match=re.escape(f"load_weights(..., prefix='{prefix}')")):
         load_weights(other, state)
     load_weights(other, state, prefix=prefix)
-    assert_same(other, net.state_dict())
+    assert_same_bits(other.state_dict(), net.state_dict())
     with pytest.raises(WeightsError, match=r"no key begins with 'nothing.'; the first is"):
         load_weights(other, state, prefix="nothing.")
 
@@ -509,7 +458,7 @@ def test_entries_are_suggested_and_taken(tmp_path):
     with pytest.raises(WeightsError, match=r"dict of tensors; those in it: teacher, student"):
         load_weights(other, path)
     load_weights(other, path, entry="student")
-    assert_same(other, net.state_dict())
+    assert_same_bits(other.state_dict(), net.state_dict())
     with pytest.raises(WeightsError, match="entry='best' is not a state dict of tensors"):
         load_weights(other, path, entry="best")
 
@@ -522,28 +471,32 @@ def test_checkpoints_of_torchvisions_and_timms_training(tmp_path, entry):
     args = argparse.Namespace(lr=0.1, device="cuda", mean=[0.5], model_kwargs={})
     content = {"epoch": 3, entry: net.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save({**content, "args": args}, path)
-    assert_same(tiny(weights=path), net.state_dict())
+    assert_same_bits(tiny(weights=path).state_dict(), net.state_dict())
     ema = AveragedModel(tiny()) if entry == "model" else tiny()  # torchvision's wraps it
     torch.save({**content, f"{entry}_ema": ema.state_dict(), "args": args}, path)
-    assert_same(tiny(weights=path), getattr(ema, "module", ema).state_dict())
+    assert_same_bits(tiny(weights=path).state_dict(), getattr(ema, "module", ema).state_dict())
     torch.save({**content, "args": argparse.Namespace(hook=Bomb())}, path)
     with pytest.raises(WeightsError, match="print could run code"):
         tiny(weights=path)
 
 
-@pytest.mark.parametrize("key", ["conv.weight", "norm.running_var", "norm.bias"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e300])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("conv.weight", float("nan")),
+        ("norm.bias", float("inf")),
+        ("norm.bias", 1e300),  # too large for float32
+        ("norm.running_var", -1.0),
+    ],
+)
 def test_impossible_values_are_refused(key, value):
     net, state = tiny(), {k: v.double() for k, v in tiny().state_dict().items()}
     before = state_of(net)
     state[f"stem.{key}"].view(-1)[3] = value
-    if value == -1 and "var" not in key:
-        load_weights(net, state)
-        return
     for strict in (True, False):
         with pytest.raises(WeightsError, match=f"infinity or a negative variance in stem.{key}"):
             load_weights(net, state, strict=strict)
-    assert_same(net, before)
+    assert_same_bits(net.state_dict(), before)
 
 
 def test_float_counts_of_batches_are_converted():
@@ -578,14 +531,9 @@ HALVES = ("stages.2.shortcut_conv.norm.weight", "stages.2.blocks_conv.norm.weigh
 @pytest.mark.parametrize(
     ("key", "change"),
     [
-        (KEY, lambda t: t.to("meta")),
-        (KEY, lambda t: t.to_sparse()),
         (KEY, lambda t: t.to(torch.complex64)),
-        (KEY, lambda t: t > 0),
-        (KEY, lambda t: torch.nn.UninitializedParameter()),
         (KEY, lambda t: t[0, 0, 0, 0]),
         (HALVES[0], lambda t: t[0]),
-        (HALVES[1], lambda t: t[0]),
         (HALVES[1], lambda t: t[:, None]),
     ],
 )
@@ -598,7 +546,7 @@ def test_unexpected_tensors_are_refused_and_nothing_is_loaded(split, key, change
     del state[HALVES[0]], state[HALVES[0].replace("norm", "conv")]
     with pytest.raises(WeightsError):
         load_weights(net, state)
-    assert_same(net, before)
+    assert_same_bits(net.state_dict(), before)
 
 
 # ---- files that are missing, damaged or dangerous ------------------------------------------------
@@ -641,8 +589,8 @@ def test_other_contents_are_refused(tmp_path, content):
 
 
 def test_missing_files(tmp_path):
-    for source in (tmp_path / "missing.pt", tmp_path, "", "x" * 300 + ".pt", "a\0b.pt", "DEFAULT"):
-        with pytest.raises(WeightsError, match=r"not a file; .*: none|File name too long"):
+    for source in (tmp_path / "missing.pt", tmp_path, "", "DEFAULT"):
+        with pytest.raises(WeightsError, match=r"not a file; names of weights for .*: none"):
             tiny(weights=source)
 
 
@@ -658,50 +606,6 @@ def test_hashes_are_verified_before_anything_is_parsed(tmp_path):
             load_weights(tiny(), path, sha256=wrong)
     with pytest.raises(WeightsError, match="a state dict has none"):
         load_weights(tiny(), {}, sha256=digest)
-
-
-# ---- torchvision's weights by name ---------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    return tmp_path / "checkpoints"
-
-
-def test_names_say_what_to_download_and_where_to_put_it(hub):
-    with pytest.raises(WeightsError) as caught:
-        backbones.create("resnet18", weights="IMAGENET1K_V1")
-    assert str(caught.value) == (
-        "IMAGENET1K_V1: not in the cache, and the download failed (<urlopen error no network in "
-        "this test>); put https://download.pytorch.org/models/resnet18-f37072fd.pth at "
-        f"{hub / 'resnet18-f37072fd.pth'}"
-    )
-    assert not list(hub.iterdir())
-    with pytest.raises(WeightsError, match=r"at .*resnet50-11ad3fa6\.pth"):
-        backbones.create("resnet50", weights=ResNet50_Weights.IMAGENET1K_V2)
-    for name in ("resnet18", "vovnet39"):
-        with pytest.raises(WeightsError, match=r"for this network: (timm|IMAGE)"):
-            backbones.create(name, weights=ResNet50_Weights.DEFAULT)
-    with pytest.raises(WeightsError, match="this network: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"):
-        backbones.create("resnet50", weights="IMAGENET1K_V9")
-
-
-def test_cached_files_are_verified_too(hub, monkeypatch):
-    """The name of a published file ends in the first digits of its SHA-256."""
-    theirs = get_model_builder("resnet18")(weights=None)
-    hub.mkdir()
-    torch.save(theirs.state_dict(), hub / "resnet18-f37072fd.pth")
-    with pytest.raises(WeightsError, match=r"expected f37072fd .*; if it is damaged, delete it"):
-        backbones.create("resnet18", weights="DEFAULT")
-    content = (hub / "resnet18-f37072fd.pth").read_bytes()
-    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    (hub / name).write_bytes(content)
-    published = dataclasses.replace(ResNet50_Weights.DEFAULT.value, url=f"https://host/{name}")
-    known = WeightsEnum("Published", {"DEFAULT": published})
-    monkeypatch.setattr("backbones.pretrained.get_model_weights", lambda name: known)
-    net = backbones.create("resnet18", weights="DEFAULT")
-    assert torch.equal(net.conv1.weight, theirs.conv1.weight)
 
 
 def test_safetensors_is_needed_only_for_its_files(tmp_path, monkeypatch):
