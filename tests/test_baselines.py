@@ -175,6 +175,7 @@ def test_20_steps_are_those_of_a_plain_loop(project):
 
 # ---- training time to an accuracy --------------------------------------------------------------
 
+
 def test_the_script_trains_by_all_on_the_same_images(folders, tmp_path, capsys, monkeypatch):
     """Without the held-out ones: every tenth of a class by name, here its fourth."""
     given = []
