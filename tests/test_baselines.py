@@ -43,13 +43,10 @@ RECIPE = dataclasses.replace(
     batch_size=BATCH_SIZE, lr_per_1024=PEAK_LR * 1024 / BATCH_SIZE, weight_decay=WEIGHT_DECAY,
     ema_decay=0.5,
 )  # fmt: skip
-NOT_MIXED = {"cutmix_alpha": 0.0, "mixup_alpha": 0.0}
-NORMALISE = transforms.Compose(
-    [
-        transforms.ConvertImageDtype(torch.float),
-        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ]
-)
+NORMALISE = transforms.Compose([
+    transforms.ConvertImageDtype(torch.float),
+    transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+])  # fmt: skip
 
 
 def batches():
@@ -78,14 +75,10 @@ def torchvision_loop(model):
     warmup = LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
     cosine = CosineAnnealingLR(optimizer, TOTAL_STEPS - WARMUP_STEPS)
     schedule = SequentialLR(optimizer, [warmup, cosine], [WARMUP_STEPS])
-    ema = AveragedModel(
-        model,
-        avg_fn=lambda a, b, n: b + (a - b) * min(0.5, (1 + n) / (10 + n)),
-        use_buffers=True,
-    )
-    mix = v2.RandomChoice(
-        [v2.CutMix(alpha=1.0, num_classes=10), v2.MixUp(alpha=0.2, num_classes=10)]
-    )
+    average = lambda a, b, n: b + (a - b) * min(0.5, (1 + n) / (10 + n))  # noqa: E731
+    ema = AveragedModel(model, avg_fn=average, use_buffers=True)
+    mixes = v2.CutMix(alpha=1.0, num_classes=10), v2.MixUp(alpha=0.2, num_classes=10)
+    mix = v2.RandomChoice(mixes)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     for step, (images, labels) in enumerate(batches()):
         torch.manual_seed(stream_seed(STEP_STREAM, 0, step, 0))
@@ -145,9 +138,8 @@ def as_ours(net, name, **options):
     """Our classifier with the weights of torchvision's or timm's."""
     model = backbones.create_classifier(name, 10, **options)
     load_weights(model.backbone, net.state_dict())
-    model.head.load_state_dict(
-        net.get_submodule("fc" if name == "resnet18" else "head.fc").state_dict()
-    )
+    head = net.get_submodule("fc" if name == "resnet18" else "head.fc")
+    model.head.load_state_dict(head.state_dict())
     return smooth(model)
 
 
@@ -164,7 +156,7 @@ def test_20_steps_are_those_of_a_plain_loop(project):
         name, options = "resnet18", {}
     else:
         net, loop = timm.create_model("cspdarknet53", num_classes=10), timm_loop
-        recipe = dataclasses.replace(RECIPE, **NOT_MIXED)
+        recipe = dataclasses.replace(RECIPE, cutmix_alpha=0.0, mixup_alpha=0.0)
         name, options = "cspdarknet53", {"layout": "darknet", "act": "leaky_relu_0.01"}
     model = as_ours(smooth(net), name, **options)
     initial = copy.deepcopy(model.state_dict())

@@ -5,7 +5,6 @@ import dataclasses
 import sys
 import time
 from functools import partial
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -26,6 +25,7 @@ from utils.measure import count_macs, count_parameters, forward, peak_memory, ti
 from utils.recipe import RECIPES
 from utils.training.loop import Trainer
 
+FLOAT32 = {"precision": "float32", "channels_last": False}
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux")
 
 
@@ -79,39 +79,31 @@ def test_shared_architectures_are_the_same(name):
         assert count_macs(net, 64, 96) == count_macs(ours, 64, 96)
 
 
-def losses_of_ours_and(monkeypatch, baseline, **options):
+@pytest.mark.parametrize(
+    ("make_step", "options", "tolerance"),
+    [
+        (partial(baselines.torchvision_step, ema=True), FLOAT32, 1e-5),
+        (partial(baselines.timm_step, optimizer_name="momentum"), {}, 0.01),  # bfloat16
+    ],
+    ids=["torchvision", "timm"],
+)
+def test_the_steps_of_baselines_are_ours(make_step, options, tolerance):
     """The second and third step see updated weights, momentum and decay."""
     plain = {"warmup_epochs": 0.0, "cutmix_alpha": 0.0, "mixup_alpha": 0.0, "batch_size": 8}
     plain |= {"weight_decay": 1.0, "lr_per_1024": 8.0}
     recipe = dataclasses.replace(RECIPES["imagenet"], **plain, **options)
-    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    batch = Batch(pixels, torch.randint(10, (8,)), [])
-    monkeypatch.setattr(Case, "recipe", recipe)
-    monkeypatch.setattr(Case, "batch", lambda case: Preprocess(torch.device("cpu"), recipe)(batch))
     torch.manual_seed(0)
     head = nn.Linear(16, 10, bias=False)  # torchvision would decay the bias
     layers = nn.GroupNorm(4, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head
     model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), *layers)
-    case = Case("step", "", 8, 32, implementation=baseline)
-    step = benchmark.baseline_step(case, copy.deepcopy(model))
+    step, _ = make_step(copy.deepcopy(model), recipe)
     trainer = Trainer(model, recipe, steps_per_epoch=10**6, num_classes=10)
-    return [trainer.train_step(batch).item() for _ in range(3)], [step() for _ in range(3)]
-
-
-def test_torchvisions_step_is_ours_in_float32(monkeypatch):
-    """Its EMA has an update in the first step and then every 32nd, here every second."""
-    update = mock.Mock()
-    monkeypatch.setattr(baselines, "EMA_STEPS", 2)
-    monkeypatch.setattr(baselines.AveragedModel, "update_parameters", update)
-    options = {"precision": "float32", "channels_last": False}
-    ours, baseline = losses_of_ours_and(monkeypatch, "torchvision float32", **options)
-    assert baseline == pytest.approx(ours, rel=1e-5)
-    assert update.call_count == 3 + 2  # ours in each of three steps
-
-
-def test_timms_step_is_ours_to_the_precision_of_bfloat16(monkeypatch):
-    ours, baseline = losses_of_ours_and(monkeypatch, "timm bfloat16")
-    assert baseline == pytest.approx(ours, rel=0.01)
+    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(pixels, torch.randint(10, (8,)), [])
+    images, labels = Preprocess(torch.device("cpu"), recipe)(batch)
+    for _ in range(3):
+        ours = trainer.train_step(batch).item()
+        assert step(images, labels) == pytest.approx(ours, rel=tolerance)
 
 
 def test_torchvisions_preset_normalises_as_ours(tmp_path):
