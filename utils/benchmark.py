@@ -195,10 +195,10 @@ def exported_call(case: Case, images: Tensor) -> measure.Call:
     if case.implementation.startswith("ours"):
         net = NamedOutputs(optimized_graph(create(case.network, **SHARED[case.network][1])))
     else:
-        timms = timm_network(case, features_only=True)
-        timms.in_channels = 3  # which `NamedOutputs` asks for
-        net = NamedOutputs(timms)
-        net.names = [f"map_{k}" for k in range(len(timms.feature_info))]
+        theirs = timm_network(case, features_only=True)
+        theirs.in_channels = 3  # which `NamedOutputs` asks for
+        net = NamedOutputs(theirs)
+        net.names = [f"map_{k}" for k in range(len(theirs.feature_info))]
     net, (count, _, *sides) = net.eval(), images.shape
     settings = Settings((count, *sides), int8=images if case.dtype is torch.int8 else None)
     if "OpenVINO" in case.implementation:
