@@ -14,10 +14,9 @@ The network takes float32 images [batch, channels, height, width] of any batch a
 file's metadata has the backbone and its options, strides, channels, classes and, where it is known,
 what the weights expect of images: RGB from 0 to 1, minus mean, divided by std.
 
---int8 quantizes weights and activations to 8 bits; scripts/evaluate.py --exported measures what
-that costs in accuracy. --optimize folds BatchNorm into the convolutions, and merges the two 1x1
-convolutions that split a CSP stage. The file is read back and compared with the network, at other
-batch and image sizes unless --shape is given. Existing files are replaced only with --overwrite.
+scripts/evaluate.py --exported measures what --int8 costs in accuracy. --optimize folds BatchNorm
+into the convolutions, and merges the two 1x1 convolutions that split a CSP stage. The file is read
+back and compared with the network, at other batch and image sizes unless --shape is given.
 """
 
 import argparse

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from xml.etree import ElementTree
 
 import onnx
@@ -13,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, TINY, randomise_norms
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import EfficientNet_B0_Weights
 
@@ -34,6 +34,10 @@ STRIDES = ["stride_2", "stride_4", "stride_8", "stride_16", "stride_32"]
 def backbone(**options):
     torch.manual_seed(0)
     return randomise_norms(backbones.create("darknet19", width=0.125, **options)).eval()
+
+
+def two_maps_of_grey():
+    return backbone(out_indices=(0, 2), in_channels=1)
 
 
 def classifier():
@@ -84,54 +88,36 @@ RUN = {".onnx": run_onnx, ".pt2": run_pt2, ".xml": run_openvino}
     ("suffix", "make", "names", "settings"),
     [
         (".pt2", backbone, STRIDES, {}),
-        (
-            ".onnx",
-            lambda: backbone(out_indices=(0, 2), in_channels=1),
-            ["stride_2", "stride_8"],
-            {},
-        ),
+        (".onnx", two_maps_of_grey, ["stride_2", "stride_8"], {}),
         (".onnx", lambda: classifier().backbone, STRIDES, {"optimize": True}),
         (".pt2", classifier, ["logits"], {}),
         pytest.param(".xml", backbone, STRIDES, {}, marks=needs_openvino),
     ],
-    ids=["backbone", "two maps of grey, ONNX", "optimized, ONNX", "classifier", "OpenVINO"],
 )
 def test_the_file_gives_what_the_network_gives(tmp_path, suffix, make, names, settings):
     """At a batch and a size that neither the export nor its check have seen."""
-    net, path = make(), tmp_path / f"net{suffix}"
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    source = NamedOutputs(net).eval()
+    source, path = NamedOutputs(make()).eval(), tmp_path / f"net{suffix}"
     line = export(source, path, **settings)
-    names_left = {".xml": {"net.xml", "net.bin"}}.get(suffix, {path.name})
-    assert {each.name for each in tmp_path.iterdir()} == names_left
-    assert line.startswith(f"{path}: ")
     assert all(name in line for name in names)
     images = torch.randn(4, source.in_channels, 70, 130)
-    found, expected = RUN[suffix](path, images), net(images)
-    assert list(found) == names
-    for a, b in zip(found.values(), [expected] if names == ["logits"] else expected, strict=True):
-        assert a.shape == b.shape
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    found, expected = RUN[suffix](path, images), source(images)
+    assert list(found) == list(expected) == names
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
     assert str(ROOT).encode() not in path.read_bytes()
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 @torch.no_grad()
 def test_an_optimized_graph_has_no_norms_and_merged_splits(tmp_path):
-    """Convolutions by hand: a CSP stage has one less, and BatchNorm is in their weights."""
-    net, images = classifier(), torch.randn(1, 3, 70, 130)
-    files = [tmp_path / "plain.pt2", tmp_path / "optimized.pt2"]
-    found = []
-    for path, optimized in zip(files, (False, True), strict=True):
-        export(NamedOutputs(net).eval(), path, optimize=optimized)
-        names = [str(node.target) for node in torch.export.load(path).graph.nodes]
-        found.append([sum(word in name for name in names) for word in ("conv2d", "batch_norm")])
+    """A CSP stage has one convolution less, and BatchNorm is in the weights."""
+    net, path, images = classifier(), tmp_path / "net.pt2", torch.randn(1, 3, 70, 130)
+    export(NamedOutputs(net).eval(), path, optimize=True)
+    names = [str(node.target) for node in torch.export.load(path).graph.nodes]
+    convs = sum(isinstance(module, nn.Conv2d) for module in net.modules())
     stages = sum(isinstance(module, CSPStage) for module in net.modules())
-    (convs, norms), optimized = found
-    assert norms == convs
-    assert optimized == [convs - stages, 0]
-    torch.testing.assert_close(run_pt2(files[1], images)["logits"], net(images))
+    assert sum("conv2d" in name for name in names) == convs - stages
+    assert not any("batch_norm" in name for name in names)
+    torch.testing.assert_close(run_pt2(path, images)["logits"], net(images))
 
 
 @torch.no_grad()
@@ -214,18 +200,14 @@ def test_the_file_says_what_it_is(tmp_path, suffix):
 @torch.no_grad()
 @pytest.mark.parametrize("fp16", [False, True])
 def test_weights_alone_load_again(tmp_path, fp16):
-    """With the head, the options to compare and the preprocessing, into a backbone as well."""
+    """With the head, the options to compare and the preprocessing."""
     net, path = classifier(), tmp_path / "net.safetensors"
     net.backbone.preprocessing = published("darknet19")["vision_toolbox.in1k"].preprocessing
     export(NamedOutputs(net).eval(), path, fp16=fp16, metadata=describe(net))
     again = create_classifier("cspdarknet19", weights=path, width=0.125).eval()
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(again(images), net(images), rtol=0, atol=2e-3 if fp16 else 0)
-    maps = backbones.create("cspdarknet19", weights=path, width=0.125).eval()(images)
-    torch.testing.assert_close(maps, again.backbone(images), rtol=0, atol=0)
-    with safe_open(path, "pt") as file:
-        tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118 (no iterator)
-    types = {tensor.dtype for tensor in tensors if tensor.ndim > 1}
+    types = {tensor.dtype for tensor in load_file(path).values() if tensor.ndim > 1}
     assert types == {torch.float16 if fp16 else torch.float32}
     assert again.backbone.preprocessing == net.backbone.preprocessing._replace(train_px=None)
     with pytest.raises(WeightsError, match="these weights were made with act='relu'"):
@@ -248,7 +230,6 @@ def broken(value):
         (lambda y: {"output": y}, r"gives \{'output': .*\}, not \{'stride_1'"),
         (broken, r"fails \(shapes do not fit\)$"),
     ],
-    ids=["values", "NaN", "shape", "name", "it fails"],
 )
 def test_a_wrong_export_never_gets_its_name(tmp_path, monkeypatch, change, words):
     path = tmp_path / "net.pt2"
@@ -267,8 +248,6 @@ def test_a_wrong_export_never_gets_its_name(tmp_path, monkeypatch, change, words
 
 
 def test_a_size_that_the_export_does_not_take_is_found_out(tmp_path):
-    """Tracing keeps the way that Python took."""
-
     class Fixed(Scaled):
         def forward(self, images):
             return {"stride_1": self.conv(images) * int(images.shape[-1] > 100)}
@@ -284,40 +263,23 @@ def test_nothing_is_replaced_unasked(tmp_path):
     with pytest.raises(FileExistsError, match=r"net.pt2: exists already; --overwrite"):
         export(Scaled(), path)
     assert path.read_text() == "mine"
-    export(Scaled(), path, overwrite=True)
-    assert list(run_pt2(path, torch.zeros(1, 3, 40, 50))) == ["stride_1"]
     with pytest.raises(ValueError, match=r"net.pth: must end in .onnx or .pt2"):
         export(Scaled(), tmp_path / "net.pth")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         export(Scaled(), tmp_path / "nowhere" / "net.onnx")
-    for suffix, field in (
-        (".pt2", "fp16"), (".pt2", "opset"), (".safetensors", "shape"), (".safetensors", "optimize")
-    ):  # fmt: skip
+    for suffix, field in ((".pt2", "fp16"), (".safetensors", "optimize")):
         with pytest.raises(ValueError, match=f"new{suffix}: --{field} is for .* alone"):
-            export(Scaled(), tmp_path / f"new{suffix}", **{field: 1})
+            export(Scaled(), tmp_path / f"new{suffix}", **{field: True})
     with pytest.raises(ValueError, match=r"^--opset 99: this network needs another, such as 18$"):
         export(Scaled(), tmp_path / "new.onnx", opset=99)
     assert [each.name for each in tmp_path.iterdir()] == ["net.pt2"]
 
 
 @needs_openvino
-def test_both_files_of_openvino_or_none(tmp_path, monkeypatch):
-    path, other = tmp_path / "net.xml", tmp_path / "net.bin"
-    other.write_text("mine")
+def test_neither_file_of_openvino_is_replaced_unasked(tmp_path):
+    (tmp_path / "net.bin").write_text("mine")
     with pytest.raises(FileExistsError, match=r"net.bin: exists already; --overwrite"):
-        export(Scaled(), path)
-    other.unlink()
-    write_bytes = Path.write_bytes
-
-    def fill(file, data):
-        if ".bin" in file.name:
-            raise OSError(28, "No space left on device")
-        write_bytes(file, data)
-
-    monkeypatch.setattr(Path, "write_bytes", fill)
-    with pytest.raises(OSError, match="No space left"):
-        export(Scaled(), path)
-    assert list(tmp_path.iterdir()) == []
+        export(Scaled(), tmp_path / "net.xml")
 
 
 @pytest.mark.parametrize(("suffix", "package"), [(".onnx", "onnxscript"), (".xml", "openvino")])

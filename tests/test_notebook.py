@@ -18,20 +18,15 @@ from utils.recipe import DetectorRecipe
 WRONG = [
     (notebook.validate_choice, (["a", "b"],), {"x": "c"}, "x='c' must be one of a, b"),
     (notebook.validate_choices, (["a", "b"],), {"x": "a"}, "x='a' must be a list of some of a, b"),
-    (notebook.validate_choices, (["a"],), {"x": []}, "x=[] must be a list"),
     (notebook.validate_choices, (["a"],), {"x": ["a", "c"]}, "x[1]='c' must be one of a"),
     (notebook.validate_choices, (["a"],), {"x": ["a", "a"]}, "must be a list of different names"),
     (notebook.validate_int, (2, 9), {"x": 1}, "x=1 must be an integer from 2 to 9"),
-    (notebook.validate_int, (2, 9), {"x": 2.0}, "x=2.0 must be an integer"),
     (notebook.validate_int, (0, 9), {"x": True}, "x=True must be an integer"),
     (notebook.make_recipe, ("quick", 0), {}, "epochs=0 must be an integer from 1"),
     (notebook.make_recipe, ("quick",), {"batch_size": "16"}, "batch_size='16' must be of type int"),
-    (notebook.make_detector_recipe, ("3",), {}, "epochs='3' must be an integer"),
     (notebook.data_folder, (0,), {}, "data_dir=0 must be the path of a folder"),
     (notebook.boxes_folder, ("nowhere",), {}, "data_dir='nowhere': nowhere: no such folder"),
-    (notebook.checkpoint_file, (None,), {}, "checkpoint=None must be the path of a run's"),
     (notebook.checkpoint_file, ("none.pt",), {}, "'none.pt': none.pt: no such checkpoint"),
-    (notebook.run_folder, (3, "03", "a"), {}, "output_dir=3 must be the path of a new folder"),
 ]
 
 
@@ -91,9 +86,7 @@ def test_a_folder_that_is_not_the_layout(tmp_path):
     with pytest.raises(notebook.ParameterError, match="val is missing"):
         notebook.data_folder(str(tmp_path))
     (tmp_path / "val" / "a").mkdir(parents=True)
-    with pytest.raises(
-        notebook.ParameterError, match="holds one class, a; two are the least to choose from"
-    ):
+    with pytest.raises(notebook.ParameterError, match="holds one class, a; two are the least"):
         notebook.data_folder(str(tmp_path))
     with pytest.raises(notebook.ParameterError, match="a detector needs boxes in COCO's format"):
         notebook.boxes_folder(tmp_path)
@@ -102,9 +95,8 @@ def test_a_folder_that_is_not_the_layout(tmp_path):
 def test_a_folder_of_other_files_is_no_output(tmp_path):
     assert notebook.run_folder(str(tmp_path), "03", "config.json") == tmp_path  # empty
     (tmp_path / "thesis.txt").write_text("mine")
-    for name, line in (("", "holds other files and no run"), ("thesis.txt", "Not a directory")):
-        with pytest.raises(notebook.ParameterError, match=line):
-            notebook.run_folder(tmp_path / name, "03", "config.json")
+    with pytest.raises(notebook.ParameterError, match="holds other files and no run"):
+        notebook.run_folder(tmp_path, "03", "config.json")
     (tmp_path / "config.json").touch()
     assert notebook.run_folder(str(tmp_path), "03", "config.json") == tmp_path
 

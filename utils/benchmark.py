@@ -195,24 +195,15 @@ def exported_call(case: Case, images: Tensor) -> measure.Call:
     if case.implementation.startswith("ours"):
         net = NamedOutputs(optimized_graph(create(case.network, **SHARED[case.network][1])))
     else:
-        net = TimmMaps(timm_network(case, features_only=True))
+        theirs = timm_network(case, features_only=True)
+        theirs.in_channels = 3  # which `NamedOutputs` asks for
+        net = NamedOutputs(theirs)
+        net.names = [f"map_{k}" for k in range(len(theirs.feature_info))]
     net, (count, _, *sides) = net.eval(), images.shape
     settings = Settings((count, *sides), int8=images if case.dtype is torch.int8 else None)
     if "OpenVINO" in case.implementation:
         return partial(read_openvino(to_openvino(net, settings), net, case.dtype), images)
     return partial(read_onnx(to_onnx(net, settings), net), images)
-
-
-class TimmMaps(nn.Module):
-    """timm's network as `backbones.deploy.NamedOutputs` has ours."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.in_channels = net, 3
-        self.names = [f"map_{k}" for k in range(len(net.feature_info))]
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.net(images), strict=True))
 
 
 def timm_network(case: Case, **options: Any) -> nn.Module:

@@ -120,20 +120,15 @@ def peak_memory(prepare: Callable[..., Call], *args: Any, calls: int = 1) -> int
     """Measures by how many bytes a call raises the resident memory of its process at its peak.
 
     The call runs in a new process, because freed memory often stays with a process and would hide
-    what a second call needs. Linux counts the scratch memory of kernels, too. Allocators make the
-    result vary by some per cent, so repeat it.
+    what a second call needs. Linux, which this needs, counts the scratch memory of kernels, too.
+    Allocators make the result vary by some per cent, so repeat it.
 
     Args:
         prepare: a function of a module; returns the call. What it allocates, such as a network's
             weights, is not counted.
         args: arguments of `prepare`; must be picklable.
         calls: how often the call is made until the peak is read.
-
-    Raises:
-        OSError: not on Linux.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        raise OSError("peak memory needs Linux, which reports it in /proc/self/status")
     context = multiprocessing.get_context("forkserver")  # imports PyTorch once for all processes
     context.set_forkserver_preload(["torch"])  # nothing of ours: it does not know this sys.path
     with ProcessPoolExecutor(1, mp_context=context) as pool:

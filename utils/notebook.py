@@ -102,12 +102,8 @@ def data_folder(data_dir: str | Path) -> Path:
 
     The sample is drawn and sorted if it is not there yet.
     """
-
-    def check(folder: Path) -> None:
-        check_layout(folder)
-
     wanted = 'a folder with train/ and val/, or "" for the embedded sample'
-    folder = _validate_path("data_dir", data_dir, wanted, check)
+    folder = _validate_path("data_dir", data_dir, wanted, check_layout)
     if folder is None:
         folder = sample.draw(SAMPLE)
         sort_val(SAMPLE / "LOC_val_solution.csv", folder / "val")
