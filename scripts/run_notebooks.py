@@ -71,7 +71,7 @@ def _finish_pictures(outputs: list[NotebookNode], text: str) -> None:
             continue
         kind, look = "image/png", output.metadata.pop("image/png", {})
         png, jpeg = b64decode(content), io.BytesIO()
-        Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=90, subsampling=0)
+        Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=80, subsampling=0)
         if 2 * len(jpeg.getvalue()) < len(png):
             kind, content = "image/jpeg", b64encode(jpeg.getvalue()).decode()
         output.data[kind] = content
