@@ -184,7 +184,6 @@ def data_parallel(
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-def no_sync(net: nn.Module) -> AbstractContextManager:
-    """Leaves the gradients of `data_parallel`'s result to be averaged by a later backward pass."""
-    net = getattr(net, "_orig_mod", net)  # of torch.compile
-    return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
+def sync_gradients(net: nn.Module, now: bool) -> AbstractContextManager:
+    """Whether backward passes in the block average the gradients of `data_parallel`'s result."""
+    return nullcontext() if now or not dist.is_initialized() else net.no_sync()

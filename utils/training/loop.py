@@ -11,7 +11,6 @@ import itertools
 import math
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ from utils.data.transforms import CorruptImageError
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
 from utils.records import describe_machine, write_json
-from utils.training.checkpoint import DIVERGED, RunError, finish_save, open_run, save_checkpoint
+from utils.training.checkpoint import DIVERGED, finish_save, open_run, save_checkpoint
 from utils.training.evaluation import autocast, autocast_dtype, dtype_name, evaluate
 from utils.training.optimizer import ema_decay_at, lr_factor, make_optimizer
 
@@ -116,8 +115,9 @@ class Trainer:
         self.class_weights = None
         if recipe.class_weights:
             self.class_weights = weights_of_classes(class_images).to(self.device)
-        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model = model.to(memory_format=memory_format)
+        self.preprocess = Preprocess(self.device, recipe, mix_classes=num_classes)
+        self.eval_preprocess = Preprocess(self.device, recipe)
+        self.model = model.to(memory_format=self.preprocess.memory_format)
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         self.num_classes = num_classes
         self.ema = AveragedModel(self.model, use_buffers=True)
@@ -135,8 +135,6 @@ class Trainer:
             flat_share=recipe.flat_share,
         )
         self.schedule = LambdaLR(self.optimizer, self.lr_factor)
-        self.eval_preprocess = Preprocess(self.device, recipe)
-        self.preprocess = Preprocess(self.device, recipe, mix_classes=num_classes)
         self.skip_corrupt = skip_corrupt
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # of the current epoch
@@ -166,22 +164,15 @@ class Trainer:
 
     def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Adds the gradients of the mean loss, in gradient accumulation steps."""
-        parts = list(
-            zip(*(x.chunk(self.recipe.accumulate) for x in (images, targets)), strict=True)
-        )
-        total = torch.zeros((), device=self.device)
-        for k, (part_images, part_targets) in enumerate(parts, start=1):
+        total, parts = torch.zeros((), device=self.device), self.recipe.accumulate
+        options = {"weight": self.class_weights, "label_smoothing": self.recipe.label_smoothing}
+        pairs = list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
+        for k, (part_images, part_targets) in enumerate(pairs, start=1):
             # Processes exchange gradients once, with the last part.
-            with distributed.no_sync(self.net) if k < len(parts) else contextlib.nullcontext():
+            with distributed.sync_gradients(self.net, k == len(pairs)):
                 with autocast(self.device, self.dtype):
                     logits = self.net(part_images)
-                losses = cross_entropy(
-                    logits.float(),
-                    part_targets,
-                    weight=self.class_weights,
-                    label_smoothing=self.recipe.label_smoothing,
-                    reduction="sum",
-                )
+                losses = cross_entropy(logits.float(), part_targets, reduction="sum", **options)
                 loss = losses / len(images)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -210,9 +201,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the result of `state_dict`."""
-        for name in ("model", "ema", "optimizer", "schedule"):
+        for name in ("model", "ema", "optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
-        self.scaler.load_state_dict(state.get("scaler", {}))  # older checkpoints have none
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
         self.skipped = dict.fromkeys(state["skipped"])
         self.train_time_s = state["under_way"]["train_time_s"]
@@ -254,7 +244,6 @@ class Trainer:
         self.metrics.append(row)
         self.speed.append(speed)
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.loss_sums = torch.zeros_like(self.loss_sums)
         self.train_time_s = 0.0
 
     def lr_at(self, step: int) -> float:
@@ -339,17 +328,13 @@ def train_one_epoch(
     return distributed.sum_over_processes(mean).item() / distributed.world_size()
 
 
-class _StopRequested(Exception):
-    """A signal came, and all processes are between two steps."""
-
-
 class StopRequest:
     """Catches SIGINT and SIGTERM inside its `with` block; the same signal again interrupts.
 
-    Of two SIGTERMs within `REPEAT_S` the second is ignored. An ignored signal stays
-    ignored. Outside the main thread nothing is caught.
+    Of two SIGTERMs within `REPEAT_S` the second is ignored. An ignored signal stays ignored.
 
     Args:
+        save: saves the run before it is stopped.
         catch: whether to catch signals at all.
         timeout_s: how long the processes wait for each other.
 
@@ -357,10 +342,10 @@ class StopRequest:
         signal: name of the first signal that this process received, or None.
     """
 
-    def __init__(self, catch: bool = True, timeout_s: float = 600) -> None:
+    def __init__(self, save: Callable[[], None], catch: bool, timeout_s: float) -> None:
         self.signal: str | None = None
+        self._save, self._catches = save, catch
         self._first_s: dict[int, float] = {}
-        self._catches = catch and threading.current_thread() is threading.main_thread()
         self._handlers: dict[signal.Signals, Any] = {}
         self._group = None
         if dist.is_initialized():
@@ -384,27 +369,26 @@ class StopRequest:
         elif number == signal.SIGINT or time.monotonic() - self._first_s[number] > REPEAT_S:
             raise KeyboardInterrupt
 
-    def agreed(self) -> bool:
-        """Whether any process has a signal; all of them ask at the same point.
+    def check(self) -> None:
+        """Saves and raises `Stopped` in all processes if one has a signal.
 
-        The flags are summed on the CPUs, so that nothing waits for a GPU.
+        All of them call it at the same point. The flags are summed on the CPUs, so that nothing
+        waits for a GPU.
         """
         stop = torch.tensor(float(self.signal is not None))
         if self._group is not None:
             dist.all_reduce(stop, group=self._group)
-        return bool(stop)
+        if stop:
+            self._save()
+            raise Stopped(self.signal or "a signal to another process")
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields `batches`, then raises `_StopRequested` in all processes if one has a signal.
-
-        The process that has the signal ends its batches early.
-        """
+        """Yields `batches`, in a process that has a signal not to their end, and calls `check`."""
         for batch in batches:
             if self.signal:
                 break
             yield batch
-        if self.agreed():
-            raise _StopRequested
+        self.check()
 
 
 def make_loaders(
@@ -533,10 +517,7 @@ def fit(
         # On several machines, only that of rank 0 needs the run's folder.
         checkpoint = distributed.of_rank_0(lambda: stack.enter_context(opened))
         if checkpoint:
-            try:
-                trainer.load_state_dict(checkpoint)
-            except (RuntimeError, ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{run_dir / 'last.pt'}: does not fit its own config") from error
+            trainer.load_state_dict(checkpoint)
             if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
                 finish_save(run_dir, checkpoint, keep_every)
         elif _weights_report(model) and has_folded_norms(model):
@@ -550,10 +531,11 @@ def fit(
             disable=quiet or distributed.rank() > 0,
         )
         bar = stack.enter_context(bar)
-        stop = stack.enter_context(StopRequest(catch_signals, timeout_s + distributed.MARGIN_S))
         save = functools.partial(_save, trainer, run_dir, config, keep_every)
+        stop = StopRequest(save, catch_signals, timeout_s + distributed.MARGIN_S)
+        stack.enter_context(stop)
+        stack.enter_context(_complete_messages(trainer, data, run_dir))
         after_step = functools.partial(_after_step, trainer, stop, save, checkpoint_steps)
-        stack.enter_context(_stopping(trainer, data, run_dir, stop, save))
         while trainer.epoch < recipe.epochs:
             bar.set_description_str(f"epoch {trainer.epoch + 1}/{recipe.epochs}")
             begin(loaders[0], trainer.epoch, trainer.step_in_epoch)
@@ -586,6 +568,7 @@ def evaluated_epochs(epochs: int, eval_every: int) -> set[int]:
 
 
 def _save(trainer: Trainer, run_dir: Path, config: dict[str, Any], keep_every: int) -> None:
+    trainer.synchronize()
     if distributed.rank() == 0:
         save_checkpoint(run_dir, {"config": config, **trainer.state_dict()}, keep_every)
 
@@ -594,28 +577,21 @@ def _after_step(
     trainer: Trainer, stop: StopRequest, save: Callable[[], None], checkpoint_steps: int
 ) -> None:
     """Stops the run after this step, or saves it, if it is time."""
-    stopping = stop.agreed()
-    due = checkpoint_steps and trainer.step % checkpoint_steps == 0
+    stop.check()
     # The last step of an epoch is saved together with its evaluation.
-    if stopping or (due and trainer.step_in_epoch < trainer.steps_per_epoch):
-        trainer.synchronize()
-        if stopping:
-            raise _StopRequested
+    is_last = trainer.step_in_epoch == trainer.steps_per_epoch
+    if checkpoint_steps and trainer.step % checkpoint_steps == 0 and not is_last:
         save()
 
 
 @contextlib.contextmanager
-def _stopping(
-    trainer: Trainer, data: Splits, run_dir: Path, stop: StopRequest, save: Callable[[], None]
-) -> Iterator[None]:
-    """Saves a run that is stopped, and completes the message of what ended it."""
+def _complete_messages(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[None]:
+    """Completes the message of what ends a run: how to resume it, or which images to look at."""
     resume = f"run the same command with --output-dir {shlex.quote(str(run_dir))} to resume"
     try:
         yield
-    except _StopRequested:
-        save()
-        cause = stop.signal or "a signal to another process"
-        raise Stopped(f"{cause}, saved at step {trainer.step}; {resume}") from None
+    except Stopped as error:
+        raise Stopped(f"{error}, saved at step {trainer.step}; {resume}") from None
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{resume} from the last checkpoint") from error
     except DivergedError as error:
@@ -623,8 +599,8 @@ def _stopping(
             raise
         images = [str(data.train.path(i)) for i in error.indices]
         learning_rate, path = trainer.lr_at(error.step), run_dir / DIVERGED
+        record = {"step": error.step, "learning_rate": learning_rate, "images": images}
         if distributed.rank() == 0:
-            record = {"step": error.step, "learning_rate": learning_rate, "images": images}
             write_json(path, record)
         raise DivergedError(
             f"{error}; learning rate {learning_rate:.4g}, images {summarize(images)}, all listed "
