@@ -30,9 +30,7 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_onednn = torch.backends.mkldnn.is_available()
-        native = device.type != "cpu" or (
-            has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+        native = has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else None
 
 

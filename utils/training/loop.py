@@ -11,6 +11,7 @@ import itertools
 import math
 import shlex
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -324,8 +325,7 @@ def train_one_epoch(
         after_step()
     trainer.synchronize()
     trainer.train_time_s = time.perf_counter() - start_s
-    mean = torch.tensor(trainer.mean_loss(), device=trainer.device, dtype=torch.float64)
-    return distributed.sum_over_processes(mean).item() / distributed.world_size()
+    return statistics.fmean(trainer.loss_sums.tolist()) / trainer.step_in_epoch
 
 
 class StopRequest:
@@ -395,11 +395,8 @@ def make_loaders(
     data: Splits, recipe: Recipe, workers: int, device: torch.device, timeout_s: float = 0
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of the training and validation batches."""
-    options = (workers, device.type == "cuda", timeout_s)
-    return (
-        data.train.train_loader(recipe.batch_size, *options),
-        data.val.eval_loader(recipe.batch_size, *options),
-    )
+    options = recipe.batch_size, workers, device.type == "cuda", timeout_s
+    return data.train.train_loader(*options), data.val.eval_loader(*options)
 
 
 def _weights_report(model: nn.Module) -> Report | None:
@@ -508,10 +505,11 @@ def fit(
     """
     run_dir, device = Path(run_dir), device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
-    options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
-    trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, skip_corrupt, **options)
+    recorded = {"seed": seed, "compile": compile, "sync_batchnorm": sync_batchnorm}
+    options = {**recorded, "skip_corrupt": skip_corrupt}
+    trainer = _make_trainer(model.to(device), data, recipe, len(loaders[0]), **options)
     described = distributed.of_rank_0(lambda: _describe(trainer, data, workers))
-    config = {**(config or {}), **described, **options}
+    config = {**(config or {}), **described, **recorded}
     with contextlib.ExitStack() as stack:
         opened = open_run(run_dir, config)
         # On several machines, only that of rank 0 needs the run's folder.
@@ -530,7 +528,7 @@ def fit(
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         )
-        bar = stack.enter_context(bar)
+        stack.enter_context(bar)
         save = functools.partial(_save, trainer, run_dir, config, keep_every)
         stop = StopRequest(save, catch_signals, timeout_s + distributed.MARGIN_S)
         stack.enter_context(stop)
@@ -544,7 +542,7 @@ def fit(
             trainer.end_epoch(train_loss, stop.watch(loaders[1]) if due else None)
             save()
             if distributed.rank() == 0:
-                _report(trainer, None if quiet else bar, run_dir if tensorboard else None)
+                _report(trainer, bar, run_dir if tensorboard else None)
     return trainer
 
 
@@ -552,14 +550,13 @@ def _make_trainer(
     model: nn.Module,
     data: Splits,
     recipe: Recipe,
-    loaders: tuple[DataLoader, DataLoader],
-    *options: Any,
-    **more: Any,
+    steps_per_epoch: int,
+    **options: Any,
 ) -> Trainer:
     classes, counts = len(data.classes), None
     if data.train.packed is None:  # class folders
         counts = torch.bincount(torch.from_numpy(data.train.labels), minlength=classes)
-    return Trainer(model, recipe, len(loaders[0]), classes, *options, class_images=counts, **more)
+    return Trainer(model, recipe, steps_per_epoch, classes, class_images=counts, **options)
 
 
 def evaluated_epochs(epochs: int, eval_every: int) -> set[int]:
@@ -608,18 +605,14 @@ def _complete_messages(trainer: Trainer, data: Splits, run_dir: Path) -> Iterato
         ) from error
 
 
-def _report(trainer: Trainer, bar: tqdm | None, log_dir: Path | None) -> None:
+def _report(trainer: Trainer, bar: tqdm, log_dir: Path | None) -> None:
     """Prints the last epoch above the bar, and logs it for TensorBoard."""
     row, speed = trainer.metrics[-1], trainer.speed[-1]
-    if bar is not None:
-        top1 = ""
-        if "val_top1_pct" in row:
-            raw, ema = row["val_top1_pct"], row["ema_val_top1_pct"]
-            top1 = f"  val top-1 raw {raw:5.1f} %  EMA {ema:5.1f} %"
-        bar.write(
-            f"epoch {row['epoch']:3d}/{trainer.recipe.epochs}  train loss {row['train_loss']:.3f}"
-            f"{top1}  ({speed['train_images_per_s']:.0f} images/s)"
-        )
+    text = f"epoch {row['epoch']:3d}/{trainer.recipe.epochs}  train loss {row['train_loss']:.3f}"
+    if "val_top1_pct" in row:
+        text += "  val top-1 raw {val_top1_pct:5.1f} %  EMA {ema_val_top1_pct:5.1f} %".format(**row)
+    if not bar.disable:
+        bar.write(f"{text}  ({speed['train_images_per_s']:.0f} images/s)")
     if log_dir is not None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
@@ -635,7 +628,6 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
     return {
         **weights,
         "recipe": dataclasses.asdict(trainer.recipe),
-        "seed": trainer.seed,
         "classes": data.classes,
         "shards": data.train.packed,
         "train_images": len(data.train),
@@ -655,7 +647,6 @@ def dry_run(
     recipe: Recipe,
     *,
     name: str = "network",
-    seed: int = 0,
     workers: int = 0,
     device: torch.device | None = None,
     eval_every: int = 1,
@@ -670,7 +661,7 @@ def dry_run(
     Args:
         model: trained in place for these steps.
         name: the network's name, to print.
-        seed, workers, device, eval_every, timeout_s: as of `fit`.
+        workers, device, eval_every, timeout_s: as of `fit`.
         options: as of `Trainer`.
 
     Returns:
@@ -682,7 +673,7 @@ def dry_run(
     device = device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
     steps, crop_px = len(loaders[0]), recipe.train_crop_px
-    trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, **options)
+    trainer = _make_trainer(model.to(device), data, recipe, steps, **options)
     total = recipe.epochs * steps
     peak = max(0, trainer.lr_factor.keywords["warmup_steps"] - 1)
     marks = sorted({0, peak, total // 2, total - 1})
