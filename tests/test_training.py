@@ -72,29 +72,18 @@ def test_schedule_as_written_out():
 
 
 @pytest.mark.parametrize(
-    ("fields", "reference"),
+    ("fields", "kind", "values"),
     [
-        ({"nesterov": True}, lambda p: torch.optim.SGD(p, 0.125, 0.9, nesterov=True)),
-        (
-            {"optimizer": "adamw", "momentum": 0.8},
-            lambda p: torch.optim.AdamW(p, 0.125, (0.8, 0.999)),
-        ),
+        ({"nesterov": True}, torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+        ({"optimizer": "adamw"}, torch.optim.AdamW, {"betas": (0.8, 0.999)}),
     ],
-    ids=["Nesterov", "AdamW"],
 )
-def test_optimizers_are_pytorchs(fields, reference):
-    weights = [without_batchnorm() for _ in range(2)]
-    recipe = dataclasses.replace(TINY, lr_per_1024=16.0, weight_decay=0.1, **fields)
-    groups = param_groups(weights[1], 0.1)
-    for model, optimizer in zip(
-        weights, (make_optimizer(weights[0], recipe), reference(groups)), strict=True
-    ):
-        for step in range(3):
-            torch.manual_seed(step)
-            model(torch.randn(8, 3, 16, 16)).square().mean().backward()
-            optimizer.step()
-    for ours, theirs in zip(weights[0].parameters(), weights[1].parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+def test_optimizers_get_the_values_of_the_recipe(fields, kind, values):
+    recipe = dataclasses.replace(TINY, lr_per_1024=16.0, momentum=0.8, **fields)
+    optimizer = make_optimizer(without_batchnorm(), recipe)
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert group.items() >= {"lr": 0.125, **values}.items()
 
 
 def test_muon_is_pytorchs_for_kernels_and_adamws_for_the_rest():

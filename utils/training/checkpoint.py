@@ -39,18 +39,13 @@ CAUSES = ("recipe", "weights_sha256", "init_from_sha256", "val_share")  # others
 DIVERGED = "diverged.json"  # the images of the step whose loss was not finite
 
 
-class RunError(DataError):
-    """A run folder or checkpoint that cannot be used; the message names it."""
-
-
 @contextlib.contextmanager
 def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     """Locks a run's folder and yields the checkpoint to resume from, if there is one.
 
     Raises:
-        RunError: the folder holds another run or other files; the message names the first entry
-            that differs. Nothing in the folder has changed.
-        DataError: another process is training there.
+        DataError: another process is training there, or the folder holds another run or other
+            files. The message names the first entry that differs; nothing has changed.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with lock(run_dir, wait=False):
@@ -64,7 +59,7 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] |
         ours = (path.name, last.name, DIVERGED)
         names = sorted(entry.name for entry in run_dir.iterdir() if entry.name[0] != ".")
         if others := [name for name in names if name.removesuffix(PARTIAL) not in ours]:
-            raise RunError(
+            raise DataError(
                 f"{run_dir}: holds {summarize(others)} and no run; choose another --output-dir"
             )
         write_json(path, config)
@@ -72,13 +67,13 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] |
 
 
 def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
-    """RunError that names the first entry in which a run's config differs from `config`."""
+    """DataError that names the first entry in which a run's config differs from `config`."""
     olds, news = _flatten(found), _flatten(config)
     for name in sorted({**olds, **news}, key=lambda name: (not name.startswith(CAUSES), name)):
         old, new = olds.get(name), news.get(name)
         if old != new and name.split(".")[0] not in PROVENANCE + PATHS:
             values = f"{name.removeprefix('recipe.')}={repr(old)[:200]}, not {repr(new)[:200]}"
-            raise RunError(
+            raise DataError(
                 f"{run_dir}: holds a run with {values}{unicode_hint(map(str, (old, new)))}; repeat "
                 "its command, or choose another folder"
             )
@@ -142,7 +137,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RunError: the file is damaged, or not a checkpoint of this project.
+        DataError: the file is damaged, or not a checkpoint of this project.
     """
     path = Path(path)
     if not path.is_file():
@@ -155,9 +150,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # PyTorch raises many types for files that are no checkpoints
-        raise RunError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from error
+        raise DataError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"config", "model", "ema"}:
-        raise RunError(f"{path}: not a checkpoint of scripts/train.py")
+        raise DataError(f"{path}: not a checkpoint of scripts/train.py")
     return checkpoint
 
 
@@ -197,7 +192,7 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
 
     Raises:
         FileNotFoundError: there is no such file.
-        RunError: not a checkpoint, or its weights do not fit its config, or are not finite.
+        DataError: not a checkpoint, or its weights do not fit its config, or are not finite.
     """
     checkpoint = load_checkpoint(path)
     try:
@@ -210,9 +205,9 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
         ema.load_state_dict(checkpoint["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = first_line(error)
-        raise RunError(f"{path}: its weights do not fit its own config ({reason})") from error
+        raise DataError(f"{path}: its weights do not fit its own config ({reason})") from error
     if not all(tensor.isfinite().all() for tensor in ema.state_dict().values()):
-        raise RunError(f"{path}: its weights are not all finite; use an earlier checkpoint")
+        raise DataError(f"{path}: its weights are not all finite; use an earlier checkpoint")
     device = device or distributed.pick_device()
     raw, ema = _prepare(recipe, device, model, ema.module)
     val_files = checkpoint["config"].get("val_files")

@@ -262,8 +262,8 @@ class Trainer:
         return self.step - self.epoch * self.steps_per_epoch
 
     def mean_loss(self) -> float:
-        """Mean loss of this process in the current epoch; waits for the device."""
-        return self.loss_sum.item() / self.step_in_epoch
+        """Mean loss of the current epoch over all processes, if synchronized."""
+        return statistics.fmean(self.loss_sums.tolist()) / self.step_in_epoch
 
     def synchronize(self) -> None:
         """Waits for the device and the other processes, so that `state_dict` covers all of them.
@@ -325,7 +325,7 @@ def train_one_epoch(
         after_step()
     trainer.synchronize()
     trainer.train_time_s = time.perf_counter() - start_s
-    return statistics.fmean(trainer.loss_sums.tolist()) / trainer.step_in_epoch
+    return trainer.mean_loss()
 
 
 class StopRequest:
@@ -337,13 +337,10 @@ class StopRequest:
         save: saves the run before it is stopped.
         catch: whether to catch signals at all.
         timeout_s: how long the processes wait for each other.
-
-    Attributes:
-        signal: name of the first signal that this process received, or None.
     """
 
     def __init__(self, save: Callable[[], None], catch: bool, timeout_s: float) -> None:
-        self.signal: str | None = None
+        self.signal: str | None = None  # name of the first one that this process received
         self._save, self._catches = save, catch
         self._first_s: dict[int, float] = {}
         self._handlers: dict[signal.Signals, Any] = {}
@@ -497,7 +494,7 @@ def fit(
 
     Raises:
         ValueError: a batch larger than the data.
-        RunError: `run_dir` holds another run.
+        DataError: `run_dir` holds another run.
         CorruptImageError: an image is unreadable.
         DivergedError: the loss is not finite; the last checkpoint is from before.
         RuntimeError: a worker process died or timed out; PyTorch's message says which.
