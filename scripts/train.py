@@ -165,38 +165,19 @@ def train(args: argparse.Namespace) -> None:
     data = open_data(args.data_dir, chosen, args.seed, args.val_share)
     model = add_head(args, backbone, source, data)
     keep_freed_memory()  # every step allocates the same
-    settings = {
-        "seed": args.seed,
-        "workers": args.workers,
-        "device": device,
-        "skip_corrupt": args.skip_corrupt,
-        "compile": args.compile,
-        "sync_batchnorm": args.sync_batchnorm,
-        "eval_every": args.eval_every,
-        "timeout_s": args.timeout_s,
-    }
+    names = ("seed", "workers", "skip_corrupt", "compile", "sync_batchnorm", "eval_every")
+    settings = {name: getattr(args, name) for name in (*names, "timeout_s")} | {"device": device}
     with distributed.process_group(device, args.timeout_s):
         if args.dry_run:
             loop.dry_run(model, data, chosen, name=config["backbone"], **settings)
             return
         if distributed.rank() == 0:
             print(data.describe(chosen.batch_size))
-        trainer = loop.fit(
-            model,
-            data,
-            chosen,
-            args.output_dir,
-            config={
-                **config,
-                "val_share": args.val_share or None,
-                "command": command_line(),
-                "data_dir": args.data_dir,
-            },
-            checkpoint_steps=args.checkpoint_steps,
-            keep_every=args.keep_every,
-            tensorboard=args.tensorboard,
-            **settings,
-        )
+        config |= {"val_share": args.val_share or None, "data_dir": args.data_dir}
+        config["command"] = command_line()
+        settings |= {"config": config, "tensorboard": args.tensorboard}
+        settings |= {"checkpoint_steps": args.checkpoint_steps, "keep_every": args.keep_every}
+        trainer = loop.fit(model, data, chosen, args.output_dir, **settings)
         if distributed.rank() == 0:
             report(trainer, args.output_dir)
 

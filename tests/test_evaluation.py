@@ -1,4 +1,4 @@
-"""Evaluation, predictions and confusions against loops."""
+"""Evaluation against loops."""
 
 import math
 
@@ -11,7 +11,7 @@ from backbones import create_classifier
 from utils.data.folders import Batch, Preprocess
 from utils.data.transforms import CorruptImageError
 from utils.recipe import RECIPES
-from utils.training.evaluation import autocast_dtype, evaluate, over_chance, predict
+from utils.training.evaluation import autocast_dtype, evaluate, over_chance
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(CPU, RECIPES["small"])
@@ -76,24 +76,9 @@ def test_evaluate_counts_readable_images_only():
         evaluate({"a": Fixed(logits)}, [unreadable], PREPROCESS, 3)
 
 
-def test_predictions():
-    logits = 3 * torch.eye(3)
-    first_pixels = torch.tensor([0, 0, 1, 1, 1, 2], dtype=torch.uint8)
-    images = first_pixels[:, None, None, None].expand(6, 3, 2, 2)
-    batches = [Batch(images, torch.tensor([0, 2, 1, 2, 2, 0]), [])]
-    labels, probabilities = predict(Fixed(logits), batches, PREPROCESS)
-    assert labels.tolist() == [0, 2, 1, 2, 2, 0]
-    assert probabilities.argmax(1).tolist() == [0, 0, 1, 1, 1, 2]
-    assert probabilities.max(1).values.tolist() == pytest.approx(
-        [math.exp(3) / (math.exp(3) + 2)] * 6
-    )
-
-
-@pytest.mark.parametrize(
-    ("top1_pct", "classes", "share"), [(50, 2, 0), (75, 2, 0.5), (10, 10, 0), (100, 10, 1)]
-)
-def test_the_way_from_chance_to_no_error(top1_pct, classes, share):
-    assert over_chance(top1_pct, classes) == pytest.approx(share)
+def test_over_chance_is_0_at_chance_and_1_without_errors():
+    found = [over_chance(pct, classes) for pct, classes in ((50, 2), (75, 2), (10, 10), (100, 10))]
+    assert found == pytest.approx([0, 0.5, 0, 1])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -3,7 +3,6 @@
 docs/reliability.md lists what they show; `make faults` runs them.
 """
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -15,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,13 +21,16 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_run, run
 from test_imagenet import make, sorted_tree
+from test_imagenet import options as sort_options
 
 from utils.records import lock
 
 pytestmark = pytest.mark.faults
 
 TRAIN = ROOT / "scripts" / "train.py"
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TORCHRUN = ("-m", "torch.distributed.run")
+PAIR = (*TORCHRUN, "--standalone", "--nproc-per-node", 2)
 # Processes forked from one that has imported PyTorch start at once.
 STARTER = multiprocessing.get_context("forkserver")
 STARTER.set_forkserver_preload(["torch", "helpers", "utils.training.loop", "utils.plotting"])
@@ -67,9 +68,9 @@ def children(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def assert_ended(pids):
+def assert_ended(pids, timeout_s=20):
     assert pids
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + timeout_s
     while left := [pid for pid in pids if Path("/proc", pid).exists()]:
         assert time.monotonic() < end_s, left
         time.sleep(0.05)
@@ -80,13 +81,18 @@ def command(folders, run_dir, *more):
     return ["--data-dir", folders, "--output-dir", run_dir, *SMALL, *options, *more]
 
 
-def launch(args, *, env=None, launcher=("--standalone", "--nproc-per-node", "2")):
-    """Runs a script under torchrun."""
-    words = [sys.executable, "-m", "torch.distributed.run", *launcher, *args]
-    return subprocess.run(
-        list(map(str, words)), env={**ENV, **(env or {})}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+def spawn(*words, env=None, **options):
+    """A new Python with these arguments, in text mode, whose stderr is a pipe."""
+    command = list(map(str, [sys.executable, *words]))
+    env, pipe = {**ENV, **(env or {})}, subprocess.PIPE
+    return subprocess.Popen(command, env=env, text=True, stderr=pipe, **options)
+
+
+def log_of(process, exit_code, timeout_s=300):
+    """What a process has printed to stderr when it ends, as it should."""
+    _, log = process.communicate(timeout=timeout_s)
+    assert process.returncode == exit_code, log
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +217,8 @@ def test_a_repeated_signal_interrupts(folders, tmp_path, names, repeat_s, code):
 def test_workers_leave_a_signal_to_the_trainer(folders, tmp_path, name):
     """Terminals signal a process group, and job managers every process."""
     args = command(folders, tmp_path / "run", "--workers", 2, "--epochs", 6)
-    process = subprocess.Popen(
-        list(map(str, [sys.executable, TRAIN, *args])), env=ENV, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = spawn(TRAIN, *args, start_new_session=True, preexec_fn=default)
     number = signal.Signals[name]
     while len(workers := children(process.pid)) < 2:  # they have not run a line yet
         assert process.poll() is None
@@ -223,8 +227,7 @@ def test_workers_leave_a_signal_to_the_trainer(folders, tmp_path, name):
     time.sleep(0.2)
     assert set(workers) <= set(children(process.pid))
     os.killpg(process.pid, number)
-    _, log = process.communicate(timeout=120)
-    assert process.returncode == 75, log
+    log = log_of(process, 75)
     assert log.strip().splitlines()[-1].startswith(f"stopped: {name}, saved at step ")
     assert "Traceback" not in log
     assert finish(start(args)) == 0
@@ -302,10 +305,7 @@ def test_workers_end_with_a_trainer_that_is_killed(folders, tmp_path):
     assert len(workers) == 4
     process.kill()
     finish(process)
-    end_s = time.monotonic() + 60
-    while any(Path("/proc", pid).exists() for pid in workers):
-        assert time.monotonic() < end_s
-        time.sleep(0.1)
+    assert_ended(workers, timeout_s=60)
 
 
 STUDY = f"""
@@ -323,17 +323,14 @@ def test_a_terminated_study_ends_its_processes(folders, tmp_path):
     script = tmp_path / "study.py"
     script.write_text(STUDY)
     args = ["noise_floor", "--data-dir", folders, "--runs-dir", tmp_path, "--processes", 2]
-    command = list(map(str, [sys.executable, script, *args, "--output", tmp_path / "study.csv"]))
-    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+    process = spawn(script, *args, "--output", tmp_path / "study.csv")
     for value in ("separate", "slice"):
         wait_for(tmp_path / "noise_floor" / f"{value}-seed0" / "last.pt", process.poll)
     started = children(process.pid)
     started += [pid for server in started for pid in children(server)]
     assert len(started) >= 3  # a fork server, and the two runs
     process.terminate()
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 130, log
-    assert "interrupted: the same command resumes" in log, log
+    assert "interrupted: the same command resumes" in log_of(process, 130)
     assert_ended(started)
 
 
@@ -362,18 +359,14 @@ t.Trainer.train_step = step
 def pair(folders, tmp_path_factory):
     """An uninterrupted run of two processes."""
     run_dir = tmp_path_factory.mktemp("pair") / "run"
-    done = launch([TRAIN, *command(folders, run_dir)])
-    assert done.returncode == 0, done.stderr
+    log_of(spawn(*PAIR, TRAIN, *command(folders, run_dir)), 0)
     return run_dir
 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(KILLED_RANK)
-    launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-    env = {"PYTHONPATH": str(ROOT)}
-    done = launch([script, *command(folders, tmp_path / "run")], launcher=launcher, env=env)
-    assert done.returncode == 0, done.stderr
+    log_of(spawn(*PAIR, "--max-restarts", 2, script, *command(folders, tmp_path / "run")), 0)
     for rank in (0, 1):
         steps = [Path(f"{script}.{n}.{rank}").read_text().split() for n in (0, 1)]
         assert steps[0] == [str(step) for step in range(10)]
@@ -383,13 +376,12 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folders, pair, 
 
 def test_ranks_that_diverge_name_the_images_of_all(folders, tmp_path):
     args = command(folders, tmp_path / "run", "--lr-per-1024", "1e30", "--warmup-epochs", 0)
-    done = launch([TRAIN, *args])
-    assert done.returncode == 1
+    log = log_of(spawn(*PAIR, TRAIN, *args), 1)
     record = json.loads((tmp_path / "run" / "diverged.json").read_text())
     assert len(set(record["images"])) == 8  # 4 of each
     for rank in (0, 1):
         who = f"error: rank {rank} on {socket.gethostname()}: "
-        assert done.stderr.count(f"{who}the loss is not finite at step {record['step']}; ") == 1
+        assert log.count(f"{who}the loss is not finite at step {record['step']}; ") == 1
 
 
 def free_port():
@@ -415,15 +407,10 @@ def test_each_of_two_ranks_reports_what_it_knows_in_one_line(folders, tmp_path):
     args = command(folders, tmp_path / "run", "--workers", 1, "--timeout-s", 10)
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen(
-            list(map(str, [sys.executable, script, *args])), text=True, stderr=subprocess.PIPE,
-            env={**ENV, **group, "PYTHONPATH": str(ROOT), "RANK": str(k), "LOCAL_RANK": str(k)},
-        )
-        for k in (0, 1)
-    ]  # fmt: skip
+        spawn(script, *args, env={**group, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in (0, 1)
+    ]
     for k, words in ((1, "DataLoader timed out"), (0, "another process died or hangs ")):
-        _, log = ranks[k].communicate(timeout=120)
-        assert ranks[k].returncode == 1, log
+        log = log_of(ranks[k], 1)
         assert "Traceback" not in log
         lines = [line for line in log.splitlines() if "error: " in line]
         assert len(lines) == 1, log
@@ -432,23 +419,14 @@ def test_each_of_two_ranks_reports_what_it_knows_in_one_line(folders, tmp_path):
 
 def test_a_killed_rank_of_one_node_restarts_both(folders, pair, tmp_path):
     """A torchrun for each of two "nodes", both on loopback."""
-    script, found = tmp_path / "faulty.py", [None, None]
+    script = tmp_path / "faulty.py"
     script.write_text(KILLED_RANK)
-    launcher = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    launcher = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "faults"]
-    launcher += ["--max-restarts", 3]
-    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(ROOT)}
-
-    def node(k):
-        args = command(folders, tmp_path / "run")
-        found[k] = launch([script, *args], launcher=launcher, env=env)
-
-    threads = [threading.Thread(target=node, args=(k,)) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [done.returncode for done in found] == [0, 0], [done.stderr for done in found]
+    words = [*launcher, "--max-restarts", 3, script, *command(folders, tmp_path / "run")]
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for node in [spawn(*words, env=env) for _ in range(2)]:
+        log_of(node, 0)
     assert_same_run(pair, tmp_path / "run")
 
 
@@ -478,19 +456,14 @@ def test_a_stopped_job_of_two_processes_resumes(folders, pair, tmp_path, where):
     script = tmp_path / "slow.py"
     script.write_text(IMPORTS + SLOW[where] + RUN_TRAIN)
     args = command(folders, tmp_path / "run", "--checkpoint-steps", 100, "--workers", 1)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    process = subprocess.Popen(
-        list(map(str, [*words, script, *args])), env={**ENV, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = spawn(*PAIR, script, *args)
     wait_for(tmp_path / "now", process.poll)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=120)
     stopped = re.findall(r"stopped: .*, saved at step (\d+)", log)
     assert len(stopped) == 2, log
     assert len(set(stopped)) == 1  # both after the same step
-    done = launch([TRAIN, *args])
-    assert done.returncode == 0, done.stderr
+    log_of(spawn(*PAIR, TRAIN, *args), 0)
     assert_same_run(pair, tmp_path / "run")
 
 
@@ -510,16 +483,11 @@ def test_mistakes_of_launchers_are_one_line(folders, tmp_path, env, args, code, 
         given = {key: value.format(port=taken.getsockname()[1]) for key, value in env.items()}
         if given:
             given |= {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "2"}
-        done = subprocess.run(
-            [sys.executable, TRAIN, "--data-dir", folders, *SMALL, "--device", "cpu", *args],
-            env={**ENV, "LOCAL_RANK": "0", **given},
-            cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert words in lines[0]
-    assert "Traceback" not in done.stderr
+        args = [TRAIN, "--data-dir", folders, *SMALL, "--device", "cpu", *args]
+        log = log_of(spawn(*args, env={"LOCAL_RANK": "0", **given}, cwd=tmp_path), code)
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert "Traceback" not in log
 
 
 # ---- sorting ImageNet's val ----------------------------------------------------------------------
@@ -527,8 +495,7 @@ def test_mistakes_of_launchers_are_one_line(folders, tmp_path, env, args, code, 
 
 def sort_here(folder):
     sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    paths = ["--val_solution_path", folder / "solution.csv", "--val_image_dir", folder / "val"]
-    os._exit(run("imagenet.py", *paths))
+    os._exit(run("imagenet.py", *sort_options(folder)))
 
 
 def test_sorting_fifty_thousand_files_survives_forty_kills(tmp_path):
@@ -549,23 +516,14 @@ def test_sorting_fifty_thousand_files_survives_forty_kills(tmp_path):
             kills += 1
         else:  # all in place: undo it, so that there is something to kill
             assert process.exitcode == 0
-            paths = ["--val_solution_path", tmp_path / "solution.csv", "--val_image_dir", val]
-            assert run("imagenet.py", *paths, "--undo") == 0
-        files = {folder: names for folder, _, names in os.walk(val)}
-        found = [name for name in itertools.chain(*files.values()) if not name.startswith(".")]
-        assert len(found) == len(set(found)) == 50_000
-        placed = sum(len(names) for folder, names in files.items() if folder != str(val))
+            assert run("imagenet.py", *sort_options(tmp_path, "--undo")) == 0
+        found = list(val.rglob("*.JPEG"))
+        assert len(found) == len({path.name for path in found}) == 50_000
+        placed = sum(path.parent != val for path in found)
         between_renames += placed_before < placed < 50_000
         placed_before = placed
-    process = STARTER.Process(target=sort_here, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert run("imagenet.py", *sort_options(tmp_path)) == 0
     assert between_renames >= 8
-    found = {
-        str(path.relative_to(val)): path.read_bytes()
-        for path in val.rglob("*")
-        if path.is_file() and not path.name.startswith(".")
-    }
-    expected = {name: data for name, data in sorted_tree(images).items() if data != "folder"}
-    assert found == expected
+    found = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in val.rglob("*.JPEG")}
+    assert found.items() <= sorted_tree(images).items()
+    assert len(found) == 50_000

@@ -90,9 +90,7 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name!r} is not a device; try cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda", "mps") or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    ):
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={name!r} is not available here; try cpu or cuda")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -184,7 +182,6 @@ def data_parallel(
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-def no_sync(net: nn.Module) -> AbstractContextManager:
-    """Leaves the gradients of `data_parallel`'s result to be averaged by a later backward pass."""
-    net = getattr(net, "_orig_mod", net)  # of torch.compile
-    return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
+def sync_gradients(net: nn.Module, now: bool) -> AbstractContextManager:
+    """Whether backward passes in the block average the gradients of `data_parallel`'s result."""
+    return nullcontext() if now or not dist.is_initialized() else net.no_sync()

@@ -12,8 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import itertools
-import json
 import os
 import shutil
 import zipfile
@@ -35,22 +33,10 @@ from utils.recipe import Recipe
 from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
 
 # Entries of a config that may differ between two starts of one run: they do not change its result.
-PROVENANCE = (
-    "command",
-    "versions",
-    "commit",
-    "hardware",
-    "workers",
-    "data_dir",
-    "compile",
-    "weights",  # their path; weights_sha256 decides
-    "init_from",
-)
+PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
+PATHS = ("weights", "init_from")  # also may differ; their digests decide
+CAUSES = ("recipe", "weights_sha256", "init_from_sha256", "val_share")  # others follow from these
 DIVERGED = "diverged.json"  # the images of the step whose loss was not finite
-
-
-class RunError(DataError):
-    """A run folder or checkpoint that cannot be used; the message names it."""
 
 
 @contextlib.contextmanager
@@ -58,66 +44,50 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] |
     """Locks a run's folder and yields the checkpoint to resume from, if there is one.
 
     Raises:
-        RunError: the folder holds another run or other files; the message names the first entry
-            that differs. Nothing in the folder has changed.
-        DataError: another process is training there.
+        DataError: another process is training there, or the folder holds another run or other
+            files. The message names the first entry that differs; nothing has changed.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with lock(run_dir, wait=False):
         path, last = run_dir / "config.json", run_dir / "last.pt"
         if last.exists():
-            validate_same_run(run_dir, _read_config(path), config)
             checkpoint = load_checkpoint(last)
-            validate_same_run(last, checkpoint["config"], config)
+            validate_same_run(run_dir, checkpoint["config"], config)
             yield checkpoint
             return
         # Without a checkpoint there is nothing to keep of an earlier start.
         ours = (path.name, last.name, DIVERGED)
         names = sorted(entry.name for entry in run_dir.iterdir() if entry.name[0] != ".")
         if others := [name for name in names if name.removesuffix(PARTIAL) not in ours]:
-            raise RunError(
+            raise DataError(
                 f"{run_dir}: holds {summarize(others)} and no run; choose another --output-dir"
             )
         write_json(path, config)
         yield None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path}: missing or not readable beside last.pt; restore it") from error
-
-
 def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
-    """RunError that names the first entry in which a run's config differs from `config`."""
-    # A run of an older version lacks some fields of the recipe, and the digests.
-    defaults = dataclasses.asdict(Recipe())
-    found = {key: config.get(key) for key in ("train_files", "val_files")} | found
-    found, config = (
-        json.loads(json.dumps({**each, "recipe": {**defaults, **each.get("recipe", {})}}))
-        for each in (found, config)
-    )  # in JSON tuples are lists
-    # Other entries follow from these.
-    firsts = ["recipe", "weights_sha256", "init_from_sha256", "val_share"]
-    for key in [*firsts, *sorted(found.keys() | config.keys())]:
-        old, new = found.get(key), config.get(key)
-        if key in PROVENANCE or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            names = sorted((old.keys() | new.keys()) - set(PROVENANCE))
-            key = next((name for name in names if old.get(name) != new.get(name)), None)
-            if key is None:  # one has an entry None that the other lacks
-                continue
-            old, new = old.get(key), new.get(key)
-        if isinstance(old, list) and isinstance(new, list):  # a thousand classes, one different
-            pairs = enumerate(itertools.zip_longest(old, new))
-            index, (old, new) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-            key = f"{key}[{index}]"
-        raise RunError(
-            f"{run_dir}: holds a run with {key}={repr(old)[:200]}, not {repr(new)[:200]}"
-            f"{unicode_hint(map(str, (old, new)))}; repeat its command, or choose another folder"
-        )
+    """DataError that names the first entry in which a run's config differs from `config`."""
+    olds, news = _flatten(found), _flatten(config)
+    for name in sorted({**olds, **news}, key=lambda name: (not name.startswith(CAUSES), name)):
+        old, new = olds.get(name), news.get(name)
+        if old != new and name.split(".")[0] not in PROVENANCE + PATHS:
+            values = f"{name.removeprefix('recipe.')}={repr(old)[:200]}, not {repr(new)[:200]}"
+            raise DataError(
+                f"{run_dir}: holds a run with {values}{unicode_hint(map(str, (old, new)))}; repeat "
+                "its command, or choose another folder"
+            )
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested dicts and lists by their names, such as recipe.mean[0]."""
+    if isinstance(value, dict):
+        parts = {f"{name}.{key}".lstrip("."): each for key, each in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {f"{name}[{index}]": each for index, each in enumerate(value)}
+    else:
+        return {name: value}
+    return {key: leaf for part in parts for key, leaf in _flatten(parts[part], part).items()}
 
 
 def save_checkpoint(run_dir: Path, checkpoint: dict[str, Any], keep_every: int = 0) -> None:
@@ -167,24 +137,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RunError: the file is damaged, or not a checkpoint of this project.
+        DataError: the file is damaged, or not a checkpoint of this project.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch does not compare checksums
-            damaged = archive.testzip()
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} in it")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # PyTorch raises many types for files that are no checkpoints
-        reason = first_line(error)
-        raise RunError(f"{path}: not a checkpoint, or damaged ({reason})") from error
-    if damaged:
-        raise RunError(f"{path}: not a checkpoint, or damaged ({damaged} in it)")
+        raise DataError(f"{path}: not a checkpoint, or damaged ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"config", "model", "ema"}:
-        raise RunError(f"{path}: not a checkpoint of scripts/train.py")
+        raise DataError(f"{path}: not a checkpoint of scripts/train.py")
     return checkpoint
 
 
@@ -224,7 +192,7 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
 
     Raises:
         FileNotFoundError: there is no such file.
-        RunError: not a checkpoint, or its weights do not fit its config, or are not finite.
+        DataError: not a checkpoint, or its weights do not fit its config, or are not finite.
     """
     checkpoint = load_checkpoint(path)
     try:
@@ -237,9 +205,9 @@ def load_trained(path: str | Path, device: torch.device | None = None) -> Traine
         ema.load_state_dict(checkpoint["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = first_line(error)
-        raise RunError(f"{path}: its weights do not fit its own config ({reason})") from error
+        raise DataError(f"{path}: its weights do not fit its own config ({reason})") from error
     if not all(tensor.isfinite().all() for tensor in ema.state_dict().values()):
-        raise RunError(f"{path}: its weights are not all finite; use an earlier checkpoint")
+        raise DataError(f"{path}: its weights are not all finite; use an earlier checkpoint")
     device = device or distributed.pick_device()
     raw, ema = _prepare(recipe, device, model, ema.module)
     val_files = checkpoint["config"].get("val_files")
@@ -259,10 +227,7 @@ def load_published(
     class_names: str | Path | None = None,
     device: torch.device | None = None,
 ) -> Trained:
-    """The classifier of any weights with a head, and their preprocessing.
-
-    Unless the weights say otherwise, images are resized to 256 pixels and cropped to 224; all is
-    in float32.
+    """The classifier of any weights with a head, and their preprocessing; see `recipe_of_weights`.
 
     Args:
         backbone, weights, options: as of `backbones.create_classifier`.

@@ -1,20 +1,20 @@
-"""Accuracy, predictions and confusions of trained classifiers."""
+"""Accuracy and predictions of trained classifiers."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler
 
 from backbones.classifier import Classifier
 from backbones.deploy import optimize
 from utils import distributed
 from utils.data import open_val_data
 from utils.data.folders import Batch, Preprocess, load_batch, readable
-from utils.data.transforms import CorruptImageError, Transform, eval_transform, open_image
-from utils.recipe import Recipe
+from utils.data.transforms import CorruptImageError, eval_transform, open_image
 from utils.training.checkpoint import Trained
 
 MAX_BATCH_SIZE = 256  # of an evaluation, whatever the batch size of training
@@ -30,9 +30,7 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_onednn = torch.backends.mkldnn.is_available()
-        native = device.type != "cpu" or (
-            has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+        native = has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else None
 
 
@@ -140,7 +138,8 @@ def evaluate_trained(
         DataError: the validation images are invalid, or have other classes.
         ValueError: a bad size.
     """
-    recipe, device = _at_size(trained.recipe, size_px), trained.device
+    device, recipe = trained.device, trained.recipe
+    recipe = recipe.tested_at(size_px or recipe.eval_crop_px)
     val = open_val_data(data_dir, trained.classes, recipe, val_share)
     if val_share:
         trained.warn_of_other_images(data_dir, val.digest())
@@ -160,10 +159,6 @@ def evaluate_trained(
         [trained.classes.index(name) for name in val.classes],
     )
     return results, val.classes, list(skipped)
-
-
-def _at_size(recipe: Recipe, size_px: int | None) -> Recipe:
-    return recipe if size_px is None else recipe.tested_at(size_px)
 
 
 @torch.inference_mode()
@@ -208,26 +203,24 @@ def predict_files(
         CorruptImageError: a file is not a readable image and may not be skipped, or none is.
         ValueError: a bad size.
     """
-    recipe = _at_size(trained.recipe, size_px)
+    recipe = trained.recipe.tested_at(size_px or trained.recipe.eval_crop_px)
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such image file")
-    skipped: dict[str, None] = {}
-    batches = readable(_file_batches(paths, eval_transform(recipe)), skip_corrupt, skipped)
+    transform, skipped = eval_transform(recipe), {}
+
+    def load(index: int) -> tuple[Tensor, int]:
+        return transform(open_image(paths[index])), index
+
+    parts = BatchSampler(range(len(paths)), MAX_BATCH_SIZE, drop_last=False)
+    batches = (load_batch(load, part) for part in parts)
     indices, probabilities = predict(
         trained.ema,
-        batches,
+        readable(batches, skip_corrupt, skipped),
         Preprocess(trained.device, recipe),
         autocast_dtype(trained.device, recipe.precision),
     )
     return indices.tolist(), probabilities, list(skipped)
-
-
-def _file_batches(paths: Sequence[str | Path], transform: Transform) -> Iterator[Batch]:
-    """Batches of image files; their labels are the indices of `paths`."""
-    for first in range(0, len(paths), MAX_BATCH_SIZE):
-        some = range(first, min(first + MAX_BATCH_SIZE, len(paths)))
-        yield load_batch(lambda index: (transform(open_image(paths[index])), index), some)
 
 
 def over_chance(top1_pct: float, classes: int) -> float:

@@ -11,7 +11,7 @@ import itertools
 import math
 import shlex
 import signal
-import threading
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ from utils.data.transforms import CorruptImageError
 from utils.measure import count_macs, count_parameters
 from utils.recipe import Recipe
 from utils.records import describe_machine, write_json
-from utils.training.checkpoint import DIVERGED, RunError, finish_save, open_run, save_checkpoint
+from utils.training.checkpoint import DIVERGED, finish_save, open_run, save_checkpoint
 from utils.training.evaluation import autocast, autocast_dtype, dtype_name, evaluate
 from utils.training.optimizer import ema_decay_at, lr_factor, make_optimizer
 
@@ -116,8 +116,9 @@ class Trainer:
         self.class_weights = None
         if recipe.class_weights:
             self.class_weights = weights_of_classes(class_images).to(self.device)
-        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model = model.to(memory_format=memory_format)
+        self.preprocess = Preprocess(self.device, recipe, mix_classes=num_classes)
+        self.eval_preprocess = Preprocess(self.device, recipe)
+        self.model = model.to(memory_format=self.preprocess.memory_format)
         self.recipe, self.steps_per_epoch, self.seed = recipe, steps_per_epoch, seed
         self.num_classes = num_classes
         self.ema = AveragedModel(self.model, use_buffers=True)
@@ -135,8 +136,6 @@ class Trainer:
             flat_share=recipe.flat_share,
         )
         self.schedule = LambdaLR(self.optimizer, self.lr_factor)
-        self.eval_preprocess = Preprocess(self.device, recipe)
-        self.preprocess = Preprocess(self.device, recipe, mix_classes=num_classes)
         self.skip_corrupt = skip_corrupt
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # of the current epoch
@@ -166,22 +165,15 @@ class Trainer:
 
     def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Adds the gradients of the mean loss, in gradient accumulation steps."""
-        parts = list(
-            zip(*(x.chunk(self.recipe.accumulate) for x in (images, targets)), strict=True)
-        )
-        total = torch.zeros((), device=self.device)
-        for k, (part_images, part_targets) in enumerate(parts, start=1):
+        total, parts = torch.zeros((), device=self.device), self.recipe.accumulate
+        options = {"weight": self.class_weights, "label_smoothing": self.recipe.label_smoothing}
+        pairs = list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
+        for k, (part_images, part_targets) in enumerate(pairs, start=1):
             # Processes exchange gradients once, with the last part.
-            with distributed.no_sync(self.net) if k < len(parts) else contextlib.nullcontext():
+            with distributed.sync_gradients(self.net, k == len(pairs)):
                 with autocast(self.device, self.dtype):
                     logits = self.net(part_images)
-                losses = cross_entropy(
-                    logits.float(),
-                    part_targets,
-                    weight=self.class_weights,
-                    label_smoothing=self.recipe.label_smoothing,
-                    reduction="sum",
-                )
+                losses = cross_entropy(logits.float(), part_targets, reduction="sum", **options)
                 loss = losses / len(images)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -210,9 +202,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the result of `state_dict`."""
-        for name in ("model", "ema", "optimizer", "schedule"):
+        for name in ("model", "ema", "optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
-        self.scaler.load_state_dict(state.get("scaler", {}))  # older checkpoints have none
         self.step, self.metrics, self.speed = state["step"], state["metrics"], state["speed"]
         self.skipped = dict.fromkeys(state["skipped"])
         self.train_time_s = state["under_way"]["train_time_s"]
@@ -254,7 +245,6 @@ class Trainer:
         self.metrics.append(row)
         self.speed.append(speed)
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.loss_sums = torch.zeros_like(self.loss_sums)
         self.train_time_s = 0.0
 
     def lr_at(self, step: int) -> float:
@@ -272,8 +262,8 @@ class Trainer:
         return self.step - self.epoch * self.steps_per_epoch
 
     def mean_loss(self) -> float:
-        """Mean loss of this process in the current epoch; waits for the device."""
-        return self.loss_sum.item() / self.step_in_epoch
+        """Mean loss of the current epoch over all processes, if synchronized."""
+        return statistics.fmean(self.loss_sums.tolist()) / self.step_in_epoch
 
     def synchronize(self) -> None:
         """Waits for the device and the other processes, so that `state_dict` covers all of them.
@@ -335,32 +325,24 @@ def train_one_epoch(
         after_step()
     trainer.synchronize()
     trainer.train_time_s = time.perf_counter() - start_s
-    mean = torch.tensor(trainer.mean_loss(), device=trainer.device, dtype=torch.float64)
-    return distributed.sum_over_processes(mean).item() / distributed.world_size()
-
-
-class _StopRequested(Exception):
-    """A signal came, and all processes are between two steps."""
+    return trainer.mean_loss()
 
 
 class StopRequest:
     """Catches SIGINT and SIGTERM inside its `with` block; the same signal again interrupts.
 
-    Of two SIGTERMs within `REPEAT_S` the second is ignored. An ignored signal stays
-    ignored. Outside the main thread nothing is caught.
+    Of two SIGTERMs within `REPEAT_S` the second is ignored. An ignored signal stays ignored.
 
     Args:
+        save: saves the run before it is stopped.
         catch: whether to catch signals at all.
         timeout_s: how long the processes wait for each other.
-
-    Attributes:
-        signal: name of the first signal that this process received, or None.
     """
 
-    def __init__(self, catch: bool = True, timeout_s: float = 600) -> None:
-        self.signal: str | None = None
+    def __init__(self, save: Callable[[], None], catch: bool, timeout_s: float) -> None:
+        self.signal: str | None = None  # name of the first one that this process received
+        self._save, self._catches = save, catch
         self._first_s: dict[int, float] = {}
-        self._catches = catch and threading.current_thread() is threading.main_thread()
         self._handlers: dict[signal.Signals, Any] = {}
         self._group = None
         if dist.is_initialized():
@@ -384,38 +366,34 @@ class StopRequest:
         elif number == signal.SIGINT or time.monotonic() - self._first_s[number] > REPEAT_S:
             raise KeyboardInterrupt
 
-    def agreed(self) -> bool:
-        """Whether any process has a signal; all of them ask at the same point.
+    def check(self) -> None:
+        """Saves and raises `Stopped` in all processes if one has a signal.
 
-        The flags are summed on the CPUs, so that nothing waits for a GPU.
+        All of them call it at the same point. The flags are summed on the CPUs, so that nothing
+        waits for a GPU.
         """
         stop = torch.tensor(float(self.signal is not None))
         if self._group is not None:
             dist.all_reduce(stop, group=self._group)
-        return bool(stop)
+        if stop:
+            self._save()
+            raise Stopped(self.signal or "a signal to another process")
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields `batches`, then raises `_StopRequested` in all processes if one has a signal.
-
-        The process that has the signal ends its batches early.
-        """
+        """Yields `batches`, in a process that has a signal not to their end, and calls `check`."""
         for batch in batches:
             if self.signal:
                 break
             yield batch
-        if self.agreed():
-            raise _StopRequested
+        self.check()
 
 
 def make_loaders(
     data: Splits, recipe: Recipe, workers: int, device: torch.device, timeout_s: float = 0
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of this process's share of the training and validation batches."""
-    options = (workers, device.type == "cuda", timeout_s)
-    return (
-        data.train.train_loader(recipe.batch_size, *options),
-        data.val.eval_loader(recipe.batch_size, *options),
-    )
+    options = recipe.batch_size, workers, device.type == "cuda", timeout_s
+    return data.train.train_loader(*options), data.val.eval_loader(*options)
 
 
 def _weights_report(model: nn.Module) -> Report | None:
@@ -516,7 +494,7 @@ def fit(
 
     Raises:
         ValueError: a batch larger than the data.
-        RunError: `run_dir` holds another run.
+        DataError: `run_dir` holds another run.
         CorruptImageError: an image is unreadable.
         DivergedError: the loss is not finite; the last checkpoint is from before.
         RuntimeError: a worker process died or timed out; PyTorch's message says which.
@@ -524,19 +502,17 @@ def fit(
     """
     run_dir, device = Path(run_dir), device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
-    options = {"compile": compile, "sync_batchnorm": sync_batchnorm}
-    trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, skip_corrupt, **options)
+    recorded = {"seed": seed, "compile": compile, "sync_batchnorm": sync_batchnorm}
+    options = {**recorded, "skip_corrupt": skip_corrupt}
+    trainer = _make_trainer(model.to(device), data, recipe, len(loaders[0]), **options)
     described = distributed.of_rank_0(lambda: _describe(trainer, data, workers))
-    config = {**(config or {}), **described, **options}
+    config = {**(config or {}), **described, **recorded}
     with contextlib.ExitStack() as stack:
         opened = open_run(run_dir, config)
         # On several machines, only that of rank 0 needs the run's folder.
         checkpoint = distributed.of_rank_0(lambda: stack.enter_context(opened))
         if checkpoint:
-            try:
-                trainer.load_state_dict(checkpoint)
-            except (RuntimeError, ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{run_dir / 'last.pt'}: does not fit its own config") from error
+            trainer.load_state_dict(checkpoint)
             if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
                 finish_save(run_dir, checkpoint, keep_every)
         elif _weights_report(model) and has_folded_norms(model):
@@ -549,11 +525,12 @@ def fit(
             unit=" images",
             disable=quiet or distributed.rank() > 0,
         )
-        bar = stack.enter_context(bar)
-        stop = stack.enter_context(StopRequest(catch_signals, timeout_s + distributed.MARGIN_S))
+        stack.enter_context(bar)
         save = functools.partial(_save, trainer, run_dir, config, keep_every)
+        stop = StopRequest(save, catch_signals, timeout_s + distributed.MARGIN_S)
+        stack.enter_context(stop)
+        stack.enter_context(_complete_messages(trainer, data, run_dir))
         after_step = functools.partial(_after_step, trainer, stop, save, checkpoint_steps)
-        stack.enter_context(_stopping(trainer, data, run_dir, stop, save))
         while trainer.epoch < recipe.epochs:
             bar.set_description_str(f"epoch {trainer.epoch + 1}/{recipe.epochs}")
             begin(loaders[0], trainer.epoch, trainer.step_in_epoch)
@@ -562,7 +539,7 @@ def fit(
             trainer.end_epoch(train_loss, stop.watch(loaders[1]) if due else None)
             save()
             if distributed.rank() == 0:
-                _report(trainer, None if quiet else bar, run_dir if tensorboard else None)
+                _report(trainer, bar, run_dir if tensorboard else None)
     return trainer
 
 
@@ -570,14 +547,13 @@ def _make_trainer(
     model: nn.Module,
     data: Splits,
     recipe: Recipe,
-    loaders: tuple[DataLoader, DataLoader],
-    *options: Any,
-    **more: Any,
+    steps_per_epoch: int,
+    **options: Any,
 ) -> Trainer:
     classes, counts = len(data.classes), None
     if data.train.packed is None:  # class folders
         counts = torch.bincount(torch.from_numpy(data.train.labels), minlength=classes)
-    return Trainer(model, recipe, len(loaders[0]), classes, *options, class_images=counts, **more)
+    return Trainer(model, recipe, steps_per_epoch, classes, class_images=counts, **options)
 
 
 def evaluated_epochs(epochs: int, eval_every: int) -> set[int]:
@@ -586,6 +562,7 @@ def evaluated_epochs(epochs: int, eval_every: int) -> set[int]:
 
 
 def _save(trainer: Trainer, run_dir: Path, config: dict[str, Any], keep_every: int) -> None:
+    trainer.synchronize()
     if distributed.rank() == 0:
         save_checkpoint(run_dir, {"config": config, **trainer.state_dict()}, keep_every)
 
@@ -594,28 +571,21 @@ def _after_step(
     trainer: Trainer, stop: StopRequest, save: Callable[[], None], checkpoint_steps: int
 ) -> None:
     """Stops the run after this step, or saves it, if it is time."""
-    stopping = stop.agreed()
-    due = checkpoint_steps and trainer.step % checkpoint_steps == 0
+    stop.check()
     # The last step of an epoch is saved together with its evaluation.
-    if stopping or (due and trainer.step_in_epoch < trainer.steps_per_epoch):
-        trainer.synchronize()
-        if stopping:
-            raise _StopRequested
+    is_last = trainer.step_in_epoch == trainer.steps_per_epoch
+    if checkpoint_steps and trainer.step % checkpoint_steps == 0 and not is_last:
         save()
 
 
 @contextlib.contextmanager
-def _stopping(
-    trainer: Trainer, data: Splits, run_dir: Path, stop: StopRequest, save: Callable[[], None]
-) -> Iterator[None]:
-    """Saves a run that is stopped, and completes the message of what ended it."""
+def _complete_messages(trainer: Trainer, data: Splits, run_dir: Path) -> Iterator[None]:
+    """Completes the message of what ends a run: how to resume it, or which images to look at."""
     resume = f"run the same command with --output-dir {shlex.quote(str(run_dir))} to resume"
     try:
         yield
-    except _StopRequested:
-        save()
-        cause = stop.signal or "a signal to another process"
-        raise Stopped(f"{cause}, saved at step {trainer.step}; {resume}") from None
+    except Stopped as error:
+        raise Stopped(f"{error}, saved at step {trainer.step}; {resume}") from None
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{resume} from the last checkpoint") from error
     except DivergedError as error:
@@ -623,8 +593,8 @@ def _stopping(
             raise
         images = [str(data.train.path(i)) for i in error.indices]
         learning_rate, path = trainer.lr_at(error.step), run_dir / DIVERGED
+        record = {"step": error.step, "learning_rate": learning_rate, "images": images}
         if distributed.rank() == 0:
-            record = {"step": error.step, "learning_rate": learning_rate, "images": images}
             write_json(path, record)
         raise DivergedError(
             f"{error}; learning rate {learning_rate:.4g}, images {summarize(images)}, all listed "
@@ -632,18 +602,14 @@ def _stopping(
         ) from error
 
 
-def _report(trainer: Trainer, bar: tqdm | None, log_dir: Path | None) -> None:
+def _report(trainer: Trainer, bar: tqdm, log_dir: Path | None) -> None:
     """Prints the last epoch above the bar, and logs it for TensorBoard."""
     row, speed = trainer.metrics[-1], trainer.speed[-1]
-    if bar is not None:
-        top1 = ""
-        if "val_top1_pct" in row:
-            raw, ema = row["val_top1_pct"], row["ema_val_top1_pct"]
-            top1 = f"  val top-1 raw {raw:5.1f} %  EMA {ema:5.1f} %"
-        bar.write(
-            f"epoch {row['epoch']:3d}/{trainer.recipe.epochs}  train loss {row['train_loss']:.3f}"
-            f"{top1}  ({speed['train_images_per_s']:.0f} images/s)"
-        )
+    text = f"epoch {row['epoch']:3d}/{trainer.recipe.epochs}  train loss {row['train_loss']:.3f}"
+    if "val_top1_pct" in row:
+        text += "  val top-1 raw {val_top1_pct:5.1f} %  EMA {ema_val_top1_pct:5.1f} %".format(**row)
+    if not bar.disable:
+        bar.write(f"{text}  ({speed['train_images_per_s']:.0f} images/s)")
     if log_dir is not None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
@@ -659,7 +625,6 @@ def _describe(trainer: Trainer, data: Splits, workers: int) -> dict[str, Any]:
     return {
         **weights,
         "recipe": dataclasses.asdict(trainer.recipe),
-        "seed": trainer.seed,
         "classes": data.classes,
         "shards": data.train.packed,
         "train_images": len(data.train),
@@ -679,7 +644,6 @@ def dry_run(
     recipe: Recipe,
     *,
     name: str = "network",
-    seed: int = 0,
     workers: int = 0,
     device: torch.device | None = None,
     eval_every: int = 1,
@@ -694,7 +658,7 @@ def dry_run(
     Args:
         model: trained in place for these steps.
         name: the network's name, to print.
-        seed, workers, device, eval_every, timeout_s: as of `fit`.
+        workers, device, eval_every, timeout_s: as of `fit`.
         options: as of `Trainer`.
 
     Returns:
@@ -706,7 +670,7 @@ def dry_run(
     device = device or distributed.pick_device()
     loaders = make_loaders(data, recipe, workers, device, timeout_s)
     steps, crop_px = len(loaders[0]), recipe.train_crop_px
-    trainer = _make_trainer(model.to(device), data, recipe, loaders, seed, **options)
+    trainer = _make_trainer(model.to(device), data, recipe, steps, **options)
     total = recipe.epochs * steps
     peak = max(0, trainer.lr_factor.keywords["warmup_steps"] - 1)
     marks = sorted({0, peak, total // 2, total - 1})

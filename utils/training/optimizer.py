@@ -14,14 +14,8 @@ from torch import Tensor, nn
 
 from utils.recipe import Recipe
 
-# By type, never by name: a layer called "bn_head" may be linear.
-NORM_LAYERS = (
-    nn.modules.batchnorm._NormBase,  # every BatchNorm and InstanceNorm
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
+# By type, never by name: "bn_head" may be linear. _NormBase: every BatchNorm and InstanceNorm.
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def param_groups(
