@@ -13,17 +13,16 @@ the most likely class first; "name" is the words, or the class again.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone before other packages
 
-from utils.cli import DataError, Parser, exit_code, int_at_least, printable, summarize, warn
+from utils.cli import Parser, exit_code, int_at_least, printable
 
 # isort: split
 from utils.data import folders
-from utils.data.imagenet import IMAGE_SUFFIXES, class_names
+from utils.data.imagenet import class_names
 from utils.distributed import pick_device
 from utils.training.checkpoint import add_network_arguments, open_network
 from utils.training.evaluation import predict_files
@@ -45,27 +44,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # images before and after options
 
 
-def find_images(paths: list[str]) -> list[str]:
-    """The files as given, and in place of each folder the images in and below it."""
-    found = []
-    for path in paths:
-        if not Path(path).is_dir():
-            found.append(path)
-            continue
-        images, left_out = folders.find_images(Path(path), top=True)
-        if not images:
-            raise DataError(f"{path}: no image in this folder; names end in {IMAGE_SUFFIXES}")
-        if left_out:
-            warn(f"{path}: left out, as not named like images, or hidden: {summarize(left_out)}")
-        names = sorted(os.fsdecode(name) for part in images.values() for name in part.tolist())
-        found += [os.path.join(path, name) for name in names]
-    return found
-
-
 def predict(args: argparse.Namespace) -> None:
     trained = open_network(args, pick_device(args.device))
     names = class_names(trained.classes, args.class_names)
-    images = find_images(args.images)
+    images = []
+    for path in args.images:
+        images += folders.images_below(path) if Path(path).is_dir() else [path]
     indices, shares, skipped = predict_files(trained, images, args.size, args.skip_corrupt)
     top = shares.topk(min(TOP_CLASSES, len(names)))
     for message in skipped:

@@ -77,6 +77,10 @@ def test_files_that_are_left_out_are_counted(images_dir, tmp_path, capsys):
     (root / "val" / "n00000002" / "loop").symlink_to("..")
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
         open_folders(root, TINY)
+    found = folders.images_below(root / "train")  # without classes an image may lie at the top
+    assert len(found) == 49
+    assert found[0] == str(root / "train" / "a.JPEG")
+    assert ", or hidden: 4 (.checkpoints, n00000000/._0" in capsys.readouterr().err
 
 
 def test_broken_folders_are_named(images_dir, tmp_path):

@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from backbones.classifier import Classifier
 from backbones.deploy import NamedOutputs, optimize
 from backbones.weights import load_weights
 from utils.cli import DataError, first_line, import_optional
-from utils.data.folders import Preprocess, find_images, load_batch
+from utils.data.folders import Preprocess, images_below, load_batch
 from utils.data.transforms import eval_transform, open_image
 from utils.records import write_atomic
 from utils.training.checkpoint import recipe_of_weights
@@ -251,14 +250,9 @@ def calibration_images(net: Backbone | Classifier, folder: str | Path) -> Tensor
     if backbone.in_channels != 3:
         raise ValueError(f"--int8 is for RGB images, not in_channels={backbone.in_channels}")
     recipe = recipe_of_weights(backbone.preprocessing)
-    found, _ = find_images(Path(folder), top=True)
-    names = [name for part in found.values() for name in part]
-    if not names:
-        raise DataError(f"{folder}: no image in or below this folder")
-    picked = np.linspace(0, len(names) - 1, min(CALIBRATION_IMAGES, len(names))).astype(int)
-    paths = [Path(folder, os.fsdecode(bytes(names[k]))) for k in picked]
-    transform = eval_transform(recipe)
-    batch = load_batch(lambda path: (transform(open_image(path)), 0), paths)
+    paths, transform = images_below(folder), eval_transform(recipe)
+    picked = np.linspace(0, len(paths) - 1, min(CALIBRATION_IMAGES, len(paths))).astype(int)
+    batch = load_batch(lambda index: (transform(open_image(paths[index])), 0), picked.tolist())
     if batch.corrupt:
         raise batch.corrupt[0]
     return Preprocess(torch.device("cpu"), recipe)(batch)[0].contiguous()

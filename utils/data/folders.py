@@ -192,6 +192,21 @@ def find_images(root: Path, top: bool = False) -> tuple[dict[str, np.ndarray], l
     return found, sorted(left_out)
 
 
+def images_below(folder: str | Path) -> list[str]:
+    """Paths of the images in and below a folder, sorted; prints which files are left out.
+
+    Raises:
+        DataError: there is no image.
+    """
+    images, left_out = find_images(Path(folder), top=True)
+    if not images:
+        raise DataError(f"{folder}: no image in this folder; names end in {IMAGE_SUFFIXES}")
+    if left_out:
+        warn(f"{folder}: left out, as not named like images, or hidden: {summarize(left_out)}")
+    names = (os.fsdecode(name) for part in images.values() for name in part.tolist())
+    return sorted(os.path.join(folder, name) for name in names)
+
+
 def load_batch(
     load: Callable[[Any], tuple[Tensor, int]], items: Sequence[Any], indices: Sequence[int] = ()
 ) -> Batch:
