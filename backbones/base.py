@@ -125,7 +125,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the network has fewer stages.
         """
-        validate_choice("num_stages", num_stages, (*range(self.num_stages + 1), None))
+        validate_choice("freeze", num_stages, (*range(self.num_stages + 1), None))
         self.requires_grad_(True)
         self._num_frozen_parts = 0 if num_stages is None else num_stages + 1
         for module in self._frozen_modules():
@@ -144,11 +144,14 @@ class Backbone(nn.Module):
 
     def validate_images(self, images: Tensor) -> None:
         """Raises ValueError unless `images` are floating point, `[N, in_channels, H, W]`."""
-        fits = images.ndim == 4 and images.shape[1] == self.in_channels
-        if not fits or not images.is_floating_point():
-            expected = f"a floating-point tensor [N, {self.in_channels}, H, W]"
+        given = type(images).__name__
+        if isinstance(images, Tensor):
+            channels_fit = images.ndim == 4 and images.shape[1] == self.in_channels
+            if channels_fit and images.is_floating_point():
+                return
             given = f"{images.dtype} {list(images.shape)}"
-            raise ValueError(f"images are {given}; expected {expected}")
+        expected = f"a floating-point tensor [N, {self.in_channels}, H, W]"
+        raise ValueError(f"images are {given}; expected {expected}")
 
 
 def _record_options(net: Backbone, state: object, prefix: str, metadata: dict[str, Any]) -> None:

@@ -101,9 +101,9 @@ def load_weights(
     Args:
         module: the network to load into.
         source: a path (.pt, .pth, .safetensors, Darknet's .weights or .conv.N), a name of
-            `backbones.list_weights()` for this network, a member of torchvision's enumeration, or
-            a state dict. Only a name can cause a download, if the file is not in torch.hub's
-            cache. It also sets the backbone's `preprocessing`.
+            `backbones.list_weights()` for this network (before a file of that name), a member of
+            torchvision's enumeration, or a state dict. Only a name can cause a download, if the
+            file is not in torch.hub's cache. It also sets the backbone's `preprocessing`.
         entry: which state dict of a checkpoint that holds several, such as "model". Defaults to
             the EMA weights, "ema", "model_ema" or "state_dict_ema", or to the only one.
         prefix: use only the keys that begin with it, such as "module.".
@@ -165,7 +165,7 @@ def _find(
     if isinstance(source, WeightsEnum):
         row = next((row for row in rows.values() if row.url == source.url), None)
     else:
-        row = rows.get(str(source))
+        row = rows.get(source) if isinstance(source, str) else None
         if row is None and Path(source).is_file():
             return Path(source), None
     if row is None:
@@ -213,8 +213,8 @@ def _read_safetensors(data: bytes) -> Any:
     recorded = header.get("__metadata__", {})
     if not recorded.keys() >= {"backbone", "options"}:  # another project's
         return state
-    texts = ("format", "backbone", "eval_interpolation")  # all others are JSON
-    config = {k: text if k in texts else json.loads(text) for k, text in recorded.items()}
+    decoded = ("options", "classes", "mean", "std", "eval_resize_px", "eval_crop_px")
+    config = {k: json.loads(text) if k in decoded else text for k, text in recorded.items()}
     return {"config": {**config, "recipe": config}, "weights": state}
 
 

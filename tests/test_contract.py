@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import onnxruntime
+import numpy as np
 import pytest
 import torch
 from helpers import assert_near
@@ -99,6 +100,7 @@ def test_options_of_every_backbone(name):
         (torch.randn(3, 64, 64), r"torch.float32 \[3, 64, 64\]"),
         (torch.randn(1, 4, 64, 64), r"torch.float32 \[1, 4, 64, 64\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"torch.uint8 \[1, 3, 64, 64\]"),
+        (np.zeros((1, 3, 64, 64), np.float32), "ndarray"),
     ],
 )
 def test_bad_images_are_one_clear_error(images, words):
@@ -152,7 +154,7 @@ def test_freezing_can_be_undone():
     assert all(p.requires_grad for p in net.parameters())
     assert all(m.training for m in net.modules())
     for wrong in (-1, 6, True):
-        with pytest.raises(ValueError, match=f"num_stages={wrong} must be one of .*5, None"):
+        with pytest.raises(ValueError, match=f"freeze={wrong} must be one of .*5, None"):
             net.freeze(wrong)
 
 

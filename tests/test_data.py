@@ -129,6 +129,26 @@ def test_loaders_give_the_same_with_any_workers(images_dir, method, workers):
             os.kill(process.pid, signal.SIGINT)
 
 
+def test_batches_are_the_same_by_any_number_of_threads(images_dir, tmp_path, monkeypatch):
+    """Among them files that Pillow reads, and broken ones, which batches leave out."""
+    root = tmp_path / "copy"
+    shutil.copytree(images_dir, root)
+    for number, path in enumerate(sorted((root / "train" / "n00000000").iterdir())):
+        if number % 3 == 0:
+            Image.open(path).convert("P").save(path, "PNG")
+        if number % 3 == 1:
+            path.write_bytes(path.read_bytes()[: 50 * number])
+    train, found = open_folders(root, TINY, seed=3).train, []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(train.__getitems__([Key(1, i) for i in range(48)]))
+    assert torch.equal(found[0].images, found[1].images)
+    assert torch.equal(found[0].labels, found[1].labels)
+    assert found[0].indices == found[1].indices
+    assert list(map(str, found[0].corrupt)) == list(map(str, found[1].corrupt))
+    assert len(found[0].corrupt) == 48 - len(found[0].indices) > 2
+
+
 def test_batches_are_loaded_in_threads_and_unreadable_images_skipped_or_raised(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     meeting = threading.Barrier(2)

@@ -146,6 +146,16 @@ def test_the_bytes_are_those_of_the_first_release(tmp_path):
         assert hashlib.sha256(content).hexdigest() == sha256
 
 
+def test_a_small_draw_begins_a_larger_one(drawn, scenes, tmp_path):
+    sample.draw(tmp_path / "small", seed=3, **TINY)
+    sample.draw_scenes(tmp_path / "few", seed=1, **FEW)
+    for small, large, count in (("small", drawn, 30), ("few", scenes, 6)):
+        found = files(tmp_path / small).items()
+        images = {path: x for path, x in found if path.lower().endswith(("jpeg", "jpg"))}
+        assert len(images) == count
+        assert images.items() <= files(large).items()
+
+
 def test_a_second_draw_changes_nothing_even_after_sorting(tmp_path):
     """Inodes, times and bytes; sorted images must not come back flat."""
     data = sample.draw(tmp_path, **TINY)

@@ -325,7 +325,7 @@ def test_resumed_is_uninterrupted(folders, tmp_path, monkeypatch, checkpoint_ste
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_an_unreadable_image_stops_the_run_or_is_listed(folders, tmp_path):
+def test_an_unreadable_image_stops_the_run_or_is_listed(folders, tmp_path, monkeypatch):
     names = ["train/n00000000/3.JPEG", "val/n00000002/1.JPEG"]
     root = shutil.copytree(folders, tmp_path / "images")
     for name in names:
@@ -337,6 +337,7 @@ def test_an_unreadable_image_stops_the_run_or_is_listed(folders, tmp_path):
         assert str(root / names[0]) in str(error.value)
         assert "\n" not in str(error.value)
     data = open_folders(root, recipe)
+    monkeypatch.setattr("utils.training.loop.PROGRESS_STEPS", 1)
     trainer = fit(make_model(), data, recipe, tmp_path / "run", skip_corrupt=True)
     assert len(trainer.skipped) == 2
     assert all(any(name in message for message in trainer.skipped) for name in names)

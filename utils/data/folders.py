@@ -243,10 +243,11 @@ def load_batch(
 def readable(
     batches: Iterable[Batch | DataError], skip_corrupt: bool, skipped: dict[str, None]
 ) -> Iterator[Batch]:
-    """Passes batches on; raises a DataError in place of a batch, and that of an unreadable image.
+    """Passes batches on; raises the DataError that stands in place of a batch.
 
     Args:
-        skip_corrupt: add the messages of unreadable images to the keys of `skipped` instead.
+        skip_corrupt: add the messages of unreadable images to the keys of `skipped` instead of
+            raising the first one's CorruptImageError.
     """
     for batch in batches:
         if isinstance(batch, DataError):

@@ -48,7 +48,7 @@ def sort_val(
 
     Raises:
         FileNotFoundError, NotADirectoryError: a path is not a file, or not a folder.
-        LayoutError: from `read_solution` or `plan`; nothing has moved.
+        LayoutError: from `read_solution` or `plan` (nothing has moved), or from `apply`.
     """
     val_dir = Path(val_dir)
     if not val_dir.is_dir():

@@ -295,7 +295,7 @@ def _is_drawn(root: Path, settings: bytes) -> bool:
         if marker.is_file():
             if marker.read_bytes() != settings:
                 raise ValueError(f"{root} holds a sample with other settings: {remedy}")
-            return marker.name == MARKER
+            return marker.name == MARKER and any(each.is_dir() for each in root.iterdir())
     ours = {root / LOCK_NAME, root / (UNFINISHED + PARTIAL)}
     if root.exists() and (not root.is_dir() or set(root.iterdir()) - ours):
         raise ValueError(f"{root} holds something that is not a sample: {remedy}")

@@ -51,10 +51,10 @@ def summarize(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def compare(table: pd.DataFrame, baseline: str, column: str) -> pd.DataFrame:
-    """Differences to the baseline with simultaneous 95 % intervals.
+    """Differences to the baseline with 95 % intervals, simultaneous for several values.
 
-    Several values are compared by Dunnett's test, which pools the variance over all of them and
-    corrects for their number, a single one by Welch's, which does not pool. Seeds are not paired.
+    Several are compared by Dunnett's test, which pools the variance over all of them and corrects
+    for their number, a single one by Welch's, which does not pool. Seeds are not paired.
 
     Args:
         table: the rows of one study and one test size; failed runs are left out.

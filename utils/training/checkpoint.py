@@ -53,6 +53,7 @@ def open_run(run_dir: Path, config: dict[str, Any]) -> Iterator[dict[str, Any] |
         if last.exists():
             checkpoint = load_checkpoint(last)
             validate_same_run(run_dir, checkpoint["config"], config)
+            write_json(path, checkpoint["config"])  # restored if it is missing
             yield checkpoint
             return
         # Without a checkpoint there is nothing to keep of an earlier start.

@@ -139,7 +139,7 @@ def evaluate_trained(
         ValueError: a bad size.
     """
     device, recipe = trained.device, trained.recipe
-    recipe = recipe.tested_at(size_px or recipe.eval_crop_px)
+    recipe = recipe.tested_at(recipe.eval_crop_px if size_px is None else size_px)
     val = open_val_data(data_dir, trained.classes, recipe, val_share)
     if val_share:
         trained.warn_of_other_images(data_dir, val.digest())
@@ -203,7 +203,8 @@ def predict_files(
         CorruptImageError: a file is not a readable image and may not be skipped, or none is.
         ValueError: a bad size.
     """
-    recipe = trained.recipe.tested_at(size_px or trained.recipe.eval_crop_px)
+    recipe = trained.recipe
+    recipe = recipe.tested_at(recipe.eval_crop_px if size_px is None else size_px)
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such image file")

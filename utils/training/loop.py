@@ -12,6 +12,7 @@ import math
 import shlex
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from backbones.classifier import Classifier
 from backbones.weights import Report
 from utils import distributed
-from utils.cli import Stopped, progress_bar, summarize, warn
+from utils.cli import DataError, Stopped, first_line, progress_bar, summarize, warn
 from utils.data.folders import STEP_STREAM, Batch, Preprocess, Splits, begin, readable, stream_seed
 from utils.data.transforms import CorruptImageError
 from utils.measure import count_macs, count_parameters
@@ -272,7 +273,7 @@ class Trainer:
             DivergedError: a loss of the current epoch, or a weight, is not finite; raised in all
                 processes.
         """
-        self.skipped = distributed.union(self.skipped)
+        self.skipped.update(distributed.union(self.skipped))  # `readable` holds the same dict
         self.loss_sums = distributed.gather(self.loss_sum)
         with torch.no_grad():
             norms = torch._foreach_norm(list(self.model.parameters()))
@@ -332,6 +333,7 @@ class StopRequest:
     """Catches SIGINT and SIGTERM inside its `with` block; the same signal again interrupts.
 
     Of two SIGTERMs within `REPEAT_S` the second is ignored. An ignored signal stays ignored.
+    Outside the main thread nothing is caught.
 
     Args:
         save: saves the run before it is stopped.
@@ -341,7 +343,8 @@ class StopRequest:
 
     def __init__(self, save: Callable[[], None], catch: bool, timeout_s: float) -> None:
         self.signal: str | None = None  # name of the first one that this process received
-        self._save, self._catches = save, catch
+        self._save = save
+        self._catches = catch and threading.current_thread() is threading.main_thread()
         self._first_s: dict[int, float] = {}
         self._handlers: dict[signal.Signals, Any] = {}
         self._group = None
@@ -512,7 +515,11 @@ def fit(
         # On several machines, only that of rank 0 needs the run's folder.
         checkpoint = distributed.of_rank_0(lambda: stack.enter_context(opened))
         if checkpoint:
-            trainer.load_state_dict(checkpoint)
+            try:
+                trainer.load_state_dict(checkpoint)
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = f"does not fit its own config ({first_line(error)})"
+                raise DataError(f"{run_dir / 'last.pt'}: {reason}") from error
             if distributed.rank() == 0:  # a kill may have come between last.pt and the rest
                 finish_save(run_dir, checkpoint, keep_every)
         elif _weights_report(model) and has_folded_norms(model):
