@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
-import onnxruntime
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from helpers import assert_near
