@@ -152,13 +152,17 @@ def lock(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _commit() -> str:
-    """The short hash of the checkout, with "+" if tracked files differ, or "unknown"."""
+    """The short hash of the checkout, with "+" if tracked files differ, or "unknown".
+
+    Records under results/ do not count: runs that add to one change it.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+        code = (":/", ":(top,exclude)results")
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + "+" * bool(changed)
