@@ -51,6 +51,10 @@ from utils.records import command_line, file_digest
 from utils.training import loop
 from utils.training.checkpoint import Trained, load_trained
 
+# Arguments that `fit` and `dry_run` take, and those of `fit` alone.
+SHARED = ("seed", "workers", "skip_corrupt", "compile", "sync_batchnorm", "eval_every", "timeout_s")
+FIT_ONLY = ("checkpoint_steps", "keep_every", "tensorboard")
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     preset = Parser(None, add_help=False)
@@ -165,8 +169,8 @@ def train(args: argparse.Namespace) -> None:
     data = open_data(args.data_dir, chosen, args.seed, args.val_share)
     model = add_head(args, backbone, source, data)
     keep_freed_memory()  # every step allocates the same
-    names = ("seed", "workers", "skip_corrupt", "compile", "sync_batchnorm", "eval_every")
-    settings = {name: getattr(args, name) for name in (*names, "timeout_s")} | {"device": device}
+    names = SHARED if args.dry_run else (*SHARED, *FIT_ONLY)
+    settings = {"device": device, **{name: getattr(args, name) for name in names}}
     with distributed.process_group(device, args.timeout_s):
         if args.dry_run:
             loop.dry_run(model, data, chosen, name=config["backbone"], **settings)
@@ -175,9 +179,7 @@ def train(args: argparse.Namespace) -> None:
             print(data.describe(chosen.batch_size))
         config |= {"val_share": args.val_share or None, "data_dir": args.data_dir}
         config["command"] = command_line()
-        settings |= {"config": config, "tensorboard": args.tensorboard}
-        settings |= {"checkpoint_steps": args.checkpoint_steps, "keep_every": args.keep_every}
-        trainer = loop.fit(model, data, chosen, args.output_dir, **settings)
+        trainer = loop.fit(model, data, chosen, args.output_dir, config=config, **settings)
         if distributed.rank() == 0:
             report(trainer, args.output_dir)
 
