@@ -50,6 +50,7 @@ def documents() -> dict[str, dict[str, pd.DataFrame]]:
     titles |= {"megabytes": "ONNX file (MB)", "top1_pct": "top-1 (%)"}
     names = ["initialization", "initialization_rates", "short_recipe", "recipe", "fixres", "length"]
     names += ["networks", "networks_rates", "finetune", "transfer", "detection", "imagenette"]
+    names += ["noise_floor"]
     results = {name: getattr(statistics, f"{name}_table")() for name in names}
     for name, factor in (("csp_split", "CSP split"), ("vovnet", "VoVNet version")):
         results[name] = statistics.study_table(*statistics.read_group(factor))

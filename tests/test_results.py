@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
-PENDING = ("references_rates", "references", "imagenette_20", "noise_floor")
+PENDING = ("references_rates", "references", "imagenette_20")
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
