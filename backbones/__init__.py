@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +68,7 @@ def create(
         if key not in accepted:
             raise ValueError(f"{name} takes no {key!r}; it takes {', '.join(accepted)}")
     row = published(name).get(weights) if isinstance(weights, str) else None
-    if row:
+    if row and not Path(weights).is_file():
         overrides = row.merge(overrides)
     backbone = network(config, **overrides)
     backbone.architecture = name

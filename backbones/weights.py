@@ -101,9 +101,9 @@ def load_weights(
     Args:
         module: the network to load into.
         source: a path (.pt, .pth, .safetensors, Darknet's .weights or .conv.N), a name of
-            `backbones.list_weights()` for this network (before a file of that name), a member of
-            torchvision's enumeration, or a state dict. Only a name can cause a download, if the
-            file is not in torch.hub's cache. It also sets the backbone's `preprocessing`.
+            `backbones.list_weights()` for this network, a member of torchvision's enumeration, or
+            a state dict. Only a name can cause a download, if the file is not in torch.hub's
+            cache. It also sets the backbone's `preprocessing`.
         entry: which state dict of a checkpoint that holds several, such as "model". Defaults to
             the EMA weights, "ema", "model_ema" or "state_dict_ema", or to the only one.
         prefix: use only the keys that begin with it, such as "module.".
@@ -164,10 +164,10 @@ def _find(
     rows = published(backbone.architecture)
     if isinstance(source, WeightsEnum):
         row = next((row for row in rows.values() if row.url == source.url), None)
+    elif Path(source).is_file():
+        return Path(source), None
     else:
-        row = rows.get(source) if isinstance(source, str) else None
-        if row is None and Path(source).is_file():
-            return Path(source), None
+        row = rows.get(str(source))
     if row is None:
         names = ", ".join(rows) or "none"
         raise WeightsError(f"not a file; names of weights for this network: {names}")
