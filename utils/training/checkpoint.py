@@ -33,8 +33,9 @@ from utils.recipe import Recipe
 from utils.records import PARTIAL, lock, write_atomic, write_json, write_table
 
 # Entries of a config that may differ between two starts of one run: they do not change its result.
+# Of the files that "weights" and "init_from" name, the digests decide.
 PROVENANCE = ("command", "versions", "commit", "hardware", "workers", "data_dir", "compile")
-PATHS = ("weights", "init_from")  # also may differ; their digests decide
+PROVENANCE += ("weights", "init_from")
 CAUSES = ("recipe", "weights_sha256", "init_from_sha256", "val_share")  # others follow from these
 DIVERGED = "diverged.json"  # the images of the step whose loss was not finite
 
@@ -72,7 +73,7 @@ def validate_same_run(run_dir: Path, found: dict[str, Any], config: dict[str, An
     olds, news = _flatten(found), _flatten(config)
     for name in sorted({**olds, **news}, key=lambda name: (not name.startswith(CAUSES), name)):
         old, new = olds.get(name), news.get(name)
-        if old != new and name.split(".")[0] not in PROVENANCE + PATHS:
+        if old != new and name.split(".")[0] not in PROVENANCE:
             values = f"{name.removeprefix('recipe.')}={repr(old)[:200]}, not {repr(new)[:200]}"
             raise DataError(
                 f"{run_dir}: holds a run with {values}{unicode_hint(map(str, (old, new)))}; repeat "

@@ -236,7 +236,6 @@ class Trainer:
             raise DivergedError(
                 f"the loss is not finite on the validation images, after step {self.step - 1}"
             )
-        self.skipped = distributed.union(self.skipped)
         speed = {
             "epoch": self.epoch + 1,
             "train_time_s": self.train_time_s,
